@@ -1,0 +1,1 @@
+"""The command line `rag`, the top floor: nothing imports it."""

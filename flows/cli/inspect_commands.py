@@ -1,0 +1,88 @@
+"""Commands that look and answer, without Prefect, Ray or MLflow: ask, retrieve, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.printing import parse_ks, print_answer, print_scores
+
+Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (ask, retrieve, doctor):
+        app.command(rich_help_panel="Ask and inspect")(command)
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="A question in plain words.")],
+    model: Annotated[Path, typer.Option(help="Folder written by `rag train`.")] = Path("runs/demo/rag-token"),
+    index: Index = Path("runs/demo/index"),
+    variant: Annotated[str | None, typer.Option(help="sequence | token; empty: as trained.")] = None,
+    num_docs: Annotated[int | None, typer.Option(help="Passages to read; empty: the model's own.")] = None,
+    num_beams: Annotated[int, typer.Option(help="Beams.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer one question from a trained model, and show what was read."""
+    from flows.cli.settings import parse
+    from rag_core.errors import ConfigError
+    from rag_core.index import PassageIndex
+    from rag_core.predictions import prediction_row
+    from rag_core.questions import Question
+    from rag_core.rag_model import RagModel
+    from rag_core.reader import DecodingConfig
+
+    if not question.strip():
+        raise ConfigError('The question is empty. Give one in quotes: rag ask "Which country is Lyon in?"')
+    if variant not in (None, "sequence", "token"):
+        raise ConfigError(f"Unknown variant {variant!r}. Give --variant sequence or --variant token.")
+    decoding = parse(DecodingConfig, {"num_beams": num_beams}, "ask options")
+    loaded = RagModel.from_pretrained(model)
+    answer = loaded.answer([question], PassageIndex.open(index), variant=variant, num_docs=num_docs, decoding=decoding)[
+        0
+    ]  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(prediction_row(Question(id="1", question=question), answer), ensure_ascii=False))
+    else:
+        print_answer(answer)
+
+
+def retrieve(
+    index: Index,
+    questions: Annotated[Path, typer.Option(help="A question file with answers or gold passages.")],
+    k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5,20",
+    model: Annotated[Path | None, typer.Option(help="Use the question encoder of this trained model.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Use this question encoder; default: the index's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
+) -> None:
+    """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
+    from rag_core.evaluation import evaluate_retrieval
+    from rag_core.index import PassageIndex
+    from rag_core.questions import read_questions
+    from rag_core.rag_model import RagModel
+    from rag_core.text_encoder import TextEncoder
+
+    ks = parse_ks(k)
+    opened = PassageIndex.open(index)
+    asked = read_questions(questions)
+    if model:
+        question_encoder = RagModel.from_pretrained(model).question_encoder
+    else:
+        question_encoder = TextEncoder.from_pretrained(encoder or opened.manifest.details["encoder"])
+    scores = evaluate_retrieval(opened, question_encoder, asked, ks)
+    if as_json:
+        typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))
+    else:
+        print_scores(scores)
+
+
+def doctor() -> None:
+    """Versions, cores, GPUs, the servers in use, and what is missing. Exit code 1 if something is."""
+    from flows.cli.doctor import examine
+
+    raise typer.Exit(examine())

@@ -1,0 +1,56 @@
+"""`rag`: every stage as a command. Heavy imports wait until a command runs, so `--help` is quick.
+
+Errors that the user can mend end in one paragraph and exit code 2; Ctrl-C ends with 130; anything else is a fault of
+ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+from flows.cli import inspect_commands, run_commands, stage_commands
+from rag_core.errors import RagError
+
+app = typer.Typer(
+    name="rag",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train and run retrieval-augmented generation (RAG-Sequence, RAG-Token) on your own corpus.\n\n"
+    "The stages in order: corpus, embed, index, (pretrain,) train, infer, evaluate. `rag pipeline` runs them all from "
+    "one YAML file, `rag demo` does so on an embedded example.",
+)
+stage_commands.add_to(app)
+run_commands.add_to(app)
+inspect_commands.add_to(app)
+
+
+def run() -> NoReturn:
+    """Entry point of the `rag` script."""
+    # Offline the server's usage statistics only log an error; the progress bars need a quiet terminal.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(standalone_mode=True)
+    except RagError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def fail(message: str) -> NoReturn:
+    """One paragraph on standard error, exit code 2."""
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {message}", highlight=False, markup=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,189 @@
+"""Commands that run one stage: corpus, embed, index, pretrain, train, infer, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.printing import print_scores, print_stage
+
+Out = Annotated[Path, typer.Option("--out", help="Folder that is written. It appears whole or not at all.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of a run; the command reads its own sections of it.")
+]
+Questions = Annotated[
+    Path,
+    typer.Option("--questions", help="JSONL (question, id, answers), NQ-open JSONL, DPR .csv, SQuAD JSON or FiD JSON."),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (corpus, embed, index, pretrain, train, infer, evaluate):
+        app.command(rich_help_panel="Stages")(command)
+
+
+def corpus(
+    sources: Annotated[list[Path], typer.Argument(help="Files or folders.", metavar="SOURCE…")],
+    out: Out,
+    format: Annotated[str, typer.Option(help="jsonl | dpr-tsv | parquet | squad | text")] = "jsonl",
+    words_per_passage: Annotated[int, typer.Option(help="format text: passages of about this many words.")] = 100,
+    shard_rows: Annotated[int, typer.Option(help="Passages in a Parquet shard.")] = 50_000,
+) -> None:
+    """Read passages and write canonical Parquet shards; rows that are none go to rejects.jsonl with file and line."""
+    from flows.cli.settings import parse
+    from flows.corpus import make_corpus
+    from rag_core.corpus import CorpusConfig
+
+    settings = {"format": format, "words_per_passage": words_per_passage, "shard_rows": shard_rows}
+    print_stage(make_corpus(sources, out, parse(CorpusConfig, settings, "corpus options")))
+
+
+def embed(
+    corpus: Annotated[Path, typer.Option("--corpus", help="Folder written by `rag corpus`.")],
+    encoder: Annotated[str, typer.Option(help="Document encoder: folder, hub name, or package:NAME/FOLDER.")],
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="float32 | float16: how vectors are stored.")] = "float32",
+    precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the encoder's arithmetic.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192,
+    num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
+) -> None:
+    """Embed a corpus with a frozen document encoder on Ray."""
+    from flows.cli.settings import parse
+    from flows.embed_corpus import embed_corpus
+    from rag_core.embeddings import EmbedConfig
+
+    settings = {
+        "encoder": encoder,
+        "dtype": dtype,
+        "precision": precision,
+        "batch_tokens": batch_tokens,
+        "num_workers": num_workers,
+    }
+    print_stage(embed_corpus(corpus, out, parse(EmbedConfig, settings, "embed options")))
+
+
+def index(
+    embeddings: Annotated[Path, typer.Option(help="Folder written by `rag embed`.")],
+    corpus: Annotated[Path, typer.Option("--corpus", help="The corpus that was embedded.")],
+    out: Out,
+    factory: Annotated[
+        str, typer.Option(help="auto, or a FAISS factory string such as Flat, HNSW32, IVF1024,SQ8.")
+    ] = "auto",
+    target_recall: Annotated[float, typer.Option(help="recall@10 that an approximate index is tuned for.")] = 0.95,
+) -> None:
+    """Build a FAISS index and measure its recall@10 against exact search."""
+    from flows.build_index import build_index
+    from flows.cli.settings import parse
+    from rag_core.index import IndexConfig
+
+    settings = {"factory": factory, "target_recall": target_recall}
+    print_stage(build_index(embeddings, corpus, out, parse(IndexConfig, settings, "index options")))
+
+
+def pretrain(
+    corpus: Annotated[Path, typer.Option("--corpus", help="Folder written by `rag corpus`.")],
+    questions: Questions,
+    dev: Annotated[Path, typer.Option(help="Dev questions.")],
+    out: Out,
+    config: ConfigFile = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder that both sides start from; overrides the file.")] = None,
+) -> None:
+    """Make a generator from an encoder where no pretrained seq2seq model can be had (section `pretrain` of --config).
+
+    Questions must name their gold passage (gold_passage_ids).
+    """
+    from flows.cli.settings import parse, read_yaml
+    from flows.pretrain_generator import pretrain_generator
+    from rag_core.pretraining import PretrainConfig
+
+    content: Any = dict(read_yaml(config).get("pretrain") or {}) if config else {}  # type: ignore[call-overload]
+    content |= {"encoder": encoder} if encoder else {}
+    settings = parse(PretrainConfig, content, f"{config or 'options'}, section `pretrain`")
+    print_stage(pretrain_generator(corpus, questions, dev, out, settings))
+
+
+def train(
+    variant: Annotated[str, typer.Option(help="sequence | token")],
+    index: Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")],
+    questions: Questions,
+    dev: Annotated[Path, typer.Option(help="Dev questions, for the choice of the best weights.")],
+    config: Annotated[Path, typer.Option(help="YAML file of a run; its sections `model` and `train` are read.")],
+    out: Out,
+    generator: Annotated[str | None, typer.Option(help="Overrides model.generator.")] = None,
+    question_encoder: Annotated[str | None, typer.Option(help="Overrides model.question_encoder.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Overrides train.optimizer.steps.")] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Overrides train.num_workers.")] = None,
+) -> None:
+    """Train question encoder and generator end to end, with retrieval inside every step."""
+    from flows.cli.settings import parse, read_yaml, section
+    from flows.train_sequence import train_sequence
+    from flows.train_token import train_token
+    from rag_core.errors import ConfigError
+    from rag_core.rag_model import ModelConfig
+    from tasks.train import TrainConfig
+
+    flows = {"sequence": train_sequence, "token": train_token}
+    if variant not in flows:
+        raise ConfigError(f"Unknown variant {variant!r}. Give --variant sequence or --variant token.")
+    content: Any = dict(read_yaml(config).get("model") or {})  # type: ignore[call-overload]
+    content |= {"generator": generator} if generator else {}
+    content |= {"question_encoder": question_encoder} if question_encoder else {}
+    model = parse(ModelConfig, content, f"{config}, section `model`")
+    settings = section(TrainConfig, config, "train")
+    if steps is not None:
+        settings.optimizer.steps = steps
+    if num_workers is not None:
+        settings.num_workers = num_workers
+    print_stage(flows[variant](index, questions, dev, out, model, settings))
+
+
+def infer(
+    model: Annotated[Path, typer.Option(help="Folder written by `rag train`.")],
+    index: Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")],
+    questions: Questions,
+    out: Out,
+    variant: Annotated[str | None, typer.Option(help="sequence | token; empty: as trained.")] = None,
+    num_docs: Annotated[int | None, typer.Option(help="Passages per question; empty: the model's own.")] = None,
+    num_beams: Annotated[int, typer.Option(help="Beams per passage (sequence) or per question (token).")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 32,
+    mode: Annotated[str, typer.Option(help="RAG-Sequence: thorough | fast.")] = "thorough",
+    num_return_sequences: Annotated[int, typer.Option(help="Candidates kept for each question.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Questions decoded at once.")] = 16,
+    num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
+) -> None:
+    """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
+    from flows.batch_infer import batch_infer
+    from flows.cli.settings import parse
+    from tasks.batch_infer import InferConfig
+
+    decoding = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "mode": mode,
+        "num_return_sequences": num_return_sequences,
+        "batch_size": batch_size,
+    }
+    settings = {"variant": variant, "num_docs": num_docs, "decoding": decoding, "num_workers": num_workers}
+    print_stage(batch_infer(model, index, questions, out, parse(InferConfig, settings, "infer options")))
+
+
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder written by `rag infer`.")],
+    questions: Questions,
+    k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """EM, F1 and recall@k, overall and by question type."""
+    from flows.cli.printing import parse_ks
+    from flows.evaluate import evaluate as evaluate_flow
+
+    result, scores = evaluate_flow(predictions, questions, parse_ks(k))
+    if as_json:
+        typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))
+    else:
+        print_scores(scores)
+        print_stage(result)

@@ -1,0 +1,17 @@
+"""Stage 1: source files to a corpus artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from rag_core.corpus import CorpusConfig
+from tasks.make_corpus import make_corpus as run_task
+from tasks.results import StageResult
+
+
+@flow(name="corpus")
+def make_corpus(sources: list[Path], out: Path, config: CorpusConfig, parent_run_id: str | None = None) -> StageResult:
+    """Read passages from files, reject what is not one, publish canonical Parquet shards."""
+    return run_task(sources, out, config, parent_run_id)

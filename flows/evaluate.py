@@ -1,0 +1,23 @@
+"""Stage 6: how good answers and retrieval are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from rag_core.evaluation import Scores
+from tasks.evaluate import evaluate as run_task
+from tasks.results import StageResult
+
+
+@flow(name="evaluate")
+def evaluate(
+    predictions: Path,
+    questions: Path,
+    ks: list[int] = [1, 5],  # noqa: B006 (Prefect shows the default in its form)
+    parent_run_id: str | None = None,
+    stage: str = "evaluate",
+) -> tuple[StageResult, dict[str, Scores]]:
+    """EM, F1 and recall@k of predictions, overall and by question type."""
+    return run_task(predictions, questions, ks, parent_run_id, stage)

@@ -1,0 +1,114 @@
+"""The whole run: corpus → embeddings → index → (generator) → training → answers → scores, under one MLflow run.
+
+Stages whose inputs have not changed are skipped: each artefact knows the settings and contents that it was made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.batch_infer import batch_infer
+from flows.build_index import build_index
+from flows.corpus import make_corpus
+from flows.embed_corpus import embed_corpus
+from flows.evaluate import evaluate
+from flows.pretrain_generator import pretrain_generator
+from flows.train_sequence import train_sequence
+from flows.train_token import train_token
+from rag_core.corpus import CorpusConfig
+from rag_core.embeddings import EmbedConfig
+from rag_core.evaluation import Scores
+from rag_core.index import IndexConfig
+from rag_core.likelihood import Variant
+from rag_core.pretraining import PretrainConfig
+from rag_core.rag_model import ModelConfig
+from tasks.batch_infer import InferConfig
+from tasks.results import StageResult
+from tasks.summary import pipeline_run, publish_summary
+from tasks.train import TrainConfig
+
+TRAIN_FLOWS = {"sequence": train_sequence, "token": train_token}
+NAMES = {"sequence": "RAG-Sequence", "token": "RAG-Token"}
+
+
+class QuestionFiles(BaseModel):
+    """Question files of the three splits, in any format that `rag infer` reads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: Path
+    dev: Path
+    test: Path
+
+
+class PipelineConfig(BaseModel):
+    """A whole run. Each part is owned by the stage that reads it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field("pipeline", description="name of the parent MLflow run")
+    sources: list[Path] = Field(description="files or folders that the corpus is read from")
+    corpus: CorpusConfig
+    questions: QuestionFiles
+    embed: EmbedConfig
+    index: IndexConfig = Field(default_factory=IndexConfig)
+    pretrain: PretrainConfig | None = Field(None, description="make a generator first; it replaces model.generator")
+    model: ModelConfig
+    variants: list[Variant] = Field(default_factory=lambda: ["sequence", "token"], min_length=1)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    infer: InferConfig = Field(default_factory=InferConfig)
+    baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")
+    ks: list[int] = Field(default_factory=lambda: [1, 5], description="k of recall@k")
+
+
+class PipelineResult(BaseModel):
+    """Every stage in the order in which it ran, and the scores of every system on the test questions."""
+
+    run_id: str
+    stages: list[StageResult]
+    scores: dict[str, dict[str, Scores]]
+
+
+@flow(name="pipeline")
+def pipeline(config: PipelineConfig, out: Path = Path("runs/pipeline")) -> PipelineResult:
+    """Run every stage into folders below `out` and compare the trained variants on the test questions."""
+    files = config.questions
+    stages: list[StageResult] = []
+    scores: dict[str, dict[str, Scores]] = {}
+
+    def done(result: StageResult) -> Path:
+        stages.append(result)
+        return result.path
+
+    with pipeline_run(config.name, config.model_dump(mode="json")) as parent:
+
+        def score(system: str, model: Path | ModelConfig, infer: InferConfig) -> None:
+            folder = system.lower()
+            answers = done(
+                batch_infer(model, index, files.test, out / "predictions" / folder, infer, parent, f"infer {system}")
+            )
+            result, scores[system] = evaluate(answers, files.test, config.ks, parent, f"evaluate {system}")
+            stages.append(result)
+
+        corpus = done(make_corpus(config.sources, out / "corpus", config.corpus, parent))
+        embeddings = done(embed_corpus(corpus, out / "embeddings", config.embed, parent))
+        index = done(build_index(embeddings, corpus, out / "index", config.index, parent))
+        model = config.model
+        if config.pretrain:
+            generator = done(
+                pretrain_generator(corpus, files.train, files.dev, out / "generator", config.pretrain, 0, parent)
+            )
+            model = model.model_copy(update={"generator": str(generator)})
+        if config.baselines:
+            score("untrained", model, config.infer.model_copy(update={"variant": config.variants[-1]}))
+        for variant in config.variants:
+            folder = out / f"rag-{variant}"
+            trained = done(TRAIN_FLOWS[variant](index, files.train, files.dev, folder, model, config.train, parent))
+            score(NAMES[variant], trained, config.infer)
+        if config.baselines:
+            score("closed-book", trained, config.infer.model_copy(update={"closed_book": True}))
+        publish_summary(parent, stages, scores)
+    return PipelineResult(run_id=parent, stages=stages, scores=scores)

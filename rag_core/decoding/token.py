@@ -1,0 +1,91 @@
+"""RAG-Token decoding: one beam over the mixture of passages.
+
+Legend: B questions, K passages per question, S context tokens, H hypotheses in a beam, T answer tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rag_core.decoding.beam_search import (
+    Beams,
+    PassageDecoder,
+    SpecialTokens,
+    beam_search,
+    check_decoding,
+    decoding_mode,
+)
+from rag_core.decoding.hypothesis import Hypothesis
+from rag_core.likelihood import doc_log_probs
+
+
+def decode_rag_token(
+    generator: Any,
+    input_ids_BKS: Tensor,
+    attention_mask_BKS: Tensor,
+    doc_scores_BK: Tensor,
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 0.0,
+    num_return_sequences: int = 1,
+) -> list[list[Hypothesis]]:
+    """Answers that beam search finds under p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t), best first.
+
+    Args:
+        generator: a transformers encoder-decoder model; decoded in evaluation mode, left in the mode it was in.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
+        doc_scores_BK: the retriever's scores before the softmax; −inf marks an absent passage.
+        num_beams: hypotheses kept per question; 1 is greedy.
+        max_new_tokens: generated tokens at most, end token included.
+        length_penalty: rank by log_prob / length ** length_penalty, the end token counted; 0 ranks by probability.
+        num_return_sequences: answers per question at most, up to num_beams.
+
+    Returns:
+        For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (T, K).
+
+    Raises:
+        ConfigError: a setting is out of range, the generator is no encoder-decoder or lacks a special token.
+        ValueError: shapes do not fit, or a question has no finite document score.
+
+    Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Token".
+    """
+    check_decoding(
+        generator,
+        input_ids_BKS,
+        attention_mask_BKS,
+        doc_scores_BK,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=num_return_sequences,
+    )
+    with decoding_mode(generator):
+        decoder = PassageDecoder(generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1))
+        beams = beam_search(
+            decoder,
+            doc_log_probs(doc_scores_BK),
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            length_penalty=length_penalty,
+        )
+        return _hypotheses(beams, decoder.special, num_return_sequences)
+
+
+def _hypotheses(beams: Beams, special: SpecialTokens, limit: int) -> list[list[Hypothesis]]:
+    posteriors_BHTK = beams.doc_log_posteriors_BHTK.cpu()
+    tokens, lengths, log_probs = beams.tokens_BHT.tolist(), beams.lengths_BH.tolist(), beams.log_probs_BH.tolist()
+    answers: list[list[Hypothesis]] = []
+    for b in range(len(tokens)):
+        # Keyed by the answer: two end tokens may end the same one, and the better comes first.
+        best: dict[tuple[int, ...], Hypothesis] = {}
+        for h, log_prob in enumerate(log_probs[b]):
+            token_ids = special.strip(tokens[b][h][: lengths[b][h]])
+            if log_prob > float("-inf") and tuple(token_ids) not in best and len(best) < limit:
+                best[tuple(token_ids)] = Hypothesis(
+                    token_ids, log_prob, posteriors_BHTK[b, h, : len(token_ids)].clone()
+                )
+        answers.append(list(best.values()))
+    return answers

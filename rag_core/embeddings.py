@@ -1,0 +1,115 @@
+"""The embeddings artefact: one Parquet shard of vectors for each shard of the corpus, row for row.
+
+Owner of its layout: `embeddings-00000.parquet`, … with columns `id` (string) and `embedding` (fixed-size list of
+float16 or float32), in the corpus's order. Which process embeds which shard is somebody else's business.
+
+Shapes: N passages, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_core.artefact import Manifest, open_artefact
+from rag_core.errors import ArtefactError
+from rag_core.text_encoder import Precision, TextEncoder, passage_text
+
+KIND = "embeddings"
+VectorDtype = Literal["float32", "float16"]
+
+
+class EmbedConfig(BaseModel):
+    """How passages are embedded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    encoder: str = Field(description="document encoder: a folder, a hub name, or package:NAME/FOLDER")
+    dtype: VectorDtype = Field("float32", description="type of the stored vectors; float16 halves the disk")
+    precision: Precision = Field(
+        "auto", description="arithmetic of the encoder; auto: bfloat16 where the processor has it"
+    )
+    batch_tokens: int = Field(8192, ge=64, description="tokens in a batch, padding included")
+    num_workers: int = Field(
+        0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"
+    )
+
+
+def shard_name(number: int) -> str:
+    """File name of the embeddings of the corpus's shard `number`."""
+    return f"embeddings-{number:05d}.parquet"
+
+
+def embed_shard(
+    encoder: TextEncoder,
+    corpus_shard: Path,
+    out_file: Path,
+    config: EmbedConfig,
+    on_progress: Callable[[int], None] | None = None,
+) -> int:
+    """Embed one shard of a corpus into one shard of embeddings; returns the number of rows.
+
+    Raises:
+        ArtefactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed).
+    """
+    table = pq.read_table(corpus_shard, columns=["id", "title", "text"])
+    titles, texts = table["title"].to_pylist(), table["text"].to_pylist()
+    vectors_ND = encoder.encode(
+        [passage_text(title, text, encoder.settings) for title, text in zip(titles, texts, strict=True)],
+        batch_tokens=config.batch_tokens,
+        precision=config.precision,
+        on_progress=on_progress,
+    ).astype(config.dtype)
+    finite_N = np.isfinite(vectors_ND).all(axis=1)
+    if not finite_N.all():
+        row = int(np.argmin(finite_N))
+        raise ArtefactError(
+            f"{corpus_shard} row {row + 1} (id {table['id'][row].as_py()!r}): the encoder gave a vector that is not "
+            f"finite as {config.dtype}. Check the encoder's weights, or store float32."
+        )
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), encoder.dim)
+    pq.write_table(
+        pa.table({"id": table["id"], "embedding": embedding}), out_file, compression="zstd", row_group_size=10_000
+    )
+    return table.num_rows
+
+
+class Embeddings:
+    """A published embeddings artefact, opened and checked."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.dim: int = manifest.details["dim"]
+        self.dtype: VectorDtype = manifest.details["dtype"]
+        self.shards = [path / name for name in sorted(manifest.files) if name.endswith(".parquet")]
+
+    @classmethod
+    def open(cls, path: Path, *, check_content: bool = True) -> Embeddings:
+        """Open an artefact; raises ArtefactError if it is missing or damaged."""
+        return cls(Path(path), open_artefact(path, KIND, check_content=check_content))
+
+    def __len__(self) -> int:
+        return self.manifest.counts["passages"]
+
+    def iter_vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
+
+        Raises:
+            ArtefactError: a shard's vectors have another width than the manifest says.
+        """
+        for shard in self.shards:
+            for batch in pq.ParquetFile(shard).iter_batches(batch_size=10_000):
+                column = batch.column("embedding")
+                if column.type.list_size != self.dim:
+                    raise ArtefactError(
+                        f"{shard}: vectors have {column.type.list_size} dimensions, the manifest says {self.dim}. "
+                        "Embed the corpus again."
+                    )
+                yield batch.column("id").to_pylist(), column.flatten().to_numpy().reshape(-1, self.dim)

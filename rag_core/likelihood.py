@@ -1,0 +1,232 @@
+"""The likelihood of an answer under RAG-Sequence and RAG-Token, and the one place where passages are marginalised.
+
+Lewis et al. 2020 (arXiv 2005.11401), section 2.1, with p(z|q) = softmax of the retriever's scores over the K
+passages of a question:
+
+    RAG-Sequence    p(a|q) = Σ_z p(z|q) Π_t p(a_t | q, z, a_<t)
+    RAG-Token       p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t)
+
+The document's probability enters once an answer (Sequence) or once a token (Token), whatever the first token is.
+Token log-probabilities are gather − logsumexp: the log-softmax of the logits, the largest tensor of a training step,
+is never held, neither forwards nor for the gradient. The price is that second derivatives are not defined.
+This module knows nothing about retrieval, tokenisers, optimisers or devices.
+
+Legend: B questions, K passages per question, S context tokens, T answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rag_core.errors import ConfigError
+
+Variant = Literal["sequence", "token"]
+
+# Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 16 MB.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def rag_sequence_nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    """−log p(a|q) of RAG-Sequence.
+
+    Args:
+        logits_BKTV: the generator's logits for every (question, passage) pair, floating point. Half precision is
+            accumulated in float32; float64 stays float64.
+        doc_scores_BK: the retriever's scores before the softmax, floating point. −inf marks an absent passage.
+        labels_BT: int64 token ids of the answer, end token included, no start token.
+        ignore_index: label of positions that count for nothing; they may be anywhere.
+
+    Returns:
+        nll_B in nats, summed over tokens, float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+
+    Source: Lewis et al. 2020, section 2.1, "RAG-Sequence Model".
+    """
+    return _nll(logits_BKTV, doc_scores_BK, labels_BT, variant="sequence", ignore_index=ignore_index)
+
+
+def rag_token_nll(logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """−log p(a|q) of RAG-Token. Arguments, result and errors as in `rag_sequence_nll`.
+
+    Source: Lewis et al. 2020, section 2.1, "RAG-Token Model".
+    """
+    return _nll(logits_BKTV, doc_scores_BK, labels_BT, variant="token", ignore_index=ignore_index)
+
+
+def rag_nll(
+    generator: Any,
+    input_ids_BKS: Tensor,
+    attention_mask_BKS: Tensor,
+    doc_scores_BK: Tensor,
+    labels_BT: Tensor,
+    *,
+    variant: Variant,
+) -> Tensor:
+    """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
+
+    Args:
+        generator: a transformers encoder-decoder model. Its own shift makes the decoder's inputs from the labels.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
+        doc_scores_BK: the retriever's scores before the softmax. −inf marks an absent passage.
+        labels_BT: int64 token ids of the answers, end token included, no start token, padded with −100.
+        variant: "sequence" or "token".
+
+    Returns:
+        nll_B in nats, summed over tokens, float32 (float64 for a float64 generator).
+
+    Raises:
+        ConfigError: unknown variant, or a generator that is not an encoder-decoder.
+        ValueError: the shapes do not fit each other.
+
+    Source: Lewis et al. 2020, section 2.1.
+    """
+    _check_variant(variant)
+    check_encoder_decoder(generator)
+    check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
+    B, K = doc_scores_BK.shape
+    if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
+        raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
+    decoder_input_ids_BT = generator.prepare_decoder_input_ids_from_labels(labels_BT)
+    logits_RTV = generator(
+        input_ids=input_ids_BKS.flatten(0, 1),
+        attention_mask=attention_mask_BKS.flatten(0, 1),
+        decoder_input_ids=decoder_input_ids_BT.repeat_interleave(K, dim=0),
+        use_cache=False,
+    ).logits
+    return _nll(logits_RTV.unflatten(0, (B, K)), doc_scores_BK, labels_BT, variant=variant, ignore_index=-100)
+
+
+def doc_log_probs(doc_scores_BK: Tensor) -> Tensor:
+    """log p(z|q) of shape (B, K): log-softmax of the retriever's scores, in float32 at least."""
+    return torch.log_softmax(_at_least_float32(doc_scores_BK), dim=1)
+
+
+def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
+    """log Σ_z p(z|q) p(·|q,z): the passages, dimension 1, are summed out.
+
+    Args:
+        log_probs_BK: log p(·|q,z), shape (B, K, ...), −inf allowed: an answer (B, K), its tokens (B, K, T), or next
+            tokens (B, K, H, V).
+        log_weights_BK: log p(z|q), −inf for an absent passage; shape (B, K), or (B, K, H) where hypotheses have
+            weights of their own.
+
+    Returns:
+        log p(·|q), shape (B, ...).
+    """
+    missing = log_probs_BK.dim() - log_weights_BK.dim()
+    joint_BK = log_probs_BK + log_weights_BK.reshape(log_weights_BK.shape + (1,) * missing)
+    # One passage is its own sum; this saves the beam search of RAG-Sequence four passes over the vocabulary.
+    return joint_BK.squeeze(1) if joint_BK.shape[1] == 1 else joint_BK.logsumexp(dim=1)
+
+
+def token_log_probs(logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
+    """log p(label) = logit − logsumexp(logits) at each position, differentiable once in the logits.
+
+    Args:
+        logits_RTV: floating point, shape (..., V); half precision is accumulated in float32.
+        labels_RT: int64, shape (...), each in [0, V).
+
+    Returns:
+        Shape (...), float32 or float64.
+    """
+    log_probs: Tensor = _TokenLogProbs.apply(logits_RTV, labels_RT)
+    return log_probs
+
+
+def check_encoder_decoder(generator: Any) -> None:
+    """Raise `ConfigError` unless `generator` is an encoder-decoder model."""
+    if not getattr(generator.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"The generator is a {type(generator).__name__}, which is not an encoder-decoder "
+            "(config.is_encoder_decoder is not set). Take a model such as BART, T5 or EncoderDecoderModel."
+        )
+
+
+def check_contexts(input_ids_BKS: Tensor, attention_mask_BKS: Tensor, doc_scores_BK: Tensor) -> None:
+    """Raise `ValueError` unless contexts, mask and document scores have shapes (B, K, S), (B, K, S), (B, K)."""
+    if (
+        input_ids_BKS.dim() != 3
+        or attention_mask_BKS.shape != input_ids_BKS.shape
+        or doc_scores_BK.shape != input_ids_BKS.shape[:2]
+        or 0 in input_ids_BKS.shape
+    ):
+        raise ValueError(
+            "input_ids and attention_mask must have one shape (B, K, S) and doc_scores the shape (B, K), none empty; "
+            f"found {tuple(input_ids_BKS.shape)}, {tuple(attention_mask_BKS.shape)}, {tuple(doc_scores_BK.shape)}"
+        )
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        raise ConfigError(f'Unknown RAG variant {variant!r}: expected "sequence" or "token".')
+
+
+def _nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, variant: Variant, ignore_index: int
+) -> Tensor:
+    if (
+        logits_BKTV.dim() != 4
+        or 0 in logits_BKTV.shape
+        or doc_scores_BK.shape != logits_BKTV.shape[:2]
+        or labels_BT.shape != (logits_BKTV.shape[0], logits_BKTV.shape[2])
+    ):
+        raise ValueError(
+            "logits must have the shape (B, K, T, V), doc_scores (B, K) and labels (B, T), none of them empty; "
+            f"found {tuple(logits_BKTV.shape)}, {tuple(doc_scores_BK.shape)}, {tuple(labels_BT.shape)}"
+        )
+    ignored_BT = labels_BT == ignore_index
+    # Ignored positions look up token 0, which is always there; what they find is masked below.
+    labels_BKT = labels_BT.masked_fill(ignored_BT, 0).unsqueeze(1).expand(logits_BKTV.shape[:3])
+    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT)
+    log_docs_BK = doc_log_probs(doc_scores_BK)
+    if variant == "sequence":
+        answer_BK = log_probs_BKT.masked_fill(ignored_BT.unsqueeze(1), 0.0).sum(dim=2)
+        return -marginalize(answer_BK, log_docs_BK)
+    # Masked after the marginalisation: an ignored token must count 0 exactly, not log Σ_z p(z|q) up to rounding.
+    return -marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """gather − logsumexp in chunks of positions; the gradient onehot − softmax is written into one buffer.
+
+    Autograd's own version holds a float32 copy of half-precision logits and makes three more tensors of that size on
+    the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
+        V = logits_RTV.shape[-1]
+        logits_NV, labels_N = logits_RTV.reshape(-1, V), labels_RT.reshape(-1)
+        rows = max(1, _CHUNK_ELEMENTS // V)
+        lse_N = torch.cat([_at_least_float32(chunk).logsumexp(dim=1) for chunk in logits_NV.split(rows)])
+        ctx.save_for_backward(logits_NV, labels_N, lse_N)
+        ctx.shape = logits_RTV.shape
+        chosen_N = _at_least_float32(logits_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1))
+        return (chosen_N - lse_N).view(logits_RTV.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        logits_NV, labels_N, lse_N = ctx.saved_tensors
+        grad_N = grad_outputs[0].reshape(-1)
+        grad_NV = torch.empty_like(logits_NV)
+        rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[1])
+        for start in range(0, len(labels_N), rows):
+            part = slice(start, start + rows)
+            weight_N1 = grad_N[part].unsqueeze(1)
+            softmax_NV = (_at_least_float32(logits_NV[part]) - lse_N[part].unsqueeze(1)).exp_()
+            chunk_NV = softmax_NV.mul_(-weight_N1).scatter_add_(1, labels_N[part].unsqueeze(1), weight_N1)
+            grad_NV[part] = chunk_NV
+        return grad_NV.view(ctx.shape), None

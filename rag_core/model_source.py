@@ -1,0 +1,82 @@
+"""Where weights come from: a local folder, a Python package, or a model hub; and errors a reader can act on.
+
+`package:NAME/FOLDER` names a folder inside an installed Python package, which is how weights travel where no hub can
+be reached. Remote code is never run, and pickled weights are read by Transformers with `weights_only=True` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from rag_core.errors import ConfigError
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_model_source(name_or_folder: str | Path) -> str:
+    """The folder or hub name that Transformers should load.
+
+    Raises:
+        ConfigError: a `package:` source that is not installed, or a local path that is no model folder.
+    """
+    name = str(name_or_folder)
+    if name.startswith(PACKAGE_PREFIX):
+        return str(_package_folder(name.removeprefix(PACKAGE_PREFIX)))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} has no config.json, so it is not a model folder. Give the folder that holds it.")
+        return str(path)
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; a model folder (with config.json and weights) is needed.")
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ConfigError(f"There is no model folder {path}. Correct the path, or give a hub name such as 'org/model'.")
+    return name
+
+
+def load_from_source(load: Callable[..., Any], source: str, **options: Any) -> Any:
+    """Call a `from_pretrained`; whatever it cannot read becomes a ConfigError that says what to do."""
+    try:
+        with _quiet_loading():
+            return load(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "The folder" if Path(source).is_dir() else "The hub model"
+        raise ConfigError(
+            f"{where} {source} cannot be loaded: {reason} It needs config.json, weights in safetensors and a tokenizer; "
+            "a hub name needs a network and, for private models, HF_TOKEN."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar and no table of unused weights: a model is put together from parts on purpose here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _package_folder(name: str) -> Path:
+    package, _, inside = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"The Python package {package!r} of model source 'package:{name}' is not installed. "
+            f"Install it: pip install {package.replace('_', '-')}"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The package {package!r} has no model folder {inside!r} (no config.json in {folder}).")
+    return folder

@@ -1,0 +1,59 @@
+"""Passages read by row from a memory-mapped Arrow file: nothing is held in RAM but what is asked for.
+
+Owner of `passages.arrow` inside an index: an Arrow IPC file of record batches of equal size (the last may be
+shorter), columns `id`, `title`, `text`, in the order of the index's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from rag_core.passages import Passage
+
+BATCH_ROWS = 4096
+SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+
+
+def write_passage_store(tables: Iterable[pa.Table], out_file: Path) -> int:
+    """Write tables with columns id, title, text as one row-addressable file; returns the number of rows."""
+    rows = 0
+    pending: pa.Table = SCHEMA.empty_table()
+    with pa.OSFile(str(out_file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for table in tables:
+            pending = pa.concat_tables([pending, table.select(SCHEMA.names).cast(SCHEMA)])
+            whole = pending.num_rows // BATCH_ROWS * BATCH_ROWS
+            for batch in pending.slice(0, whole).combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
+                writer.write_batch(batch)
+            rows += whole
+            pending = pending.slice(whole)
+        for batch in pending.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return rows + pending.num_rows
+
+
+class PassageStore:
+    """Row access to a `passages.arrow`; opening maps the file and reads nothing."""
+
+    def __init__(self, file: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = self._reader.num_record_batches
+        last = self._reader.get_batch(batches - 1).num_rows if batches else 0
+        self._rows = max(batches - 1, 0) * BATCH_ROWS + last
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row: int) -> Passage:
+        """The passage at a row; raises IndexError outside 0 … len − 1."""
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} of {self._rows} passages")
+        batch = self._reader.get_batch(row // BATCH_ROWS)
+        place = row % BATCH_ROWS
+        return Passage(*(batch.column(name)[place].as_py() for name in SCHEMA.names))
+
+    def take(self, rows: Sequence[int]) -> list[Passage]:
+        """The passages at some rows, in the order asked for."""
+        return [self[int(row)] for row in rows]

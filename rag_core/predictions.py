@@ -1,0 +1,103 @@
+"""The predictions artefact: answers to a question file, in its order.
+
+Owner of its layout: `predictions.jsonl` (for people and scripts) and `predictions.parquet` (for tables), with the same
+rows: id, question, answer, log_prob, candidates (answer, log_prob) and passages (id, title, text, prior p(z|q),
+posterior p(z|q,a)). A part is one shard of questions, written by one worker; parts are joined in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rag_core.artefact import open_artefact
+from rag_core.errors import ArtefactError
+from rag_core.questions import Question
+from rag_core.reader import Answer
+
+KIND = "predictions"
+JSONL, PARQUET = "predictions.jsonl", "predictions.parquet"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("log_prob", pa.float64()),
+        ("candidates", pa.list_(pa.struct([("answer", pa.string()), ("log_prob", pa.float64())]))),
+        (
+            "passages",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("id", pa.string()),
+                        ("title", pa.string()),
+                        ("text", pa.string()),
+                        ("prior", pa.float64()),
+                        ("posterior", pa.float64()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+
+
+def prediction_row(question: Question, answer: Answer) -> dict[str, Any]:
+    """One row of the artefact."""
+    return {
+        "id": question.id,
+        "question": question.question,
+        "answer": answer.text,
+        "log_prob": answer.log_prob,
+        "candidates": [{"answer": one.text, "log_prob": one.log_prob} for one in answer.candidates],
+        "passages": [
+            {
+                "id": read.passage.id,
+                "title": read.passage.title,
+                "text": read.passage.text,
+                "prior": read.prior,
+                "posterior": read.posterior,
+            }
+            for read in answer.passages
+        ],
+    }
+
+
+def write_part(rows: Sequence[dict[str, Any]], out_file: Path) -> None:
+    """Write one shard of rows as JSON lines."""
+    with out_file.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def join_parts(parts: Sequence[Path], folder: Path) -> int:
+    """Join the parts, in order, into `predictions.jsonl` and `predictions.parquet`; returns the number of rows."""
+    count = 0
+    with (folder / JSONL).open("w", encoding="utf-8") as file, pq.ParquetWriter(folder / PARQUET, SCHEMA) as writer:
+        for part in parts:
+            text = part.read_text(encoding="utf-8")
+            file.write(text)
+            rows = [json.loads(line) for line in text.splitlines()]
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+            count += len(rows)
+    return count
+
+
+def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a published predictions artefact, in order.
+
+    Raises:
+        ArtefactError: missing, damaged, or a line that is not a row.
+    """
+    open_artefact(folder, KIND)
+    with (Path(folder) / JSONL).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            row = json.loads(line)
+            if not {"id", "question", "answer", "passages"} <= row.keys():
+                raise ArtefactError(f"{Path(folder) / JSONL} line {number} is not a prediction. Run `rag infer` again.")
+            yield row

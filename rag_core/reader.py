@@ -1,0 +1,167 @@
+"""A generator that reads passages: likelihoods of answers and the search for them, over passages that are given.
+
+It knows nothing of retrieval: passages and their scores come from a caller (`rag_model.py` finds them, a pretraining
+run or a question file brings its own).
+
+Shapes: B questions, K passages per question, S context tokens, T answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from rag_core.contexts import PromptConfig, answer_labels, assemble_contexts
+from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+from rag_core.errors import ConfigError
+from rag_core.likelihood import Variant, rag_nll
+from rag_core.model_source import load_from_source, resolve_model_source
+from rag_core.passages import Passage
+from rag_core.surface import SurfaceReader
+from rag_core.text_encoder import Precision, autocast
+
+
+class DecodingConfig(BaseModel):
+    """How answers are searched."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_beams: int = Field(4, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="longest answer, end token included")
+    mode: Literal["thorough", "fast"] = Field(
+        "thorough", description="RAG-Sequence: score answers under every passage, or only where found"
+    )
+    length_penalty: float = 0.0
+    num_return_sequences: int = Field(3, ge=1, description="the answer and its runners-up")
+    batch_size: int = Field(16, ge=1, description="questions decoded at once")
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An answer's text and its log-probability in nats (end token included) under the mixture."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPassage:
+    """A passage that was read, with p(z|q) and p(z|q,a).
+
+    For RAG-Token, where every token has a posterior of its own, the mean over the answer's tokens.
+    """
+
+    passage: Passage
+    prior: float
+    posterior: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best answer to a question, its runners-up (best first, the answer itself leading) and what was read."""
+
+    text: str
+    log_prob: float
+    candidates: tuple[Candidate, ...]
+    passages: tuple[ReadPassage, ...]
+
+
+class GeneratorReader:
+    """A seq2seq generator with its tokenizer and prompt."""
+
+    def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self._surface = SurfaceReader(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    def nll(
+        self,
+        questions: Sequence[str],
+        passages_BK: Sequence[Sequence[Passage]],
+        doc_scores_BK: torch.Tensor,
+        answers: Sequence[str],
+        variant: Variant,
+    ) -> torch.Tensor:
+        """−log p(answer | question) for given passages and scores: nll_B in nats, summed over tokens."""
+        contexts = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        labels_BT = answer_labels(self.tokenizer, answers, self.prompt.max_answer_tokens, self.device)
+        return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
+
+    def answer_from(
+        self,
+        questions: Sequence[str],
+        passages_BK: Sequence[Sequence[Passage]],
+        doc_scores_BK: torch.Tensor,
+        *,
+        variant: Variant,
+        decoding: DecodingConfig,
+    ) -> list[Answer]:
+        """Answer one batch of questions from given passages and scores (B, K); settings as in `DecodingConfig`."""
+        contexts = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        options: dict[str, Any] = {
+            "num_beams": decoding.num_beams,
+            "max_new_tokens": decoding.max_new_tokens,
+            "length_penalty": decoding.length_penalty,
+            "num_return_sequences": min(decoding.num_return_sequences, decoding.num_beams),
+        }
+        with autocast(self.device, decoding.precision):
+            if variant == "sequence":
+                found = decode_rag_sequence(self.generator, *contexts, doc_scores_BK, mode=decoding.mode, **options)
+            else:
+                found = decode_rag_token(self.generator, *contexts, doc_scores_BK, **options)
+        prior_BK = torch.softmax(doc_scores_BK.double(), dim=-1).cpu().numpy()
+        return [
+            self._to_answer(hypotheses, passages_K, prior_K)
+            for hypotheses, passages_K, prior_K in zip(found, passages_BK, prior_BK, strict=True)
+        ]
+
+    def _to_answer(self, hypotheses: list[Hypothesis], passages_K: Sequence[Passage], prior_K: np.ndarray) -> Answer:
+        best = hypotheses[0]
+        log_posterior = best.doc_log_posterior.double()
+        if log_posterior.dim() == 2:
+            posterior_K = log_posterior.exp().mean(0).numpy() if len(log_posterior) else prior_K
+        else:
+            posterior_K = log_posterior.exp().numpy()
+        order = np.argsort(-posterior_K, kind="stable")
+        read_texts = [passages_K[place].text for place in order]
+        candidates = tuple(Candidate(self._surface(one.token_ids, read_texts), one.log_prob) for one in hypotheses)
+        return Answer(
+            text=candidates[0].text,
+            log_prob=best.log_prob,
+            candidates=candidates,
+            passages=tuple(
+                ReadPassage(passage, float(prior), float(posterior))
+                for passage, prior, posterior in zip(passages_K, prior_K, posterior_K, strict=True)
+            ),
+        )
+
+
+def load_generator(name_or_folder: str | Path) -> tuple[nn.Module, Any]:
+    """A seq2seq model (float32, eval mode) and its tokenizer.
+
+    Raises:
+        ConfigError: not readable, or decoder-only.
+    """
+    source = resolve_model_source(name_or_folder)
+    config = load_from_source(AutoConfig.from_pretrained, source)
+    if not config.is_encoder_decoder:
+        raise ConfigError(
+            f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
+            "BART, T5 or the one that `rag pretrain` makes."
+        )
+    model = load_from_source(AutoModelForSeq2SeqLM.from_pretrained, source, dtype=torch.float32)
+    return model.eval(), load_from_source(AutoTokenizer.from_pretrained, source)

@@ -1,0 +1,102 @@
+"""Which files a list of sources means: folders expanded in one fixed order, bad sources refused before any reading.
+
+A folder stands for all its files (recursively) with the suffix of the format; files and folders whose name starts
+with a dot are left out, since they are editors' and version control's. A file named outright is taken whatever its
+suffix, save for `text`, where reading a PDF as text would yield rubbish. This module does not look into files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from rag_core.errors import ConfigError, InputError
+
+CorpusFormat = Literal["jsonl", "dpr-tsv", "parquet", "squad", "text"]
+
+SUFFIXES: dict[CorpusFormat, tuple[str, ...]] = {
+    "jsonl": (".jsonl",),
+    "dpr-tsv": (".tsv",),
+    "parquet": (".parquet",),
+    "squad": (".json",),
+    "text": (".txt", ".md"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read, and its POSIX path relative to the source folder (the file name if it was named outright)."""
+
+    path: Path
+    name: str
+
+
+def expand_sources(sources: Sequence[Path], format: CorpusFormat) -> list[SourceFile]:
+    """All files that `sources` stand for: sources in the order given, the files of a folder sorted by name.
+
+    Raises:
+        ConfigError: unknown format.
+        InputError: a source is missing, unreadable or a folder without fitting files; or (text) two have one name.
+    """
+    if format not in get_args(CorpusFormat):
+        known = ", ".join(get_args(CorpusFormat))
+        raise ConfigError(f"Corpus format {format!r} is unknown; the known ones are {known}. Correct `format`.")
+    files = [file for source in sources for file in _expand(Path(source), format)]
+    if not files:
+        raise InputError("No source was given for the corpus. Name at least one file or folder.")
+    if format == "text":
+        _refuse_equal_names(files)
+    return files
+
+
+def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
+    suffixes = SUFFIXES[format]
+    wanted = " or ".join(suffixes)
+    if not source.exists():
+        raise InputError(
+            f"{source} does not exist; a {format} file or a folder of {wanted} files was expected. Correct the path."
+        )
+    if source.is_dir():
+        files = sorted(_files_below(source, suffixes), key=lambda file: file.name)
+        if not files:
+            raise InputError(
+                f"{source} holds no {wanted} file, as format {format!r} expects. Correct the path or the format."
+            )
+    elif format == "text" and source.suffix.lower() not in suffixes:
+        raise InputError(
+            f"{source} is not a {wanted} file. Convert it to plain text first, or give the fitting format."
+        )
+    else:
+        files = [SourceFile(source, source.name)]
+    for file in files:
+        if not os.access(file.path, os.R_OK):
+            raise InputError(f"{file.path} cannot be read: no permission. Grant it, or leave the file out.")
+    return files
+
+
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
+    found = []
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if (
+            path.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in relative.parts)
+            and path.is_file()
+        ):
+            found.append(SourceFile(path, relative.as_posix()))
+    return found
+
+
+def _refuse_equal_names(files: list[SourceFile]) -> None:
+    """Passage ids of text are made from the names, so equal names would make the second file's passages duplicates."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        if file.name in seen:
+            raise InputError(
+                f"{seen[file.name]} and {file.path} would both get passage ids that start with {file.name!r}. "
+                "Give their common folder as the one source, or rename one of them."
+            )
+        seen[file.name] = file.path

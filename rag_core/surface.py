@@ -1,0 +1,54 @@
+"""Token ids back to text, for tokenizers that lose something on the way.
+
+BERT's uncased tokenizers drop case and accents and put spaces around punctuation: "America/New_York" comes back as
+"america / new _ york". A generator that copies can do better: if the answer's tokens stand in a passage that was read,
+the passage's own spelling is the answer. Tokenizers that come back unharmed (BPE, SentencePiece) are simply decoded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+PROBE = "Zürich/New_York, 1,000 km"
+
+
+class SurfaceReader:
+    """Decodes an answer; for a lossy tokenizer, in the spelling of the first passage that holds its tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        self._lossless = tokenizer.decode(ids, skip_special_tokens=True).strip() == PROBE
+
+    def __call__(self, token_ids: Sequence[int], passage_texts: Sequence[str]) -> str:
+        """The text of an answer.
+
+        Args:
+            token_ids: the answer's tokens, without special tokens.
+            passage_texts: what was read, most probable passage first.
+        """
+        token_ids = list(token_ids)
+        if not self._lossless and token_ids and passage_texts:
+            encoded = self._tokenizer(list(passage_texts), add_special_tokens=False, return_offsets_mapping=True)
+            for text, ids, offsets in zip(passage_texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                start = _find(ids, token_ids)
+                if start >= 0:
+                    return text[offsets[start][0] : offsets[start + len(token_ids) - 1][1]]
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return text if self._lossless else _close_gaps(text)
+
+
+def _find(haystack: Sequence[int], needle: Sequence[int]) -> int:
+    """Where `needle` first stands in `haystack`, or −1."""
+    for start in range(len(haystack) - len(needle) + 1):
+        if haystack[start] == needle[0] and list(haystack[start : start + len(needle)]) == list(needle):
+            return start
+    return -1
+
+
+def _close_gaps(text: str) -> str:
+    """Undo the spaces that WordPiece decoding leaves around joining punctuation and inside numbers."""
+    text = re.sub(r"\s*([/_\-'’])\s*", r"\1", text)
+    return re.sub(r"(?<=\d)\s*([.,])\s*(?=\d)", r"\1", text)

@@ -1,0 +1,1 @@
+"""Prefect tasks: the only place that touches Ray and MLflow."""

@@ -1,0 +1,205 @@
+"""Stage 5: a question file to predictions, with Ray Data.
+
+Questions are cut into shards; long-lived actors load the model and map the index once, retrieve (unless the file brings
+its own contexts) and decode; parts are joined in the order of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.errors import ConfigError
+from rag_core.index import PassageIndex
+from rag_core.likelihood import Variant
+from rag_core.passages import Passage
+from rag_core.predictions import KIND, join_parts, prediction_row, write_part
+from rag_core.questions import Question, read_questions
+from rag_core.rag_model import ModelConfig, RagModel, batches_of
+from rag_core.reader import Answer, DecodingConfig
+from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
+from tasks.results import StageResult
+from tasks.stage import Input, run_stage
+from tasks.tracking import StageRun
+
+NO_PASSAGE = Passage(id="", title="", text="")
+
+
+class InferConfig(BaseModel):
+    """How a question file is answered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Variant | None = Field(None, description="sequence or token; empty: what the model was trained as")
+    num_docs: int | None = Field(None, ge=1, description="K; empty: the model's own")
+    closed_book: bool = Field(False, description="answer without passages, for contrast")
+    decoding: DecodingConfig = Field(default_factory=DecodingConfig)
+    shard_questions: int = Field(256, ge=1, description="questions that a worker answers at a time")
+    num_workers: int = Field(0, ge=0, description="actors; 0: one for each GPU, else one for each machine")
+
+
+class QuestionAnswerer:
+    """A Ray Data actor: loads model and index once, then answers one shard of questions a call."""
+
+    def __init__(
+        self,
+        model: str | ModelConfig,
+        index: str,
+        questions: str,
+        parts: str,
+        config: InferConfig,
+        cpus: int,
+        gpu: bool,
+        meter: Any,
+    ) -> None:
+        limit_threads(cpus)
+        self._config, self._parts, self._meter = config, Path(parts), meter
+        self._model = load_model(model).to("cuda" if gpu else "cpu")
+        self._index = PassageIndex.open(Path(index), check_content=False)
+        self._questions = read_questions(Path(questions))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for number in batch["number"]:
+            size = self._config.shard_questions
+            mine = self._questions[int(number) * size : (int(number) + 1) * size]
+            answers: list[Answer] = []
+            for part in batches_of(mine, self._config.decoding.batch_size):
+                answers += answer_questions(self._model, self._index, part, self._config)
+                self._meter.advance.remote(len(part))
+            rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
+            write_part(rows, self._parts / part_name(int(number)))
+        return {"number": batch["number"]}
+
+
+@task(name="batch-infer")
+def batch_infer(
+    model: Path | ModelConfig,
+    index: Path,
+    questions: Path,
+    out: Path,
+    config: InferConfig,
+    parent_run_id: str | None = None,
+    stage: str = "batch-infer",
+) -> StageResult:
+    """Answer every question of a file. `model` is a trained folder, or the parts of one that is not trained yet."""
+    opened_index, opened_questions = PassageIndex.open(index), read_questions(questions)
+    loaded = load_model(model if isinstance(model, ModelConfig) else str(model))
+    loaded.check_index(opened_index)
+    loaded.variant_or(config.variant)
+    opened_index.check_num_docs(config.num_docs or loaded.settings.num_docs)
+    settings_print = hashlib.sha256(loaded.settings.model_dump_json().encode()).hexdigest()
+    made_from = {
+        "model": loaded.fingerprint(),
+        "model_settings": settings_print,
+        "index": opened_index.manifest.fingerprint,
+        "questions": fingerprint_of_files([questions]),
+    }
+    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
+
+    def work(run: StageRun) -> Manifest:
+        with publish(out, KIND, config=settings, made_from=made_from) as draft:
+            parts = draft.folder / "parts"
+            parts.mkdir()
+            source = model if isinstance(model, ModelConfig) else str(Path(model).resolve())
+            _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
+            draft.counts["questions"] = join_parts(sorted(parts.iterdir()), draft.folder)
+            shutil.rmtree(parts)
+            draft.details["model"] = str(model)
+        return open_artefact(out, KIND, check_content=False)
+
+    inputs = {"index": Input(index, made_from["index"]), "questions": Input(questions, made_from["questions"])}
+    if not isinstance(model, ModelConfig):
+        inputs["model"] = Input(model, made_from["model"])
+    return run_stage(
+        stage,
+        KIND,
+        out,
+        config=settings,
+        inputs=inputs,
+        made_from=made_from,
+        parent_run_id=parent_run_id,
+        work=work,
+    )
+
+
+def load_model(model: str | ModelConfig) -> RagModel:
+    """A trained model from its folder, or an untrained one from its parts."""
+    return RagModel.from_parts(model) if isinstance(model, ModelConfig) else RagModel.from_pretrained(model)
+
+
+def part_name(number: int) -> str:
+    """File name of one shard of predictions; names sort in the order of the questions."""
+    return f"part-{number:08d}.jsonl"
+
+
+def answer_questions(
+    model: RagModel, index: PassageIndex, questions: Sequence[Question], config: InferConfig
+) -> list[Answer]:
+    """Answers of one batch: closed-book, over the file's own contexts, or over what the index finds."""
+    texts = [question.question for question in questions]
+    variant = model.variant_or(config.variant)
+    if config.closed_book:
+        nothing = torch.zeros(len(texts), 1, device=model.device)
+        return model.reader.answer_from(
+            texts, [[NO_PASSAGE]] * len(texts), nothing, variant=variant, decoding=config.decoding
+        )
+    if all(question.contexts for question in questions):
+        return [_answer_from_contexts(model, question, config) for question in questions]
+    if any(question.contexts for question in questions):
+        raise ConfigError(
+            "Some questions of the file bring their own contexts (ctxs) and some do not. Put them into separate files."
+        )
+    return model.answer(texts, index, variant=variant, num_docs=config.num_docs, decoding=config.decoding)
+
+
+def _answer_from_contexts(model: RagModel, question: Question, config: InferConfig) -> Answer:
+    """Files may bring a different number of contexts for each question, so these go one by one."""
+    contexts = list(question.contexts or ())
+    scores = question.context_scores or (0.0,) * len(contexts)
+    num_docs = config.num_docs or model.settings.num_docs
+    doc_scores_1K = torch.tensor([scores[:num_docs]], dtype=torch.float32, device=model.device)
+    return model.reader.answer_from(
+        [question.question],
+        [contexts[:num_docs]],
+        doc_scores_1K,
+        variant=model.variant_or(config.variant),
+        decoding=config.decoding,
+    )[0]
+
+
+def _answer_on_ray(
+    model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, count: int, stage: str
+) -> None:
+    import ray
+
+    ensure_ray()
+    share = share_of_cluster(config.num_workers)
+    shards = [{"number": number} for number in range(-(-count // config.shard_questions))]
+    with progress(stage, count) as meter:
+        done = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
+            QuestionAnswerer,
+            fn_constructor_args=(
+                model,
+                str(Path(index).resolve()),
+                str(Path(questions).resolve()),
+                str(parts),
+                config,
+                share.cpus,
+                share.gpus > 0,
+                meter,
+            ),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(share.num_workers, len(shards))),
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+        )
+        done.materialize()

@@ -1,0 +1,56 @@
+"""Stage 6: how good answers and retrieval are, in MLflow, in a Prefect table, and as a JSON-like result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+
+from rag_core.artefact import fingerprint_of_files, open_artefact
+from rag_core.evaluation import Scores, evaluate_predictions
+from rag_core.predictions import KIND as PREDICTIONS
+from rag_core.questions import read_questions
+from tasks.plots import recall_curve, scores_by_type
+from tasks.results import StageResult
+from tasks.stage import publish_table
+from tasks.tracking import open_run, run_link
+
+
+@task(name="evaluate")
+def evaluate(
+    predictions: Path,
+    questions: Path,
+    ks: Sequence[int] = (1, 5),
+    parent_run_id: str | None = None,
+    stage: str = "evaluate",
+) -> tuple[StageResult, dict[str, Scores]]:
+    """EM, F1 and recall@k, overall and by question type. It is quick and writes no artefact, so it always runs."""
+    started = time.monotonic()
+    manifest = open_artefact(predictions, PREDICTIONS)
+    with open_run(stage, parent_run_id) as run:
+        run.log_input("predictions", predictions, manifest.fingerprint)
+        run.log_input("questions", questions, fingerprint_of_files([questions]))
+        scores = evaluate_predictions(predictions, read_questions(questions), ks)
+        run.log_metrics(scores["overall"])
+        for kind, values in scores.items():
+            if kind != "overall":
+                run.log_metrics({f"{kind}/{name}": value for name, value in values.items()})
+        run.log_dict(scores, "scores.json")
+        for name in ("em", "recall@1"):
+            run.log_figure(scores_by_type(scores, name), f"{name.replace('@', '_at_')}_by_type.png")
+        run.log_figure(recall_curve(scores["overall"]), "recall_at_k.png")
+        seconds = time.monotonic() - started
+        run.log_metrics({"seconds": seconds})
+        rows = {"MLflow run": run_link(run)} | {name: f"{value:.3f}" for name, value in scores["overall"].items()}
+        publish_table(stage, rows)
+        result = StageResult(
+            stage=stage,
+            path=Path(predictions).resolve(),
+            fingerprint=manifest.fingerprint,
+            metrics=run.metrics,
+            run_id=run.run_id,
+            seconds=seconds,
+        )
+    return result, scores

@@ -1,0 +1,44 @@
+"""Stage 1: source files to a corpus artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.logging import get_run_logger
+
+from rag_core.artefact import Manifest
+from rag_core.corpus import KIND, CorpusConfig, source_files, source_fingerprint, write_corpus
+from tasks.results import StageResult
+from tasks.stage import Input, run_stage
+from tasks.tracking import StageRun
+
+
+@task(name="make-corpus")
+def make_corpus(
+    sources: Sequence[Path], out: Path, config: CorpusConfig, parent_run_id: str | None = None
+) -> StageResult:
+    """Read passages, reject what is not one, publish canonical Parquet shards."""
+    sources = [Path(source) for source in sources]
+    fingerprint = source_fingerprint(sources, config.format)
+    files = source_files(sources, config.format)
+
+    def work(run: StageRun) -> Manifest:
+        run.log_dict({"files": [str(file) for file in files]}, "sources.json")
+        manifest = write_corpus(sources, out, config)
+        rejects = manifest.details.get("rejects_by_reason", {})
+        if rejects:
+            get_run_logger().warning("%d rows were left out (%s); see %s", manifest.counts["rejects"], rejects, out)
+        run.log_metrics({f"rejects_{reason.replace(' ', '_')}": count for reason, count in rejects.items()})
+        return manifest
+
+    return run_stage(
+        "corpus",
+        KIND,
+        out,
+        config=config.model_dump(mode="json"),
+        inputs={"sources": Input(sources[0], fingerprint)},
+        parent_run_id=parent_run_id,
+        work=work,
+    )

@@ -1,0 +1,30 @@
+"""A trained variant as an MLflow registered model with a signature, so that versions can be compared and served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from tasks.tracking import StageRun
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "question")]),
+    outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "log_prob")]),
+)
+
+
+def register_model(run: StageRun, model: Path, index: Path, variant: str) -> None:
+    """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`."""
+    with mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+        mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("answering_model.py")),
+            artifacts={"model": str(Path(model).resolve())},
+            model_config={"index": str(Path(index).resolve())},
+            signature=SIGNATURE,
+            pip_requirements=["rag-pipeline"],
+            registered_model_name=f"rag-{variant}",
+        )

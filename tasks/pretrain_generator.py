@@ -1,0 +1,158 @@
+"""Stage 0: a seq2seq generator from an encoder's weights, taught to copy and to read, on Ray Train.
+
+It sees only the passages that training questions point to: other passages of the corpus, those of dev and test
+entities among them, stay unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+
+from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.corpus import Corpus
+from rag_core.evaluation import answer_scores, mean_scores
+from rag_core.passages import Passage
+from rag_core.pretraining import (
+    PretrainConfig,
+    build_generator,
+    copy_then_read,
+    copying_examples,
+    reading_examples,
+    reading_objective,
+)
+from rag_core.questions import Question, read_questions
+from rag_core.reader import DecodingConfig, GeneratorReader
+from rag_core.text_encoder import TextEncoder
+from rag_core.training import Hooks, run_training, sum_over_workers
+from tasks.plots import training_curves
+from tasks.ray_training import Reporter, this_device, this_place, train_on_ray
+from tasks.results import StageResult
+from tasks.stage import Input, run_stage
+from tasks.tracking import RunAddress, StageRun
+
+KIND = "generator"
+
+
+@task(name="pretrain-generator")
+def pretrain_generator(
+    corpus: Path,
+    questions: Path,
+    dev: Path,
+    out: Path,
+    config: PretrainConfig,
+    num_workers: int = 0,
+    parent_run_id: str | None = None,
+) -> StageResult:
+    """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
+    opened = Corpus.open(corpus)
+    made_from = {
+        "corpus": opened.manifest.fingerprint,
+        "questions": fingerprint_of_files([questions]),
+        "dev": fingerprint_of_files([dev]),
+        "encoder": TextEncoder.from_pretrained(config.encoder).fingerprint(),
+    }
+    settings = config.model_dump(mode="json", exclude={"encoder"})
+
+    def work(run: StageRun) -> Manifest:
+        paths = {"corpus": str(Path(corpus).resolve()), "questions": str(questions), "dev": str(dev)}
+        loop_settings = {"config": config, "address": run.address, **paths}
+        steps = config.optimizer.steps
+        with train_on_ray(
+            "pretrain-generator", pretraining_loop, loop_settings, steps=steps, num_workers=num_workers, near=out
+        ) as trained:
+            for name, figure in training_curves(trained.history, trained.dev):
+                run.log_figure(figure, name)
+            run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
+            with publish(out, KIND, config=settings, made_from=made_from) as draft:
+                trained.copy_to(draft.folder)
+                draft.counts["best_step"] = trained.best_step
+                draft.details["encoder"] = config.encoder
+        return open_artefact(out, KIND, check_content=False)
+
+    return run_stage(
+        "pretrain-generator",
+        KIND,
+        out,
+        config=settings,
+        inputs={
+            "corpus": Input(corpus, made_from["corpus"]),
+            "questions": Input(questions, made_from["questions"]),
+            "dev": Input(dev, made_from["dev"]),
+        },
+        made_from=made_from,
+        parent_run_id=parent_run_id,
+        work=work,
+    )
+
+
+def pretraining_loop(settings: dict[str, Any]) -> None:
+    """What a worker does."""
+    config: PretrainConfig = settings["config"]
+    address: RunAddress = settings["address"]
+    place = this_place(settings["cpus"])
+    torch.manual_seed(config.optimizer.seed)
+    generator, tokenizer = build_generator(config)
+    generator.to(this_device())
+    questions, dev = read_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
+    passages = gold_passages(Corpus.open(Path(settings["corpus"]), check_content=False), [*questions, *dev])
+    reading = reading_examples(questions, passages)
+    copying = copying_examples(list({example.passage.id: example.passage for example in reading}.values()))
+    by_id = {passage.id: passage for passage in passages}
+    dev_pairs = [(one, by_id[gold]) for one in dev for gold in one.gold_passage_ids[:1] if gold in by_id]
+    reader = GeneratorReader(generator, tokenizer, config.prompt)
+
+    def save(folder: Path) -> None:
+        generator.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def evaluate(step: int) -> dict[str, float]:
+        mine = dev_pairs[place.rank :: place.world_size]
+        return reading_scores(reader, mine, config) if step > config.copy_steps else {}
+
+    def better(dev: dict[str, float]) -> float:
+        # The end of the copying stage is worth keeping only until reading has begun.
+        return dev.get("dev_em", -1.0)
+
+    reporter = Reporter(address, settings["meter"], save, better, place.rank)
+    hooks = Hooks(
+        log=reporter.log,
+        evaluate=evaluate,
+        keep=reporter.keep,
+        batch=lambda step, batch: copy_then_read(copying, step, batch, config),
+    )
+    run_training(reading_objective(reader, config), reading, config.optimizer, place, hooks)
+
+
+def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:
+    """The passages of the corpus that some question points to."""
+    wanted = {gold for question in questions for gold in question.gold_passage_ids[:1]}
+    return [passage for passage in corpus.iter_passages() if passage.id in wanted]
+
+
+def reading_scores(
+    reader: GeneratorReader, pairs: Sequence[tuple[Question, Passage]], config: PretrainConfig
+) -> dict[str, float]:
+    """EM and F1 of greedy answers over gold passages, over all workers."""
+    decoding = DecodingConfig(
+        num_beams=1, max_new_tokens=config.prompt.max_answer_tokens, precision=config.optimizer.precision
+    )
+    scored = []
+    for start in range(0, len(pairs), 64):
+        part = pairs[start : start + 64]
+        answers = reader.answer_from(
+            [question.question for question, _ in part],
+            [[passage] for _, passage in part],
+            torch.zeros(len(part), 1, device=reader.device),
+            variant="token",
+            decoding=decoding,
+        )
+        scored += [answer_scores(answer.text, question) for answer, (question, _) in zip(answers, part, strict=True)]
+    sums = {name: value * len(scored) for name, value in mean_scores(scored).items()}
+    sums = sum_over_workers({"count": float(len(scored)), "em": sums.get("em", 0.0), "f1": sums.get("f1", 0.0)})
+    count = max(sums.pop("count"), 1.0)
+    return {f"dev_{name}": value / count for name, value in sums.items()}

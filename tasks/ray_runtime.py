@@ -1,0 +1,138 @@
+"""Ray: one cluster for a process, workers × threads = cores, and progress that comes back to the terminal.
+
+With `RAY_ADDRESS` set the stages run on that cluster; otherwise Ray starts on this machine, bound to loopback, with
+its own token authentication left on, and ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each of several equal workers gets."""
+
+    num_workers: int
+    cpus: int
+    gpus: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """As Ray Train wants it."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def ensure_ray() -> None:
+    """Connect to `RAY_ADDRESS`, or start Ray on this machine; does nothing if this process already has it."""
+    if ray.is_initialized():
+        return
+    # Ray's own bars and notices would fight with ours for the terminal.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR)
+    else:
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def share_of_cluster(num_workers: int = 0) -> Share:
+    """Resources for `num_workers` equal workers; 0 means one for each GPU, or one for each machine without GPUs.
+
+    One worker with all cores beats several with one core each here: each pays its own imports and model.
+    """
+    total = ray.cluster_resources()
+    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
+    workers = num_workers or gpus or sum(1 for node in ray.nodes() if node["Alive"])
+    return Share(workers, cpus=max(1, cpus // workers), gpus=1 if gpus >= workers else 0)
+
+
+def limit_threads(cpus: int) -> None:
+    """Called in a worker: PyTorch and FAISS use as many threads as the worker has cores."""
+    import faiss
+    import torch
+
+    torch.set_num_threads(cpus)
+    faiss.omp_set_num_threads(cpus)
+
+
+@ray.remote(num_cpus=0)
+class ProgressMeter:
+    """Counts what the workers have done; the driver asks it for the bar."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._note = ""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        self._done += amount
+        self._note = note or self._note
+
+    def read(self) -> tuple[int, str]:
+        return self._done, self._note
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Any]:
+    """A progress bar that workers advance: yields a `ProgressMeter` handle to pass to them.
+
+    On a terminal it is a live bar; in a log it is one line at each tenth.
+    """
+    meter = ProgressMeter.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(meter, description, total, stop), daemon=True)
+    watcher.start()
+    try:
+        yield meter
+    finally:
+        stop.set()
+        watcher.join(timeout=10)
+        ray.kill(meter)
+
+
+def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> None:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    started, last_tenth = time.monotonic(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, note="")
+        while True:
+            last = stop.wait(POLL_SECONDS)
+            try:
+                done, note = ray.get(meter.read.remote(), timeout=5)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                logging.getLogger(__name__).debug("progress not read: %s", error)
+                done, note = 0, ""
+            bar.update(task, completed=done, note=note)
+            if not console.is_terminal and done * 10 // max(total, 1) > last_tenth:
+                last_tenth = done * 10 // max(total, 1)
+                console.print(
+                    f"{description}: {done}/{total} in {time.monotonic() - started:.0f} s {note}", highlight=False
+                )
+            if last:
+                return

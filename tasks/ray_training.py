@@ -1,0 +1,167 @@
+"""Ray Train: runs one training function on every worker and hands back the best checkpoint.
+
+`Reporter` is what a worker's loop talks to: live metrics go to the stage's MLflow run (rank 0 only), checkpoints to
+Ray Train's storage, steps to the progress bar. The loop itself (`rag_core.training`) knows none of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from rag_core.errors import RagError
+from rag_core.training import Place
+from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
+from tasks.tracking import RunAddress
+
+BEST, HISTORY, DEV = "best_step", "history", "dev"
+
+
+@dataclass
+class TrainedModel:
+    """Where the best checkpoint lies, and the curves."""
+
+    folder: Path
+    best_step: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    dev: list[dict[str, float]] = field(default_factory=list)
+
+    def best_scores(self) -> dict[str, float]:
+        """Dev scores of the checkpoint that was kept."""
+        at_best = [point for point in self.dev if point["step"] == self.best_step]
+        return {name: value for point in at_best for name, value in point.items() if name != "step"}
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the checkpoint's files into an artefact's draft."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+
+
+@dataclass
+class Reporter:
+    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes."""
+
+    address: RunAddress
+    meter: Any
+    save: Callable[[Path], None]
+    better: Callable[[dict[str, float]], float]
+    rank: int
+    history: list[dict[str, float]] = field(default_factory=list)
+    dev: list[dict[str, float]] = field(default_factory=list)
+    _seen: int = 0
+    _best: float = float("-inf")
+    _best_step: int = 0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A point of the training curves."""
+        if self.rank == 0:
+            self.history.append({"step": step, **metrics})
+            self.address.log_metrics(metrics, step)
+            self.meter.advance.remote(step - self._seen, f"nll {metrics['train_nll']:.3f}")
+            self._seen = step
+
+    def keep(self, step: int, dev: dict[str, float]) -> None:
+        """A point of the dev curves; the weights are kept if they are the best so far. All ranks must call it."""
+        self.dev.append({"step": step, **dev})
+        score = self.better(dev)
+        is_best = score > self._best
+        if is_best:
+            self._best, self._best_step = score, step
+        if self.rank == 0 and dev:
+            self.address.log_metrics(dev, step)
+        metrics = {BEST: self._best_step, HISTORY: self.history, DEV: self.dev}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if is_best and self.rank == 0:
+                self.save(Path(folder))
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def this_device() -> torch.device:
+    """Called in a worker: its GPU, or the CPU."""
+    return ray.train.torch.get_device()
+
+
+def this_place(cpus: int) -> Place:
+    """Called in a worker: its rank, its threads, and how its module is wrapped for data-parallel training."""
+    limit_threads(cpus)
+    context = ray.train.get_context()
+
+    def wrap(module: Any) -> Any:
+        # A generator may own parameters that a batch leaves without a gradient (a position table, a pooler).
+        return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
+
+    return Place(rank=context.get_world_rank(), world_size=context.get_world_size(), wrap=wrap)
+
+
+@contextmanager
+def train_on_ray(
+    stage: str,
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    *,
+    steps: int,
+    num_workers: int,
+    near: Path,
+) -> Iterator[TrainedModel]:
+    """Run `loop` on every worker; yields the best model's folder, which is deleted on leaving.
+
+    Args:
+        stage: name for the progress bar.
+        loop: the function of a worker; it gets `settings` with `cpus` and `meter` added.
+        steps: length of the bar.
+        num_workers: 0 means one for each GPU, or one for each machine.
+        near: checkpoints are stored beside this path (on a cluster it must be on shared storage).
+
+    Raises:
+        RagError: a worker met bad input; its own message. Other failures of workers come as Ray raises them.
+    """
+    ensure_ray()
+    share = share_of_cluster(num_workers)
+    storage = Path(near).resolve().parent / f".{Path(near).name}.training-{uuid.uuid4().hex[:8]}"
+    try:
+        with progress(stage, steps) as meter:
+            trainer = TorchTrainer(
+                loop,
+                train_loop_config={**settings, "cpus": share.cpus, "meter": meter},
+                scaling_config=ScalingConfig(
+                    num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
+                ),
+                run_config=RunConfig(
+                    name="run",
+                    storage_path=str(storage),
+                    checkpoint_config=CheckpointConfig(num_to_keep=1),
+                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                ),
+            )
+            result = _fit(trainer)
+        assert result.checkpoint is not None, "the first evaluation always keeps a checkpoint"
+        metrics = result.metrics or {}
+        yield TrainedModel(Path(result.checkpoint.path), int(metrics[BEST]), metrics[HISTORY], metrics[DEV])
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _fit(trainer: TorchTrainer) -> Any:
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            cause: BaseException | None = failure
+            while cause is not None:
+                if isinstance(cause, RagError):
+                    raise type(cause)(str(cause)) from error
+                cause = getattr(cause, "cause", None) or cause.__cause__
+        raise

@@ -1,0 +1,20 @@
+"""What a stage hands to the next one: a small reference, never data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel
+
+
+class StageResult(BaseModel):
+    """Where a stage's artefact is, what it holds, and where its MLflow run is."""
+
+    stage: str
+    path: Path
+    fingerprint: str
+    counts: dict[str, int] = {}
+    metrics: dict[str, float] = {}
+    run_id: str
+    skipped: bool = False
+    seconds: float = 0.0

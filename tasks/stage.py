@@ -1,0 +1,113 @@
+"""What every stage does around its own work: skip what is already there, open the MLflow run, leave a summary.
+
+A stage is skipped when its output folder holds a whole artefact that was made by the same work: same settings, same
+input contents (names do not count). A skipped stage still gets a child run, tagged with the run that did the work, so
+that a pipeline's page shows all of its stages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
+
+from rag_core.artefact import Manifest, find_finished
+from tasks.results import StageResult
+from tasks.tracking import StageRun, open_run, run_link
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a stage reads: where it is, and what is in it."""
+
+    path: Path
+    fingerprint: str
+
+
+def run_stage(
+    stage: str,
+    kind: str,
+    out: Path,
+    *,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Input],
+    parent_run_id: str | None,
+    work: Callable[[StageRun], Manifest],
+    made_from: Mapping[str, str] | None = None,
+) -> StageResult:
+    """Run `work`, unless its artefact is already at `out`.
+
+    Args:
+        stage: name of the MLflow run and of the summary.
+        kind: kind of the artefact that `work` publishes at `out`.
+        config: the settings that decide what is made, as the artefact's manifest keeps them.
+        inputs: what is read; recorded as the run's data sets.
+        parent_run_id: MLflow run of the pipeline.
+        work: does it and returns the manifest; it may log to the run.
+        made_from: fingerprints in the artefact's key, where they are not those of `inputs`.
+    """
+    started = time.monotonic()
+    keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
+    with open_run(stage, parent_run_id, tags={"artefact": str(Path(out).resolve()), "kind": kind}) as run:
+        run.log_params(config)
+        for name, one in inputs.items():
+            run.log_input(name, one.path, one.fingerprint)
+        manifest = find_finished(out, kind, dict(config), keys)
+        skipped = manifest is not None
+        if manifest is None:
+            manifest = work(run)
+            _remember_run(out, run.run_id)
+        else:
+            get_run_logger().info("%s: %s is up to date, nothing to do", stage, out)
+            run.set_tags({"skipped": "true", "made_by_run": _remembered_run(out)})
+        run.log_metrics({f"count_{name}": count for name, count in manifest.counts.items()})
+        run.log_dict(manifest.model_dump(exclude={"files"}), "manifest.json")
+        run.set_tags({"fingerprint": manifest.fingerprint})
+        seconds = time.monotonic() - started
+        run.log_metrics({"seconds": seconds})
+        result = StageResult(
+            stage=stage,
+            path=Path(out).resolve(),
+            fingerprint=manifest.fingerprint,
+            counts=manifest.counts,
+            metrics=run.metrics,
+            run_id=run.run_id,
+            skipped=skipped,
+            seconds=seconds,
+        )
+        summarise(result, manifest, run)
+    return result
+
+
+def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:
+    """A readable table on the Prefect flow run's page."""
+    rows = {"folder": f"`{result.path}`", "fingerprint": f"`{manifest.fingerprint[:16]}`", "MLflow run": run_link(run)}
+    rows |= {name: f"{count:,}" for name, count in manifest.counts.items()}
+    rows |= {name: f"{value:.4g}" for name, value in result.metrics.items() if not name.startswith("count_")}
+    publish_table(result.stage, rows, note="Up to date, not run again." if result.skipped else "")
+
+
+def publish_table(stage: str, rows: Mapping[str, str], note: str = "") -> None:
+    """Two columns of Markdown as a Prefect artefact with the stage's name as its key."""
+    body = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    key = "".join(letter if letter.isalnum() else "-" for letter in stage.lower()).strip("-")
+    create_markdown_artifact(f"## {stage}\n{note}\n\n| | |\n| --- | --- |\n{body}\n", key=key, description=stage)
+
+
+def _run_file(out: Path) -> Path:
+    # Beside the artefact, not in it: which run made it is no part of its content.
+    return Path(out).parent / f".{Path(out).name}.mlflow-run"
+
+
+def _remember_run(out: Path, run_id: str) -> None:
+    _run_file(out).write_text(run_id + "\n", encoding="utf-8")
+
+
+def _remembered_run(out: Path) -> str:
+    file = _run_file(out)
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else "unknown"

@@ -1,0 +1,54 @@
+"""A pipeline's parent run, and the table that ends it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mlflow import MlflowClient
+from prefect.artifacts import create_markdown_artifact
+
+from rag_core.evaluation import Scores
+from tasks.results import StageResult
+from tasks.tracking import RunAddress, metric_name, open_run, tracking_uri
+
+
+@contextlib.contextmanager
+def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """The parent MLflow run of a pipeline; yields its id, which the stages take as `parent_run_id`."""
+    with open_run(name) as run:
+        run.log_params(config)
+        run.log_dict(config, "config.json")
+        yield run.run_id
+
+
+def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[str, Mapping[str, Scores]]) -> None:
+    """Scores of every system and seconds of every stage: to the parent run, and as a table to Prefect."""
+    address = RunAddress(tracking_uri(), run_id)
+    for system, values in scores.items():
+        address.log_metrics({f"{system}/{name}": value for name, value in values["overall"].items()})
+    address.log_metrics({f"seconds/{result.stage}": result.seconds for result in stages})
+    body = results_markdown(scores) + "\n\n" + stages_markdown(stages)
+    MlflowClient(address.tracking_uri).log_text(run_id, body, "summary.md")
+    create_markdown_artifact(body, key="pipeline-summary", description="pipeline")
+
+
+def results_markdown(scores: Mapping[str, Mapping[str, Scores]]) -> str:
+    """Systems as rows, scores as columns."""
+    names = list(dict.fromkeys(name for values in scores.values() for name in values["overall"]))
+    head = "| system | " + " | ".join(metric_name(name) for name in names) + " |\n|" + " --- |" * (len(names) + 1)
+    rows = [
+        f"| {system} | " + " | ".join(f"{values['overall'].get(name, float('nan')):.3g}" for name in names) + " |"
+        for system, values in scores.items()
+    ]
+    return "\n".join([head, *rows])
+
+
+def stages_markdown(stages: Sequence[StageResult]) -> str:
+    """Stages as rows: seconds, skipped or not, folder."""
+    rows = [
+        f"| {one.stage} | {one.seconds:.1f} | {'up to date' if one.skipped else 'ran'} | `{one.path}` |"
+        for one in stages
+    ]
+    return "\n".join(["| stage | seconds | | artefact |", "| --- | --- | --- | --- |", *rows])

@@ -1,0 +1,182 @@
+"""Stage 4: end-to-end training of RAG-Sequence and RAG-Token on Ray Train, with retrieval inside every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.errors import InputError
+from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
+from rag_core.index import PassageIndex
+from rag_core.likelihood import Variant
+from rag_core.objectives import EndToEnd, EndToEndRates
+from rag_core.questions import Question, read_questions
+from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
+from rag_core.reader import DecodingConfig
+from rag_core.text_encoder import autocast
+from rag_core.training import Hooks, OptimizerConfig, run_training, sum_over_workers
+from tasks.mlflow_model import register_model
+from tasks.plots import training_curves
+from tasks.ray_training import Reporter, this_device, this_place, train_on_ray
+from tasks.results import StageResult
+from tasks.stage import Input, run_stage
+from tasks.tracking import RunAddress, StageRun
+
+
+class TrainConfig(BaseModel):
+    """End-to-end training of one variant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rates: EndToEndRates = Field(default_factory=EndToEndRates)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    eval_questions: int = Field(200, ge=1, description="dev questions used in each evaluation during training")
+    best_by: Literal["em", "f1", "nll"] = Field("em", description="dev score that decides which weights are kept")
+    num_workers: int = Field(
+        0, ge=0, description="data-parallel workers; 0: one for each GPU, else one for each machine"
+    )
+
+
+@task(name="train")
+def train(
+    variant: Variant,
+    index: Path,
+    questions: Path,
+    dev: Path,
+    out: Path,
+    model: ModelConfig,
+    config: TrainConfig,
+    parent_run_id: str | None = None,
+) -> StageResult:
+    """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
+    opened = PassageIndex.open(index)
+    start = RagModel.from_parts(model)
+    start.check_index(opened)
+    opened.check_num_docs(model.num_docs)
+    trainable_questions(Path(questions))
+    inputs = {
+        "index": Input(index, opened.manifest.fingerprint),
+        "questions": Input(questions, fingerprint_of_files([questions])),
+        "dev": Input(dev, fingerprint_of_files([dev])),
+    }
+    made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
+    settings = {
+        "variant": variant,
+        "model": model.model_dump(mode="json", exclude={"question_encoder", "generator"}),
+        "train": config.model_dump(mode="json"),
+    }
+    stage = f"train-{variant}"
+
+    def work(run: StageRun) -> Manifest:
+        run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
+        run.set_tags({"variant": variant})
+        loop_settings = {
+            "variant": variant,
+            "model": model,
+            "config": config,
+            "address": run.address,
+            "index": str(Path(index).resolve()),
+            "questions": str(Path(questions).resolve()),
+            "dev": str(Path(dev).resolve()),
+        }
+        steps, workers = config.optimizer.steps, config.num_workers
+        with train_on_ray(stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=out) as trained:
+            for name, figure in training_curves(trained.history, trained.dev):
+                run.log_figure(figure, name)
+            run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
+            with publish(out, KIND, config=settings, made_from=made_from) as draft:
+                trained.copy_to(draft.folder)
+                draft.counts["best_step"] = trained.best_step
+        register_model(run, Path(out), Path(index), variant)
+        return open_artefact(out, KIND, check_content=False)
+
+    return run_stage(
+        stage,
+        KIND,
+        out,
+        config=settings,
+        inputs=inputs,
+        made_from=made_from,
+        parent_run_id=parent_run_id,
+        work=work,
+    )
+
+
+def training_loop(settings: dict[str, Any]) -> None:
+    """What a worker does."""
+    config: TrainConfig = settings["config"]
+    variant: Variant = settings["variant"]
+    address: RunAddress = settings["address"]
+    place = this_place(settings["cpus"])
+    index = PassageIndex.open(Path(settings["index"]), check_content=False)
+    questions, dev = trainable_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
+    model = RagModel.from_parts(settings["model"]).to(this_device())
+    model.settings.variant = variant
+    model.settings.document_encoder_fingerprint = index.encoder_fingerprint
+    mine = dev[: config.eval_questions][place.rank :: place.world_size]
+    objective = EndToEnd(model, index, variant, config.rates)
+
+    def better(scores: dict[str, float]) -> float:
+        # Equal EM is common on a small dev set; the likelihood decides then.
+        tie = -scores["dev_nll"]
+        return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
+
+    reporter = Reporter(address, settings["meter"], model.write_files, better, place.rank)
+    hooks = Hooks(
+        log=reporter.log,
+        evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config),
+        keep=reporter.keep,
+    )
+    run_training(objective, questions, config.optimizer, place, hooks)
+
+
+def trainable_questions(path: Path) -> list[Question]:
+    """The questions of a file; InputError names the first one without an answer."""
+    questions = read_questions(path)
+    for question in questions:
+        if not question.answers:
+            raise InputError(
+                f"{path}: question {question.id!r} has no answer, so it cannot be trained on. Add `answers`, or leave "
+                "the question out."
+            )
+    return questions
+
+
+def dev_scores(
+    model: RagModel,
+    objective: EndToEnd,
+    index: PassageIndex,
+    questions: Sequence[Question],
+    variant: Variant,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """nll, EM, F1 (greedy answers) and recall@1 and @K on dev questions, over all workers."""
+    import torch
+
+    precision = config.optimizer.precision
+    tokens = model.settings.prompt.max_answer_tokens
+    decoding = DecodingConfig(
+        num_beams=1, num_return_sequences=1, max_new_tokens=tokens, batch_size=32, precision=precision
+    )
+    answers = model.answer([question.question for question in questions], index, variant=variant, decoding=decoding)
+    ks = sorted({1, model.settings.num_docs})
+    scored = [
+        {
+            **answer_scores(answer.text, question),
+            **retrieval_scores([read.passage for read in answer.passages], question, ks),
+        }
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    with torch.inference_mode(), autocast(model.device, precision):
+        nll = sum(float(objective(batch).sum()) for batch in batches_of([one for one in questions if one.answers], 8))
+    names = ["em", "f1", *(f"recall@{k}" for k in ks)]
+    means = mean_scores(scored)
+    sums = {name: means.get(name, 0.0) * len(scored) for name in names} | {"nll": nll, "count": float(len(scored))}
+    sums = sum_over_workers(sums)
+    count = max(sums.pop("count"), 1.0)
+    return {f"dev_{name}": value / count for name, value in sums.items()}
