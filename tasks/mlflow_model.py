@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 
 import mlflow
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -18,7 +21,11 @@ SIGNATURE = ModelSignature(
 
 def register_model(run: StageRun, model: Path, index: Path, variant: str) -> None:
     """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`."""
-    with mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+    # An input example would make MLflow load the whole model just to try it; the signature is given instead.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    with warnings.catch_warnings(), mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+        warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("answering_model.py")),

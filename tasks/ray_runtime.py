@@ -42,16 +42,20 @@ def ensure_ray() -> None:
         return
     # Ray's own bars and notices would fight with ours for the terminal.
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What workers print stays in Ray's session folder: failures come back as exceptions, progress through the meter.
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1")
+        ray.init(
+            include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, _node_ip_address="127.0.0.1"
+        )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray._private"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.train", "ray.tune", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def share_of_cluster(num_workers: int = 0) -> Share:
