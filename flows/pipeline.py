@@ -57,7 +57,7 @@ class PipelineConfig(BaseModel):
     index: IndexConfig = Field(default_factory=IndexConfig)
     pretrain: PretrainConfig | None = Field(None, description="make a generator first; it replaces model.generator")
     model: ModelConfig
-    variants: list[Variant] = Field(default_factory=lambda: ["sequence", "token"], min_length=1)
+    variants: list[Variant] = Field(default=["sequence", "token"], min_length=1)
     train: TrainConfig = Field(default_factory=TrainConfig)
     infer: InferConfig = Field(default_factory=InferConfig)
     baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")

@@ -1,0 +1,64 @@
+"""Retrieval-augmented generation after Lewis et al. 2020: likelihoods, decoders, retrieval and the artefacts on disk.
+
+PyTorch, Transformers, FAISS and Arrow only; orchestration (Prefect, Ray, MLflow) lives above, in `tasks` and `flows`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_core.contexts import PromptConfig
+    from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+    from rag_core.errors import ArtefactError, ConfigError, InputError, RagError
+    from rag_core.index import PassageIndex
+    from rag_core.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
+    from rag_core.rag_model import ModelConfig, RagModel
+    from rag_core.reader import Answer, DecodingConfig
+    from rag_core.text_encoder import TextEncoder
+
+# Loaded on first use: `rag --help` must not wait seconds for PyTorch.
+_HOME = {
+    "Answer": "rag_core.reader",
+    "ArtefactError": "rag_core.errors",
+    "ConfigError": "rag_core.errors",
+    "DecodingConfig": "rag_core.reader",
+    "Hypothesis": "rag_core.decoding",
+    "InputError": "rag_core.errors",
+    "ModelConfig": "rag_core.rag_model",
+    "PassageIndex": "rag_core.index",
+    "PromptConfig": "rag_core.contexts",
+    "RagError": "rag_core.errors",
+    "RagModel": "rag_core.rag_model",
+    "TextEncoder": "rag_core.text_encoder",
+    "decode_rag_sequence": "rag_core.decoding",
+    "decode_rag_token": "rag_core.decoding",
+    "rag_nll": "rag_core.likelihood",
+    "rag_sequence_nll": "rag_core.likelihood",
+    "rag_token_nll": "rag_core.likelihood",
+}
+
+__all__ = [
+    "Answer",
+    "ArtefactError",
+    "ConfigError",
+    "DecodingConfig",
+    "Hypothesis",
+    "InputError",
+    "ModelConfig",
+    "PassageIndex",
+    "PromptConfig",
+    "RagError",
+    "RagModel",
+    "TextEncoder",
+    "decode_rag_sequence",
+    "decode_rag_token",
+    "rag_nll",
+    "rag_sequence_nll",
+    "rag_token_nll",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -107,7 +107,8 @@ def tune_recall(
 def _settings_to_try(index: faiss.Index) -> list[tuple[str, int]]:
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if isinstance(inner, faiss.IndexIVF):
-        return [("nprobe", 2**power) for power in range(int(np.log2(inner.nlist)) + 1)]
+        # The last value visits every list, also where their number is no power of two.
+        return [("nprobe", min(2**power, inner.nlist)) for power in range(int(np.ceil(np.log2(inner.nlist))) + 1)]
     if isinstance(inner, faiss.IndexHNSW):
         return [("efSearch", 2**power) for power in range(4, 11)]
     return [("", 0)]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rag_core.errors import ConfigError
@@ -45,13 +47,25 @@ def load_from_source(load: Callable[..., Any], source: str, **options: Any) -> A
     try:
         with _quiet_loading():
             return load(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "The folder" if Path(source).is_dir() else "The hub model"
         raise ConfigError(
             f"{where} {source} cannot be loaded: {reason} It needs config.json, weights in safetensors and a tokenizer; "
             "a hub name needs a network and, for private models, HF_TOKEN."
         ) from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model; raises ConfigError if it cannot be read or is not there."""
+    tokenizer = load_from_source(AutoTokenizer.from_pretrained, source)
+    # Without its files Transformers makes one that knows special tokens only (T5's also "▁"): every word is unknown.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
+        raise ConfigError(
+            f"{source} has no tokenizer (tokenizer.json, vocab.txt, spiece.model or the like), so no text can be read. "
+            "Copy the tokenizer's files beside the weights."
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager

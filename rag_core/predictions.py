@@ -82,7 +82,8 @@ def join_parts(parts: Sequence[Path], folder: Path) -> int:
         for part in parts:
             text = part.read_text(encoding="utf-8")
             file.write(text)
-            rows = [json.loads(line) for line in text.splitlines()]
+            # Not splitlines: JSON strings may hold U+2028 and U+0085, which it takes for line ends.
+            rows = [json.loads(line) for line in text.split("\n") if line]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
             count += len(rows)
     return count

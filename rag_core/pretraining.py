@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoTokenizer, EncoderDecoderModel
+from transformers import AutoConfig, EncoderDecoderModel
 
 from rag_core.contexts import PromptConfig, end_token_id
-from rag_core.errors import InputError
-from rag_core.model_source import load_from_source, resolve_model_source
+from rag_core.errors import ConfigError, InputError
+from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
 from rag_core.objectives import Reading, ReadingExample
 from rag_core.passages import Passage
 from rag_core.questions import Question
@@ -46,17 +46,29 @@ class PretrainConfig(BaseModel):
     )
 
 
-def build_generator(config: PretrainConfig) -> tuple[EncoderDecoderModel, Any]:
-    """A seq2seq model from an encoder's weights, and its tokenizer.
+def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
+    """An `EncoderDecoderModel` from an encoder's weights, and its tokenizer.
 
     Raises:
-        ConfigError: the encoder cannot be loaded.
+        ConfigError: the encoder cannot be loaded, is not a BERT, or has fewer layers than are to be kept.
     """
     source = resolve_model_source(config.encoder)
-    tokenizer = load_from_source(AutoTokenizer.from_pretrained, source)
+    found = load_from_source(AutoConfig.from_pretrained, source)
+    if found.model_type != "bert":
+        raise ConfigError(
+            f"{config.encoder} is of type {found.model_type!r}; a generator can be made from a BERT (such as MiniLM) only."
+        )
+    asked = max(config.encoder_layers, config.decoder_layers)
+    if asked > found.num_hidden_layers:
+        # Transformers would fill the missing layers with random weights and say nothing.
+        raise ConfigError(
+            f"{config.encoder} has {found.num_hidden_layers} layers, but {asked} are to be kept. "
+            "Lower encoder_layers and decoder_layers."
+        )
+    tokenizer = load_tokenizer(source)
     dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
 
-    def load(name: str, **options: Any) -> EncoderDecoderModel:
+    def load(name: str, **options: Any) -> Any:
         options.pop("trust_remote_code")
         return EncoderDecoderModel.from_encoder_decoder_pretrained(name, name, **options)
 
@@ -65,7 +77,7 @@ def build_generator(config: PretrainConfig) -> tuple[EncoderDecoderModel, Any]:
         "encoder_num_hidden_layers": config.encoder_layers,
         "decoder_num_hidden_layers": config.decoder_layers,
     }
-    model = load_from_source(load, source, **sides, **layers, encoder_add_pooling_layer=False)
+    model: Any = load_from_source(load, source, **sides, **layers, encoder_add_pooling_layer=False)
     _start_cross_attention_from_self_attention(model)
     for settings in (model.config, model.generation_config):
         settings.decoder_start_token_id = tokenizer.cls_token_id
@@ -115,6 +127,6 @@ def copy_then_read(
     return [copying[row] for row in rows]
 
 
-def _start_cross_attention_from_self_attention(model: EncoderDecoderModel) -> None:
+def _start_cross_attention_from_self_attention(model: Any) -> None:
     for layer in model.decoder.bert.encoder.layer:
         layer.crossattention.load_state_dict(layer.attention.state_dict())

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from rag_core.contexts import PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
 from rag_core.likelihood import Variant, rag_nll
-from rag_core.model_source import load_from_source, resolve_model_source
+from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
 from rag_core.passages import Passage
 from rag_core.surface import SurfaceReader
 from rag_core.text_encoder import Precision, autocast
@@ -164,4 +164,4 @@ def load_generator(name_or_folder: str | Path) -> tuple[nn.Module, Any]:
             "BART, T5 or the one that `rag pretrain` makes."
         )
     model = load_from_source(AutoModelForSeq2SeqLM.from_pretrained, source, dtype=torch.float32)
-    return model.eval(), load_from_source(AutoTokenizer.from_pretrained, source)
+    return model.eval(), load_tokenizer(source)

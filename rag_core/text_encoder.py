@@ -19,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from rag_core.errors import ConfigError
-from rag_core.model_source import load_from_source, resolve_model_source
+from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
 
 Pooling = Literal["mean", "cls", "dpr"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -93,7 +93,7 @@ class TextEncoder(nn.Module):
                 "is needed here."
             )
         model = load_from_source(model_class.from_pretrained, source, dtype=torch.float32)
-        tokenizer = load_from_source(AutoTokenizer.from_pretrained, source)
+        tokenizer = load_tokenizer(source)
         return cls(model, tokenizer, settings).eval()
 
     def save_pretrained(self, folder: Path) -> None:
@@ -243,7 +243,10 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 def _settings_of(source: str, config: Any) -> EncoderSettings:
     ours = _read_json(source, SETTINGS_FILE)
     if ours is not None:
-        return EncoderSettings.model_validate(ours)
+        try:
+            return EncoderSettings.model_validate(ours)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {SETTINGS_FILE} holds a setting that is not known: {error}") from error
     limit = int(getattr(config, "max_position_embeddings", 0) or 512)
     if config.model_type == "dpr":
         return EncoderSettings(pooling="dpr", max_tokens=min(256, limit), title_separator=" [SEP] ")
@@ -274,4 +277,7 @@ def _read_json(source: str, name: str) -> Any:
     path = cached_file(
         source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
     )
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable as JSON ({error}). Copy the model again.") from error

@@ -82,13 +82,16 @@ def run_training(
     """Train `objective` for `config.steps` steps on `examples`.
 
     Raises:
-        ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, or the loss is not finite.
+        ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0, or the
+            loss is not finite.
     """
     part = _part_size(config, place)
     if not examples:
         raise ConfigError("There is nothing to train on: the training set is empty.")
     seed_everything(config.seed + place.rank)
     groups = objective.parameter_groups()  # type: ignore[operator]
+    if not groups:
+        raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
     device = groups[0]["params"][0].device
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate_factor(done, config))
@@ -109,7 +112,7 @@ def run_training(
         optimizer.zero_grad(set_to_none=True)
         meter.add(nll, float(norm), len(batch))
         if step % config.log_every == 0 or step == config.steps:
-            hooks.log(step, {**meter.take(), "learning_rate": schedule.get_last_lr()[0]})
+            hooks.log(step, {**meter.take(), "learning_rate": float(schedule.get_last_lr()[0])})
         if step % config.eval_every == 0 or step == config.steps:
             objective.eval()
             hooks.keep(step, hooks.evaluate(step))

