@@ -37,7 +37,7 @@ class FileEntry(BaseModel):
 class Manifest(BaseModel):
     """What `manifest.json` says of the folder it lies in.
 
-    `fingerprint` identifies the content (it is made from the files' checksums alone); `key` identifies the work
+    `fingerprint` identifies the content (it is made from the files' names and checksums); `key` identifies the work
     (it is made from the kind, the settings and the fingerprints of the inputs), so that a stage whose key is
     already on disk need not run again.
     """

@@ -42,10 +42,15 @@ def resolve_model_source(name_or_folder: str | Path) -> str:
     return name
 
 
+def absolute_source(name_or_folder: str) -> str:
+    """The same source, with a local folder's path made absolute, for workers whose current folder is another one."""
+    return str(Path(name_or_folder).resolve()) if Path(name_or_folder).is_dir() else name_or_folder
+
+
 def load_from_source(load: Callable[..., Any], source: str, **options: Any) -> Any:
     """Call a `from_pretrained`; whatever it cannot read becomes a ConfigError that says what to do."""
     try:
-        with _quiet_loading():
+        with quiet_transformers():
             return load(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -69,8 +74,8 @@ def load_tokenizer(source: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar and no table of unused weights: a model is put together from parts on purpose here."""
+def quiet_transformers() -> Iterator[None]:
+    """Load or save without progress bars and tables of unused weights: models are put together from parts on purpose."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -23,6 +23,7 @@ from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
+from rag_core.model_source import absolute_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
 from rag_core.text_encoder import Pooling, TextEncoder, autocast, fingerprint_of_weights
 
@@ -43,6 +44,11 @@ class ModelConfig(BaseModel):
     )
     num_docs: int = Field(5, ge=1, description="K, passages per question")
     prompt: PromptConfig = Field(default_factory=PromptConfig)
+
+    def with_absolute_sources(self) -> ModelConfig:
+        """The same parts, local folders by their absolute paths, so that a worker elsewhere finds them."""
+        sources = {name: absolute_source(getattr(self, name)) for name in ("question_encoder", "generator")}
+        return self.model_copy(update=sources)
 
 
 class ModelSettings(BaseModel):
@@ -113,8 +119,7 @@ class RagModel(nn.Module):
         """Write the model's files into a folder, without a manifest."""
         folder.mkdir(parents=True, exist_ok=True)
         self.question_encoder.save_pretrained(folder / "question_encoder")
-        self.generator.save_pretrained(folder / "generator")  # type: ignore[operator]
-        self.generator_tokenizer.save_pretrained(folder / "generator")
+        self.reader.save_pretrained(folder / "generator")
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:

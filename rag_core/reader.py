@@ -23,7 +23,7 @@ from rag_core.contexts import PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
 from rag_core.likelihood import Variant, rag_nll
-from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
+from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
 from rag_core.passages import Passage
 from rag_core.surface import SurfaceReader
 from rag_core.text_encoder import Precision, autocast
@@ -87,6 +87,12 @@ class GeneratorReader:
     @property
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write weights (safetensors) and tokenizer to a folder that `load_generator` reads."""
+        with quiet_transformers():
+            self.generator.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
 
     def nll(
         self,

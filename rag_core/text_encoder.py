@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 
 from rag_core.errors import ConfigError
-from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
+from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
 
 Pooling = Literal["mean", "cls", "dpr"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -99,8 +99,9 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), tokenizer and settings to a folder that `from_pretrained` reads."""
         folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
+        with quiet_transformers():
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @property

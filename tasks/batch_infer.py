@@ -109,7 +109,7 @@ def batch_infer(
         with publish(out, KIND, config=settings, made_from=made_from) as draft:
             parts = draft.folder / "parts"
             parts.mkdir()
-            source = model if isinstance(model, ModelConfig) else str(Path(model).resolve())
+            source = model.with_absolute_sources() if isinstance(model, ModelConfig) else str(Path(model).resolve())
             _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
             draft.counts["questions"] = join_parts(sorted(parts.iterdir()), draft.folder)
             shutil.rmtree(parts)

@@ -16,7 +16,8 @@ from rag_core.artefact import Manifest, open_artefact, publish
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, embed_shard, shard_name
 from rag_core.errors import ArtefactError
-from rag_core.text_encoder import TextEncoder, resolve_precision
+from rag_core.model_source import absolute_source
+from rag_core.text_encoder import TextEncoder
 from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
@@ -54,8 +55,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
     encoder = TextEncoder.from_pretrained(config.encoder)
     fingerprint = encoder.fingerprint()
     # What decides the vectors: not how many workers made them, nor what the encoder is called.
-    precision = resolve_precision(encoder.device, config.precision)
-    settings = {"dtype": config.dtype, "precision": precision, "batch_tokens": config.batch_tokens}
+    settings = {"dtype": config.dtype, "precision": config.precision, "batch_tokens": config.batch_tokens}
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"encoder": config.encoder, "encoder_settings": encoder.settings.model_dump()})
@@ -93,10 +93,11 @@ def _embed_on_ray(corpus: Corpus, folder: Path, config: EmbedConfig) -> int:
     ensure_ray()
     share = share_of_cluster(config.num_workers)
     shards = [{"number": number, "path": str(path.resolve())} for number, path in enumerate(corpus.shards)]
+    found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
     with progress("embed-corpus", len(corpus)) as meter:
         done = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             ShardEmbedder,
-            fn_constructor_args=(config, str(folder), share.cpus, share.gpus > 0, meter),
+            fn_constructor_args=(found, str(folder), share.cpus, share.gpus > 0, meter),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(share.num_workers, len(shards))),
             num_cpus=share.cpus,

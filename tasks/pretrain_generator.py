@@ -16,6 +16,7 @@ from prefect import task
 from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
+from rag_core.model_source import absolute_source
 from rag_core.passages import Passage
 from rag_core.pretraining import (
     PretrainConfig,
@@ -59,8 +60,11 @@ def pretrain_generator(
     settings = config.model_dump(mode="json", exclude={"encoder"})
 
     def work(run: StageRun) -> Manifest:
-        paths = {"corpus": str(Path(corpus).resolve()), "questions": str(questions), "dev": str(dev)}
-        loop_settings = {"config": config, "address": run.address, **paths}
+        paths = {"corpus": corpus, "questions": questions, "dev": dev}
+        found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
+        loop_settings = {"config": found, "address": run.address} | {
+            name: str(Path(path).resolve()) for name, path in paths.items()
+        }
         steps = config.optimizer.steps
         with train_on_ray(
             "pretrain-generator", pretraining_loop, loop_settings, steps=steps, num_workers=num_workers, near=out
@@ -106,10 +110,6 @@ def pretraining_loop(settings: dict[str, Any]) -> None:
     dev_pairs = [(one, by_id[gold]) for one in dev for gold in one.gold_passage_ids[:1] if gold in by_id]
     reader = GeneratorReader(generator, tokenizer, config.prompt)
 
-    def save(folder: Path) -> None:
-        generator.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
     def evaluate(step: int) -> dict[str, float]:
         mine = dev_pairs[place.rank :: place.world_size]
         return reading_scores(reader, mine, config) if step > config.copy_steps else {}
@@ -118,7 +118,7 @@ def pretraining_loop(settings: dict[str, Any]) -> None:
         # The end of the copying stage is worth keeping only until reading has begun.
         return dev.get("dev_em", -1.0)
 
-    reporter = Reporter(address, settings["meter"], save, better, place.rank)
+    reporter = Reporter(address, settings["meter"], reader.save_pretrained, better, place.rank)
     hooks = Hooks(
         log=reporter.log,
         evaluate=evaluate,

@@ -17,8 +17,8 @@ from typing import Any
 import mlflow
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
-from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # made at import
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
@@ -72,7 +72,7 @@ class StageRun:
 
     def log_input(self, name: str, path: Path, fingerprint: str) -> None:
         """Lineage: this stage read the artefact or file `path`, whose content is `fingerprint`."""
-        source = resolve_dataset_source(str(Path(path).resolve()))
+        source = LocalArtifactDatasetSource(str(Path(path).resolve()))
         # MLflow keeps 36 characters of a digest.
         dataset = MetaDataset(source, name=name, digest=fingerprint[:36])  # type: ignore[abstract]
         entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", name)])

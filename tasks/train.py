@@ -68,7 +68,7 @@ def train(
     settings = {
         "variant": variant,
         "model": model.model_dump(mode="json", exclude={"question_encoder", "generator"}),
-        "train": config.model_dump(mode="json"),
+        "train": config.model_dump(mode="json", exclude={"num_workers": True, "optimizer": {"log_every"}}),
     }
     stage = f"train-{variant}"
 
@@ -77,7 +77,7 @@ def train(
         run.set_tags({"variant": variant})
         loop_settings = {
             "variant": variant,
-            "model": model,
+            "model": model.with_absolute_sources(),
             "config": config,
             "address": run.address,
             "index": str(Path(index).resolve()),

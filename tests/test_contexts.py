@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MINILM
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -13,6 +12,7 @@ from rag_core.contexts import PromptConfig, answer_labels, assemble_contexts, en
 from rag_core.errors import ConfigError
 from rag_core.model_source import resolve_model_source
 from rag_core.passages import Passage
+from tests.conftest import MINILM
 
 CPU = torch.device("cpu")
 QUESTIONS = ["which country is Lyon in?", "what water flows through Oslo, please?"]
@@ -49,7 +49,12 @@ def test_a_template_without_text_and_question_once_each_is_refused(template: str
 
 @pytest.mark.parametrize(
     "template",
-    ["{title} / {text} // {question}", "question: {question} context: {title} {text}", "{text}{question}", "{question} {text} {title}"],
+    [
+        "{title} / {text} // {question}",
+        "question: {question} context: {title} {text}",
+        "{text}{question}",
+        "{question} {text} {title}",
+    ],
 )
 def test_contexts_are_the_tokens_of_the_filled_template(tokenizer, template: str) -> None:
     prompt = PromptConfig(template=template)
@@ -103,9 +108,7 @@ def test_braces_inside_fields_stay_as_they_are(tokenizer) -> None:
     prompt = PromptConfig(template="{title} / {text} // {question}")
     passage = Passage("1", "a {question} {text} {0}", "set {x} {title} {question} }{ \\1 \\g<0>")
     ids_BKS, _ = assemble_contexts(tokenizer, prompt, ["what is {title} {text} \\1?"], [[passage]], CPU)
-    wanted = (
-        "a {question} {text} {0} / set {x} {title} {question} }{ \\1 \\g<0> // what is {title} {text} \\1?"  # noqa: RUF027
-    )
+    wanted = "a {question} {text} {0} / set {x} {title} {question} }{ \\1 \\g<0> // what is {title} {text} \\1?"
     assert ids_BKS[0, 0].tolist() == tokenizer(wanted)["input_ids"]
 
 

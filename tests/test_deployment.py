@@ -108,3 +108,6 @@ def test_every_deployments_parameters_fit_its_flow(services: Path) -> None:
         flow = getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function)
         assert flow.name == entry["name"]
         flow.validate_parameters(entry["parameters"])
+        if entry["name"] == "demo":
+            demo = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
+            assert entry["parameters"]["config"] == demo, "prefect.yaml and configs/demo.yaml have drifted apart"

@@ -38,12 +38,6 @@ def parse(settings: type[Settings], content: object, where: str) -> Settings:
         raise ConfigError(f"{where}: {explain(error)}") from error
 
 
-def section(settings: type[Settings], file: Path | None, name: str) -> Settings:
-    """One section of a whole-run file (its other sections do not matter here), or the defaults without a file."""
-    content = read_yaml(file).get(name, {}) if file else {}
-    return parse(settings, content or {}, f"{file or 'defaults'}, section `{name}`")
-
-
 def explain(error: ValidationError) -> str:
     """Pydantic's findings as one sentence each."""
     return " ".join(f"{'.'.join(str(part) for part in one['loc']) or 'value'}: {one['msg']}." for one in error.errors())

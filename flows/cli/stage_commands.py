@@ -119,7 +119,7 @@ def train(
     num_workers: Annotated[int | None, typer.Option(help="Overrides train.num_workers.")] = None,
 ) -> None:
     """Train question encoder and generator end to end, with retrieval inside every step."""
-    from flows.cli.settings import parse, read_yaml, section
+    from flows.cli.settings import parse, read_yaml
     from flows.train_sequence import train_sequence
     from flows.train_token import train_token
     from rag_core.errors import ConfigError
@@ -133,11 +133,10 @@ def train(
     content |= {"generator": generator} if generator else {}
     content |= {"question_encoder": question_encoder} if question_encoder else {}
     model = parse(ModelConfig, content, f"{config}, section `model`")
-    settings = section(TrainConfig, config, "train")
-    if steps is not None:
-        settings.optimizer.steps = steps
-    if num_workers is not None:
-        settings.num_workers = num_workers
+    training: Any = dict(read_yaml(config).get("train") or {})  # type: ignore[call-overload]
+    training |= {"num_workers": num_workers} if num_workers is not None else {}
+    training["optimizer"] = {**training.get("optimizer", {}), **({"steps": steps} if steps is not None else {})}
+    settings = parse(TrainConfig, training, f"{config}, section `train`")
     print_stage(flows[variant](index, questions, dev, out, model, settings))
 
 

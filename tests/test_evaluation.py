@@ -1,0 +1,168 @@
+"""Scores of hand-made cases, counted by hand; and the file of predictions that they are read from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rag_core.artefact import publish
+from rag_core.errors import ArtefactError, InputError
+from rag_core.evaluation import evaluate_predictions, evaluate_retrieval, mean_scores, retrieval_scores
+from rag_core.passages import Passage
+from rag_core.predictions import JSONL, PARQUET, join_parts, prediction_row, read_predictions, write_part
+from rag_core.questions import Question
+from rag_core.reader import Answer, Candidate, ReadPassage
+from rag_core.text_encoder import TextEncoder
+from tests.small_corpus import FACTS, QUESTIONS, make_encoder, make_index
+
+LYON, OSLO, CORK = (Passage(one, title, text) for one, title, text in (FACTS[0], FACTS[3], FACTS[6]))
+# Line ends of other systems, which must not cut a row of JSON lines.
+ODD = Passage("odd", "Zürich\u2028x", "one\u2028two\x85three\nfour\r\nfive\x0csix “é”")
+
+
+def _answer(text: str, *passages: Passage) -> Answer:
+    read = tuple(ReadPassage(one, 0.5**place, 0.25**place) for place, one in enumerate(passages, 1))
+    return Answer(text, -1.25, (Candidate(text, -1.25), Candidate("other", -3.5)), read)
+
+
+CASES = [
+    # EM 1, F1 1; gold passage first.
+    (
+        Question("a", "country of Lyon?", ("France", "the French Republic"), "country", (LYON.id,)),
+        _answer("france", LYON, OSLO),
+    ),
+    # EM 0, F1 2/3 against "the river Rhone" (river, rhone): precision 1, recall 1/2. Gold passage second.
+    (Question("b", "river of Lyon?", ("the river Rhone",), "river", (LYON.id,)), _answer("Rhone", OSLO, LYON)),
+    # EM 0, F1 0; no gold id, and the answer's string stands in the second passage.
+    (Question("c", "country of Cork?", ("Ireland",), "country"), _answer("Norway", OSLO, CORK)),
+    # EM 1, F1 1; the gold passage is not there, though another holds the answer's string.
+    (Question("d", "where is Oslo?", ("Norway",), None, ("oslo:other",)), _answer("Norway", OSLO, ODD)),
+]
+
+
+def _published(folder: Path, cases: list[tuple[Question, Answer]], cut: int = 2) -> Path:
+    rows = [prediction_row(question, answer) for question, answer in cases]
+    parts = [folder.parent / f"{folder.name}-part-{number}" for number in (0, 1)]
+    write_part(rows[:cut], parts[0])
+    write_part(rows[cut:], parts[1])
+    with publish(folder, "predictions") as draft:
+        draft.counts["questions"] = join_parts(parts, draft.folder)
+    assert draft.counts["questions"] == len(cases)
+    return folder
+
+
+def test_scores_are_means_over_all_questions_and_by_type(tmp_path: Path) -> None:
+    scores = evaluate_predictions(_published(tmp_path / "out", CASES), [one for one, _ in CASES], ks=(1, 2, 5))
+    assert set(scores) == {"overall", "country", "river"}
+    assert scores["overall"] == pytest.approx(
+        {
+            "em": 2 / 4,
+            "f1": (1 + 2 / 3 + 0 + 1) / 4,
+            "recall@1": 1 / 4,
+            "recall@2": 3 / 4,
+            "answer_recall@1": 2 / 4,
+            "answer_recall@2": 3 / 4,
+            "count": 4,
+        }
+    )
+    assert scores["country"] == pytest.approx(
+        {"em": 0.5, "f1": 0.5, "recall@1": 0.5, "recall@2": 1, "answer_recall@1": 0.5, "answer_recall@2": 1, "count": 2}
+    )
+    assert scores["river"]["f1"] == pytest.approx(2 / 3)
+    assert scores["river"]["count"] == 1
+
+
+def test_more_predictions_than_questions_and_another_order_change_nothing(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "out", CASES)
+    scores = evaluate_predictions(folder, [CASES[1][0], CASES[0][0]], ks=(1,))
+    assert scores["overall"] == pytest.approx(
+        {"em": 0.5, "f1": 5 / 6, "recall@1": 0.5, "answer_recall@1": 0.5, "count": 2}
+    )
+
+
+def test_a_question_without_answers_is_scored_for_retrieval_only(tmp_path: Path) -> None:
+    silent = Question("e", "?", (), None, (CORK.id,))
+    folder = _published(tmp_path / "out", [CASES[0], (silent, _answer("?", CORK))])
+    scores = evaluate_predictions(folder, [CASES[0][0], silent], ks=(1,))["overall"]
+    assert scores == pytest.approx({"em": 1, "f1": 1, "recall@1": 1, "answer_recall@1": 1, "count": 2})
+
+
+def test_a_question_without_prediction_is_named(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "out", CASES[:3])
+    with pytest.raises(InputError, match=r"no prediction for 1 of 4 questions \(first: id 'd'\)"):
+        evaluate_predictions(folder, [one for one, _ in CASES], ks=(1,))
+
+
+def test_questions_without_any_answer_are_refused(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "out", CASES)
+    with pytest.raises(InputError, match="None of the questions has an answer"):
+        evaluate_predictions(folder, [Question("a", "country of Lyon?")], ks=(1,))
+
+
+def test_gold_ids_count_before_answer_strings() -> None:
+    question = Question("q", "?", ("Norway",), None, (CORK.id,))
+    scores = retrieval_scores([OSLO, LYON, CORK], question, (1, 3))
+    assert scores == {"recall@1": 0.0, "recall@3": 1.0, "answer_recall@1": 1.0, "answer_recall@3": 1.0}
+    assert retrieval_scores([OSLO], Question("q", "?"), (1,)) == {}
+    assert mean_scores([{"em": 1.0}, {"em": 0.0, "x": 3.0}, {}]) == {"em": 0.5, "x": 3.0}
+
+
+def test_retrieval_scores_equal_a_count_over_brute_force_search(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "encoder", seed=4)
+    index, encoder = make_index(tmp_path / "index", folder), TextEncoder.from_pretrained(folder)
+    questions = [
+        Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)
+    ]
+    scores = evaluate_retrieval(index, encoder, questions, ks=(1, 3, 9))
+    documents_ND = encoder.encode([f"{title} {text}" for _, title, text in FACTS], precision="float32")
+    ranks = []
+    for text, _, gold, _ in QUESTIONS:
+        query_D = encoder.encode([text], precision="float32")[0]
+        order = np.argsort(-(documents_ND @ query_D)).tolist()
+        ranks.append(order.index([fact[0] for fact in FACTS].index(gold)))
+    for k in (1, 3, 9):
+        assert scores["overall"][f"recall@{k}"] == pytest.approx(np.mean([rank < k for rank in ranks]))
+    rivers = [rank for rank, question in zip(ranks, QUESTIONS, strict=True) if question[3] == "river"]
+    assert scores["river"]["recall@3"] == pytest.approx(np.mean([rank < 3 for rank in rivers]))
+    assert (scores["river"]["count"], scores["overall"]["count"], scores["overall"]["recall@9"]) == (2, 8, 1)
+    assert 0 < scores["overall"]["recall@3"] < 1
+
+
+def test_parts_are_joined_in_order_and_both_files_hold_the_same_rows(tmp_path: Path) -> None:
+    for cut in (0, 1, 4):
+        folder = _published(tmp_path / f"out-{cut}", CASES, cut)
+        expected = [json.loads(json.dumps(prediction_row(question, answer))) for question, answer in CASES]
+        assert [row["id"] for row in expected] == ["a", "b", "c", "d"]
+        assert list(read_predictions(folder)) == expected
+        assert pq.read_table(folder / PARQUET).to_pylist() == expected
+        assert len((folder / JSONL).read_bytes().strip().split(b"\n")) == len(CASES)
+
+
+def test_a_row_holds_answer_runners_up_and_passages_with_both_probabilities() -> None:
+    row = prediction_row(*CASES[0])
+    assert (row["id"], row["question"], row["answer"], row["log_prob"]) == ("a", "country of Lyon?", "france", -1.25)
+    assert row["candidates"] == [{"answer": "france", "log_prob": -1.25}, {"answer": "other", "log_prob": -3.5}]
+    first = {"id": LYON.id, "title": "Lyon", "text": LYON.text, "prior": 0.5, "posterior": 0.25}
+    second = {"id": OSLO.id, "title": "Oslo", "text": OSLO.text, "prior": 0.25, "posterior": 0.0625}
+    assert row["passages"] == [first, second]
+
+
+def test_a_damaged_file_of_predictions_is_refused_by_name(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "out", CASES)
+    damaged = bytearray((folder / JSONL).read_bytes())
+    damaged[damaged.index(b"france")] ^= 1
+    (folder / JSONL).write_bytes(damaged)
+    with pytest.raises(ArtefactError, match=r"predictions\.jsonl"):
+        list(read_predictions(folder))
+
+
+def test_a_line_that_is_no_prediction_is_named(tmp_path: Path) -> None:
+    with publish(tmp_path / "out", "predictions") as draft:
+        good = json.dumps(prediction_row(*CASES[0]))
+        (draft.folder / JSONL).write_text(good + '\n{"id": "b", "answer": "x"}\n')
+    with pytest.raises(ArtefactError, match="line 2 is not a prediction"):
+        list(read_predictions(tmp_path / "out"))
