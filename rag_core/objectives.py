@@ -49,7 +49,7 @@ class EndToEnd(nn.Module):
         self._index = index
         self._variant = variant
         self._rates = rates
-        for part, rate in ((model.question_encoder, rates.question_encoder), (model.generator, rates.generator)):
+        for part, rate in self._parts():
             if rate == 0:
                 part.requires_grad_(False)
 
@@ -65,13 +65,22 @@ class EndToEnd(nn.Module):
         answers = [example.answers[0] for example in examples]
         return self.model.reader.nll(questions, passages_BK, doc_scores_BK, answers, self._variant)
 
+    def train(self, mode: bool = True) -> EndToEnd:
+        """Training mode for the trained parts; a part at rate 0 stays as it answers, without dropout."""
+        super().train(mode)
+        for part, rate in self._parts():
+            part.train(mode and rate > 0)
+        return self
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One group for each trained part, with its learning rate."""
-        parts = (
+        return [{"params": _trainable(part), "lr": rate} for part, rate in self._parts() if rate > 0]
+
+    def _parts(self) -> tuple[tuple[nn.Module, float], ...]:
+        return (
             (self.model.question_encoder, self._rates.question_encoder),
             (self.model.generator, self._rates.generator),
         )
-        return [{"params": _trainable(part), "lr": rate} for part, rate in parts if rate > 0]
 
 
 @dataclass(frozen=True, slots=True)

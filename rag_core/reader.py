@@ -170,4 +170,8 @@ def load_generator(name_or_folder: str | Path) -> tuple[nn.Module, Any]:
             "BART, T5 or the one that `rag pretrain` makes."
         )
     model = load_from_source(AutoModelForSeq2SeqLM.from_pretrained, source, dtype=torch.float32)
+    if getattr(getattr(model, "encoder", None), "pooler", None) is not None:
+        # BERT's pooler is no part of an EncoderDecoderModel's output. Loading makes one of random weights all the same:
+        # no gradient reaches it, which upsets DDP, and every load would have another fingerprint.
+        model.encoder.pooler = None
     return model.eval(), load_tokenizer(source)

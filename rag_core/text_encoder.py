@@ -120,7 +120,9 @@ class TextEncoder(nn.Module):
         `max_tokens` and `title_separator` count, too: they change what a passage's vector is.
         """
         settings = self.settings.model_dump_json()
-        return hashlib.sha256(f"{settings}{fingerprint_of_weights(self.model)}".encode()).hexdigest()
+        # An unused pooler does not change vectors, and where the folder has none it is random at every load.
+        unused = () if self.settings.pooling == "dpr" else ("pooler.",)
+        return hashlib.sha256(f"{settings}{fingerprint_of_weights(self.model, unused)}".encode()).hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to `max_tokens`."""
@@ -184,10 +186,12 @@ class TextEncoder(nn.Module):
         return pad_ids(ids, self.tokenizer.pad_token_id or 0, self.device)
 
 
-def fingerprint_of_weights(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and values of all parameters and buffers."""
+def fingerprint_of_weights(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 over names, shapes, types and values of all parameters and buffers but those whose names start so."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(leave_out):
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

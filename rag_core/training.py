@@ -107,12 +107,13 @@ def run_training(
                 f"Training diverged at step {step}: loss {nll}, gradient norm {float(norm)}. Lower the learning rates, "
                 "lengthen the warm-up, or train in float32."
             )
+        rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(nll, float(norm), len(batch))
         if step % config.log_every == 0 or step == config.steps:
-            hooks.log(step, {**meter.take(), "learning_rate": float(schedule.get_last_lr()[0])})
+            hooks.log(step, {**meter.take(), "learning_rate": rate})
         if step % config.eval_every == 0 or step == config.steps:
             objective.eval()
             hooks.keep(step, hooks.evaluate(step))

@@ -156,6 +156,9 @@ def train_on_ray(
 def _fit(trainer: TorchTrainer) -> Any:
     try:
         return trainer.fit()
+    except SystemExit as error:
+        # Ray Train answers Ctrl-C by leaving the process; the stages above want to hear of it.
+        raise KeyboardInterrupt from error
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             cause: BaseException | None = failure

@@ -63,6 +63,7 @@ def _shard(folder: Path) -> Path:
     return folder / "corpus-00003.parquet"
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(("damage", "dtype"), [(float("nan"), "float32"), (1e30, "float16")])
 def test_a_vector_that_is_not_finite_is_refused_with_file_row_and_id(tmp_path: Path, damage: float, dtype: str) -> None:
     encoder = TextEncoder.from_pretrained(make_encoder(tmp_path / "encoder"))

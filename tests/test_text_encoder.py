@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, T5Config, T5Model
 
@@ -38,9 +38,8 @@ def minilm() -> TextEncoder:
 
 
 @pytest.fixture(scope="module")
-def reference_ND() -> Iterator[np.ndarray]:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    model = sentence_transformers.SentenceTransformer(resolve_model_source(MINILM), device="cpu")
+def reference_ND() -> np.ndarray:
+    model = SentenceTransformer(resolve_model_source(MINILM), device="cpu")
     return model.encode(TEXTS, convert_to_numpy=True)
 
 
@@ -192,6 +191,15 @@ def test_the_fingerprint_follows_weights_and_settings_but_not_the_folder(tmp_pat
         touched.model.encoder.layer[1].output.dense.weight[3, 5] += 1e-6
     changed.add(touched.fingerprint())
     assert len(changed | {before}) == 5
+
+
+def test_a_folder_without_pooler_weights_has_the_same_fingerprint_at_every_load(tmp_path: Path, folder: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folder)
+    encoder.model.pooler = None
+    encoder.save_pretrained(tmp_path)
+    first, second = (TextEncoder.from_pretrained(tmp_path) for _ in range(2))
+    assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
+    assert first.fingerprint() == second.fingerprint() == encoder.fingerprint()
 
 
 def test_precision_given_is_kept_and_auto_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:

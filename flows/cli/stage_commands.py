@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.prefect_server import with_server
 from flows.cli.printing import print_scores, print_stage
 
 Out = Annotated[Path, typer.Option("--out", help="Folder that is written. It appears whole or not at all.")]
@@ -23,7 +24,7 @@ Questions = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     for command in (corpus, embed, index, pretrain, train, infer, evaluate):
-        app.command(rich_help_panel="Stages")(command)
+        app.command(rich_help_panel="Stages")(with_server(command))
 
 
 def corpus(
