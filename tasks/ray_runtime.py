@@ -1,7 +1,7 @@
 """Ray: one cluster for a process, workers × threads = cores, and progress that comes back to the terminal.
 
-With `RAY_ADDRESS` set the stages run on that cluster; otherwise Ray starts on this machine, bound to loopback, with
-its own token authentication left on, and ends with the process.
+With `RAY_ADDRESS` set the stages run on that cluster; otherwise Ray starts on this machine, without its dashboard and
+with its own token authentication left on, and ends with the process.
 """
 
 from __future__ import annotations

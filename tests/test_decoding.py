@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, PAD, answer_tokens, end_token, random_contexts, tiny_bart, tiny_model
 from torch import Tensor
 
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
 from rag_core.likelihood import rag_nll
+from tests.tiny_models import FAMILIES, PAD, answer_tokens, end_token, random_contexts, tiny_bart, tiny_model
 
 DECODE: dict[str, Callable[..., list[list[Hypothesis]]]] = {
     "sequence": decode_rag_sequence,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, end_token, random_contexts, tiny_bart, tiny_model
 from torch import Tensor
 
 from rag_core import likelihood
 from rag_core.errors import ConfigError
 from rag_core.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
+from tests.tiny_models import FAMILIES, end_token, random_contexts, tiny_bart, tiny_model
 
 NLL = {"sequence": rag_sequence_nll, "token": rag_token_nll}
 VARIANTS = tuple(NLL)
