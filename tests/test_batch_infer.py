@@ -28,7 +28,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> tuple[RagModel, PassageI
 
 def fid_file(folder: Path, *, scored: bool = True, bare_last: bool = False) -> Path:
     """Two questions with contexts of their own, two and one."""
-    contexts = [{"id": "x1", "title": "Lyon", "text": "Lyon is a city in Norway."}, {"title": "", "text": "About 522."}]
+    contexts = [
+        {"id": "x1", "title": "Lyon", "text": "Lyon is a city in Norway."},
+        {"id": "x2", "title": "", "text": "About 522."},
+    ]
     rows = [
         {"question": "which country is Lyon in?", "ctxs": contexts},
         {"question": "what is it?", "ctxs": contexts[1:]},

@@ -77,7 +77,12 @@ def test_a_deployed_flow_is_run_by_a_worker(services: Path, tmp_path: Path) -> N
         state = wait_for_flow_run("train-token", seconds=300)
     finally:
         worker.terminate()
-        worker.wait(timeout=60)
+        try:
+            worker.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            # Prefect's worker may wait long for its last heartbeat; its work is done.
+            worker.kill()
+            worker.wait(timeout=20)
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-4000:]
     assert open_artefact(tmp_path / "rag-token", "rag-model").config["variant"] == "token"
 

@@ -168,10 +168,14 @@ def test_mlflow_shows_one_parent_with_a_child_for_every_stage(ran) -> None:  # t
 def test_both_variants_are_registered_with_a_signature_and_answer(ran) -> None:  # type: ignore[no-untyped-def]
     import mlflow
     import pandas as pd
+    from mlflow import MlflowClient
 
-    _, out, _ = ran
+    _, out, result = ran
+    run_ids = {stage.stage: stage.run_id for stage in result.stages}
     for variant in ("sequence", "token"):
-        loaded = mlflow.pyfunc.load_model(f"models:/rag-{variant}/1")
+        found = MlflowClient().search_model_versions(f"run_id = '{run_ids[f'train-{variant}']}'")
+        assert [version.name for version in found] == [f"rag-{variant}"]
+        loaded = mlflow.pyfunc.load_model(f"models:/rag-{variant}/{found[0].version}")
         assert loaded.metadata.signature.inputs.input_names() == ["question"]
         assert loaded.metadata.signature.outputs.input_names() == ["answer", "log_prob"]
     asked = pd.DataFrame({"question": [question for question, *_ in QUESTIONS[:2]]})
