@@ -9,7 +9,7 @@ Shapes: N passages, B questions, K passages per question, D embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import faiss
@@ -22,7 +22,7 @@ from rag_core.artefact import Manifest, open_artefact, publish
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
-from rag_core.index_factory import RecallPoint, choose_factory, make_faiss_index, tune_recall
+from rag_core.index_factory import choose_factory, make_faiss_index, tune_recall
 from rag_core.passage_store import PassageStore, write_passage_store
 from rag_core.passages import Passage
 
@@ -91,7 +91,7 @@ def build_index(embeddings: Embeddings, corpus: Corpus, out: Path, config: Index
             "recall_at_10": measured.chosen.recall_at_10,
             "search_parameter": measured.chosen.parameter,
             "search_value": measured.chosen.value,
-            "recall_curve": [vars_of(point) for point in measured.curve],
+            "recall_curve": [asdict(point) for point in measured.curve],
         }
     return open_artefact(out, KIND, check_content=False)
 
@@ -170,16 +170,6 @@ class PassageIndex:
                 f"{k} passages per question were asked for, but the index {self.path} holds {len(self)}. "
                 f"Ask for 1 to {len(self)}."
             )
-
-
-def vars_of(point: RecallPoint) -> dict[str, float | str]:
-    """A measured point as JSON."""
-    return {
-        "parameter": point.parameter,
-        "value": point.value,
-        "recall_at_10": point.recall_at_10,
-        "milliseconds_per_query": point.milliseconds_per_query,
-    }
 
 
 def _write_vectors(embeddings: Embeddings, out_file: Path) -> np.ndarray:
