@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock mlflow prefect clean
+.PHONY: help setup demo test mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ demo: setup ## train and compare both variants on an embedded example (about 14 
 
 test: setup ## run all tests (under 12 minutes on two cores)
 	$(BIN)/python -m pytest
+
+mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 15 minutes)
+	$(BIN)/python -m tests.mutants
 
 lint: setup ## formatting, lint, types, and the direction of imports
 	$(BIN)/ruff format --check .
@@ -52,4 +55,4 @@ prefect: setup ## open the Prefect pages on http://127.0.0.1:4200
 	PREFECT_SERVER_ANALYTICS_ENABLED=false $(BIN)/prefect server start --host 127.0.0.1 --port 4200
 
 clean: ## remove .venv and caches; runs/ and mlflow.db stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -7,8 +7,10 @@ passages of a question:
     RAG-Token       p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t)
 
 The document's probability enters once an answer (Sequence) or once a token (Token), whatever the first token is.
-Token log-probabilities are gather − logsumexp: the log-softmax of the logits, the largest tensor of a training step,
-is never held, neither forwards nor for the gradient. The price is that second derivatives are not defined.
+The log-softmax of the logits, the largest tensor of a training step, is never held, neither forwards nor for the
+gradient; the price is that second derivatives are not defined. What is V times smaller, one number a token, is float64:
+a long answer's log-probability of −1000 in float32 would tell one passage from another only to the fourth digit. The
+price is a device that has float64.
 This module knows nothing about retrieval, tokenisers, optimisers or devices.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens, V vocabulary.
@@ -22,11 +24,16 @@ import torch
 from torch import Tensor
 
 from rag_core.errors import ConfigError
+from rag_core.generation_tokens import GenerationTokens
 
 Variant = Literal["sequence", "token"]
 
 # Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 16 MB.
 _CHUNK_ELEMENTS = 1 << 22
+
+# The least log-probability of a token in a loss, in nats. Logits near the end of their type's range would give −inf, and
+# with it a gradient of NaN. Sums of floors stay finite in float32, and no logit within ±10²⁹ gets here.
+_FLOOR = -1e30
 
 
 def rag_sequence_nll(
@@ -37,12 +44,14 @@ def rag_sequence_nll(
     Args:
         logits_BKTV: the generator's logits for every (question, passage) pair, floating point. Half precision is
             accumulated in float32; float64 stays float64.
-        doc_scores_BK: the retriever's scores before the softmax, floating point. −inf marks an absent passage.
+        doc_scores_BK: the retriever's scores before the softmax, floating point. −inf marks an absent passage; each
+            question has one passage at least.
         labels_BT: int64 token ids of the answer, end token included, no start token.
         ignore_index: label of positions that count for nothing; they may be anywhere.
 
     Returns:
-        nll_B in nats, summed over tokens, float32 (float64 if an input is float64).
+        nll_B in nats, summed over tokens, float32 (float64 if an input is float64). Loss and gradients are finite for
+        all finite inputs; a token less probable than e^−10³⁰ counts as that, and gives no gradient.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -72,7 +81,8 @@ def rag_nll(
     """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
 
     Args:
-        generator: a transformers encoder-decoder model. Its own shift makes the decoder's inputs from the labels.
+        generator: a transformers encoder-decoder model. The decoder reads the generator's prompt (the start token, and
+            a forced first token if its generation config has one) and the labels; see `GenerationTokens`.
         input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax. −inf marks an absent passage.
@@ -94,13 +104,13 @@ def rag_nll(
     B, K = doc_scores_BK.shape
     if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
         raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
-    decoder_input_ids_BT = generator.prepare_decoder_input_ids_from_labels(labels_BT)
+    decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_BT)
     logits_RTV = generator(
         input_ids=input_ids_BKS.flatten(0, 1),
         attention_mask=attention_mask_BKS.flatten(0, 1),
-        decoder_input_ids=decoder_input_ids_BT.repeat_interleave(K, dim=0),
+        decoder_input_ids=decoder_input_ids.repeat_interleave(K, dim=0),
         use_cache=False,
-    ).logits
+    ).logits[:, -labels_BT.shape[1] :]
     return _nll(logits_RTV.unflatten(0, (B, K)), doc_scores_BK, labels_BT, variant=variant, ignore_index=-100)
 
 
@@ -130,12 +140,14 @@ def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
 def token_log_probs(logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
     """log p(label) = logit − logsumexp(logits) at each position, differentiable once in the logits.
 
+    Exact to the relative precision of the logits' type, however large the logits and however sure the label.
+
     Args:
         logits_RTV: floating point, shape (..., V); half precision is accumulated in float32.
         labels_RT: int64, shape (...), each in [0, V).
 
     Returns:
-        Shape (...), float32 or float64.
+        Shape (...), float64.
     """
     log_probs: Tensor = _TokenLogProbs.apply(logits_RTV, labels_RT)
     return log_probs
@@ -185,13 +197,16 @@ def _nll(
     ignored_BT = labels_BT == ignore_index
     # Ignored positions look up token 0, which is always there; what they find is masked below.
     labels_BKT = labels_BT.masked_fill(ignored_BT, 0).unsqueeze(1).expand(logits_BKTV.shape[:3])
-    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT)
-    log_docs_BK = doc_log_probs(doc_scores_BK)
+    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT).clamp(min=_FLOOR)
+    log_docs_BK = doc_log_probs(doc_scores_BK.double())
     if variant == "sequence":
         answer_BK = log_probs_BKT.masked_fill(ignored_BT.unsqueeze(1), 0.0).sum(dim=2)
-        return -marginalize(answer_BK, log_docs_BK)
-    # Masked after the marginalisation: an ignored token must count 0 exactly, not log Σ_z p(z|q) up to rounding.
-    return -marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
+        log_likelihood_B = marginalize(answer_BK, log_docs_BK)
+    else:
+        # Masked after the marginalisation: an ignored token must count 0 exactly, not log Σ_z p(z|q) up to rounding.
+        log_likelihood_B = marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
+    inputs_dtype = torch.promote_types(logits_BKTV.dtype, doc_scores_BK.dtype)
+    return -log_likelihood_B.to(torch.promote_types(inputs_dtype, torch.float32))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -199,34 +214,54 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """gather − logsumexp in chunks of positions; the gradient onehot − softmax is written into one buffer.
+    """log-softmax at the label, in chunks of positions; the gradient onehot − softmax is written into one buffer.
 
     Autograd's own version holds a float32 copy of half-precision logits and makes three more tensors of that size on
-    the way back.
+    the way back. With m the greatest logit, rest = Σ_{v ≠ label} exp(x_v − m) and total = rest + exp(x_label − m):
+
+        log p = (x_label − m) − log(total)
+        d log p / d x_v = rest / total at the label, −exp(x_v − m) / total elsewhere
+
+    `rest` is summed without the label, as 1 − p taken from a p that is nearly one would keep no digit; and m stays
+    apart, as m + log(total) rounds the logarithm away where logits are large.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
         V = logits_RTV.shape[-1]
-        logits_NV, labels_N = logits_RTV.reshape(-1, V), labels_RT.reshape(-1)
+        logits_NV, labels_N1 = logits_RTV.reshape(-1, V), labels_RT.reshape(-1, 1)
         rows = max(1, _CHUNK_ELEMENTS // V)
-        lse_N = torch.cat([_at_least_float32(chunk).logsumexp(dim=1) for chunk in logits_NV.split(rows)])
-        ctx.save_for_backward(logits_NV, labels_N, lse_N)
+        top_N1 = logits_NV.amax(dim=1, keepdim=True)
+        rest_N1 = torch.cat(
+            [
+                _exp_from(logits, top).scatter_(1, labels, 0.0).sum(dim=1, keepdim=True)
+                for logits, top, labels in zip(
+                    logits_NV.split(rows), top_N1.split(rows), labels_N1.split(rows), strict=True
+                )
+            ]
+        ).double()
+        gap_N1 = logits_NV.gather(1, labels_N1).double() - top_N1.double()
+        ctx.save_for_backward(logits_NV, labels_N1, top_N1, rest_N1, rest_N1 + gap_N1.exp())
         ctx.shape = logits_RTV.shape
-        chosen_N = _at_least_float32(logits_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1))
-        return (chosen_N - lse_N).view(logits_RTV.shape[:-1])
+        # log(total), and exact where the label is the greatest: the gap is zero then and total = 1 + rest.
+        return (gap_N1 - (rest_N1 + gap_N1.expm1()).log1p()).view(logits_RTV.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        logits_NV, labels_N, lse_N = ctx.saved_tensors
-        grad_N = grad_outputs[0].reshape(-1)
+        logits_NV, labels_N1, top_N1, rest_N1, total_N1 = ctx.saved_tensors
+        weight_N1 = grad_outputs[0].reshape(-1, 1) / total_N1
+        at_label_N1 = weight_N1 * rest_N1
         grad_NV = torch.empty_like(logits_NV)
         rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[1])
-        for start in range(0, len(labels_N), rows):
+        for start in range(0, len(labels_N1), rows):
             part = slice(start, start + rows)
-            weight_N1 = grad_N[part].unsqueeze(1)
-            softmax_NV = (_at_least_float32(logits_NV[part]) - lse_N[part].unsqueeze(1)).exp_()
-            chunk_NV = softmax_NV.mul_(-weight_N1).scatter_add_(1, labels_N[part].unsqueeze(1), weight_N1)
-            grad_NV[part] = chunk_NV
+            chunk_NV = _exp_from(logits_NV[part], top_N1[part])
+            chunk_NV.mul_(-weight_N1[part].to(chunk_NV.dtype))
+            grad_NV[part] = chunk_NV.scatter_(1, labels_N1[part], at_label_N1[part].to(chunk_NV.dtype))
         return grad_NV.view(ctx.shape), None
+
+
+def _exp_from(logits_NV: Tensor, top_N1: Tensor) -> Tensor:
+    """exp(logits − top) in float32 at least, in a buffer of its own."""
+    return (_at_least_float32(logits_NV) - top_N1).exp_()

@@ -115,6 +115,19 @@ class RagModel(nn.Module):
             self.write_files(draft.folder)
             draft.details = details or {}
 
+    @classmethod
+    def from_hf_rag(cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None) -> RagModel:
+        """Read a RAG checkpoint of Hugging Face's; arguments and errors as in `hf_rag.read_hf_rag`."""
+        from rag_core.hf_rag import read_hf_rag  # which is built on this module
+
+        return read_hf_rag(folder_or_hub_name, pooling=pooling)
+
+    def to_hf_rag(self, folder: str | Path, *, variant: Variant | None = None) -> None:
+        """Write a folder that Hugging Face's RAG class loads; arguments and errors as in `hf_rag.write_hf_rag`."""
+        from rag_core.hf_rag import write_hf_rag
+
+        write_hf_rag(self, folder, variant=variant)
+
     def write_files(self, folder: Path) -> None:
         """Write the model's files into a folder, without a manifest."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ Shapes: B questions, K passages per question, S context tokens, T answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from rag_core.contexts import PromptConfig, answer_labels, assemble_contexts
+from rag_core.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
 from rag_core.likelihood import Variant, rag_nll
-from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
+from rag_core.model_source import (
+    load_from_source,
+    load_tokenizer,
+    load_weights,
+    quiet_transformers,
+    resolve_model_source,
+)
 from rag_core.passages import Passage
 from rag_core.surface import SurfaceReader
 from rag_core.text_encoder import Precision, autocast
@@ -39,7 +46,10 @@ class DecodingConfig(BaseModel):
     mode: Literal["thorough", "fast"] = Field(
         "thorough", description="RAG-Sequence: score answers under every passage, or only where found"
     )
-    length_penalty: float = 0.0
+    length_penalty: float = Field(0.0, description="beams rank by log_prob / length ** length_penalty")
+    early_stopping: bool | Literal["never"] = Field(
+        False, description="when a beam is done; as in Transformers' generation config"
+    )
     num_return_sequences: int = Field(3, ge=1, description="the answer and its runners-up")
     batch_size: int = Field(16, ge=1, description="questions decoded at once")
     precision: Precision = "auto"
@@ -76,12 +86,13 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt."""
+    """A seq2seq generator with its tokenizer and prompt. `count` goes up with every context that is read."""
 
     def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
         self.prompt = prompt
+        self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
 
     @property
@@ -94,6 +105,15 @@ class GeneratorReader:
             self.generator.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
 
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[ContextCount]:
+        """Count the contexts that are read inside the block apart from all others."""
+        outside, self.count = self.count, ContextCount()
+        try:
+            yield self.count
+        finally:
+            self.count = outside
+
     def nll(
         self,
         questions: Sequence[str],
@@ -103,7 +123,7 @@ class GeneratorReader:
         variant: Variant,
     ) -> torch.Tensor:
         """−log p(answer | question) for given passages and scores: nll_B in nats, summed over tokens."""
-        contexts = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        contexts = self._contexts(questions, passages_BK)
         labels_BT = answer_labels(self.tokenizer, answers, self.prompt.max_answer_tokens, self.device)
         return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
 
@@ -117,11 +137,12 @@ class GeneratorReader:
         decoding: DecodingConfig,
     ) -> list[Answer]:
         """Answer one batch of questions from given passages and scores (B, K); settings as in `DecodingConfig`."""
-        contexts = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        contexts = self._contexts(questions, passages_BK)
         options: dict[str, Any] = {
             "num_beams": decoding.num_beams,
             "max_new_tokens": decoding.max_new_tokens,
             "length_penalty": decoding.length_penalty,
+            "early_stopping": decoding.early_stopping,
             "num_return_sequences": min(decoding.num_return_sequences, decoding.num_beams),
         }
         with autocast(self.device, decoding.precision):
@@ -134,6 +155,14 @@ class GeneratorReader:
             self._to_answer(hypotheses, passages_K, prior_K)
             for hypotheses, passages_K, prior_K in zip(found, passages_BK, prior_BK, strict=True)
         ]
+
+    def _contexts(
+        self, questions: Sequence[str], passages_BK: Sequence[Sequence[Passage]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        self.count.contexts += sum(len(passages_K) for passages_K in passages_BK)
+        self.count.contexts_cut += found.cut
+        return found.input_ids_BKS, found.attention_mask_BKS
 
     def _to_answer(self, hypotheses: list[Hypothesis], passages_K: Sequence[Passage], prior_K: np.ndarray) -> Answer:
         best = hypotheses[0]
@@ -169,9 +198,16 @@ def load_generator(name_or_folder: str | Path) -> tuple[nn.Module, Any]:
             f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
             "BART, T5 or the one that `rag pretrain` makes."
         )
-    model = load_from_source(AutoModelForSeq2SeqLM.from_pretrained, source, dtype=torch.float32)
-    if getattr(getattr(model, "encoder", None), "pooler", None) is not None:
-        # BERT's pooler is no part of an EncoderDecoderModel's output. Loading makes one of random weights all the same:
-        # no gradient reaches it, which upsets DDP, and every load would have another fingerprint.
-        model.encoder.pooler = None
-    return model.eval(), load_tokenizer(source)
+    model = load_weights(AutoModelForSeq2SeqLM.from_pretrained, source, may_lack="encoder.pooler.", dtype=torch.float32)
+    return without_unused_pooler(model).eval(), load_tokenizer(source)
+
+
+def without_unused_pooler(generator: Any) -> Any:
+    """The same generator; of an EncoderDecoderModel the encoder's pooler is taken away.
+
+    It is no part of the model's output. Loading makes one of random weights all the same: no gradient reaches it, which
+    upsets DDP, and every load would have another fingerprint.
+    """
+    if getattr(getattr(generator, "encoder", None), "pooler", None) is not None:
+        generator.encoder.pooler = None
+    return generator

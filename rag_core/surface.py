@@ -2,7 +2,8 @@
 
 BERT's uncased tokenizers drop case and accents and put spaces around punctuation: "America/New_York" comes back as
 "america / new _ york". A generator that copies can do better: if the answer's tokens stand in a passage that was read,
-the passage's own spelling is the answer. Tokenizers that come back unharmed (BPE, SentencePiece) are simply decoded.
+the passage's own spelling is the answer. Tokenizers that come back unharmed (BPE, SentencePiece) are simply decoded; so
+are slow ones (Marian's), which do not say where their tokens stand.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class SurfaceReader:
         self._tokenizer = tokenizer
         ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         self._lossless = tokenizer.decode(ids, skip_special_tokens=True).strip() == PROBE
+        self._knows_places = tokenizer.is_fast
 
     def __call__(self, token_ids: Sequence[int], passage_texts: Sequence[str]) -> str:
         """The text of an answer.
@@ -30,7 +32,7 @@ class SurfaceReader:
             passage_texts: what was read, most probable passage first.
         """
         token_ids = list(token_ids)
-        if not self._lossless and token_ids and passage_texts:
+        if self._knows_places and not self._lossless and token_ids and passage_texts:
             encoded = self._tokenizer(list(passage_texts), add_special_tokens=False, return_offsets_mapping=True)
             for text, ids, offsets in zip(passage_texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 start = _find(ids, token_ids)

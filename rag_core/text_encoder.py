@@ -1,7 +1,7 @@
-"""Texts to vectors: any Hugging Face encoder with mean, CLS or DPR pooling.
+"""Texts to vectors: any Hugging Face encoder with a pooling, such as mean, CLS or DPR's.
 
 One class serves as the question encoder (trained) and the document encoder (frozen). It reads plain model folders,
-sentence-transformers folders (pooling and normalisation are in their `modules.json`), DPR encoders and hub names.
+sentence-transformers folders, DPR encoders and hub names; `encoder_settings.py` knows what their files say of pooling.
 `encode` sorts by length and fills batches up to a token budget, so that little padding is multiplied. It knows
 nothing of passages, questions or indices.
 
@@ -11,7 +11,6 @@ Shapes: N texts, B texts in a batch, S tokens, D embedding.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,35 +18,30 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import nn
 from transformers import AutoConfig, AutoModel
-from transformers.utils import cached_file
 
+from rag_core.encoder_settings import SETTINGS_FILE, EncoderSettings, Pooling, encoder_settings_of, transformer_folder
 from rag_core.errors import ConfigError
-from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
+from rag_core.model_source import (
+    load_from_source,
+    load_tokenizer,
+    load_weights,
+    quiet_transformers,
+    resolve_model_source,
+)
 
-Pooling = Literal["mean", "cls", "dpr"]
 Precision = Literal["auto", "float32", "bfloat16"]
-SETTINGS_FILE = "text_encoder.json"
 DPR_CLASSES = ("DPRQuestionEncoder", "DPRContextEncoder")
-
-
-class EncoderSettings(BaseModel):
-    """How a text encoder's token states become one vector. Stored beside the weights as `text_encoder.json`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    pooling: Pooling = Field("mean", description="mean over tokens, the first token (cls), or DPR's pooled output")
-    normalize: bool = Field(False, description="scale vectors to unit length")
-    max_tokens: int = Field(256, ge=2, description="longer texts are cut to this many tokens")
-    title_separator: str = Field(" ", description="between a passage's title and its text; DPR uses ' [SEP] '")
 
 
 class TextEncoder(nn.Module):
     """A text encoder: tokenizer, transformer, pooling.
 
-    Source of the poolings: mean as in Sentence-BERT (arXiv 1908.10084), DPR as in arXiv 2004.04906.
+    Source of the poolings: mean, CLS and max as in Sentence-BERT (arXiv 1908.10084), the position-weighted mean as in
+    SGPT (arXiv 2202.08904), DPR as in arXiv 2004.04906.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, settings: EncoderSettings) -> None:
@@ -55,8 +49,10 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
+        if settings.lowercase:
+            _lower_case_first(tokenizer)
         if settings.pooling != "dpr":
-            # Mean and CLS pooling leave BERT's pooler unused; a parameter that never gets a gradient upsets DDP.
+            # All other poolings leave BERT's pooler unused; a parameter that never gets a gradient upsets DDP.
             for name, parameter in model.named_parameters():
                 if name.startswith("pooler."):
                     parameter.requires_grad_(False)
@@ -69,32 +65,33 @@ class TextEncoder(nn.Module):
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         max_tokens: int | None = None,
+        prompt: str | None = None,
     ) -> TextEncoder:
         """Load an encoder.
 
         Args:
             name_or_folder: a local folder, a hub name, or `package:NAME/FOLDER` for a model inside a Python package.
-            pooling, normalize, max_tokens: override what the folder says. Without either: mean pooling, vectors as
-                they are, the model's own length limit; a DPR model gets DPR pooling.
+            pooling, normalize, max_tokens, prompt: override what the folder says. Without either: mean pooling,
+                vectors as they are, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
 
         Raises:
-            ConfigError: the model or its tokenizer cannot be read.
+            ConfigError: the model or its tokenizer cannot be read, or a sentence-transformers folder asks for what is
+                not done here.
         """
         source = resolve_model_source(name_or_folder)
-        config = load_from_source(AutoConfig.from_pretrained, source)
-        settings = _settings_of(source, config)
-        given = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
-        settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture) if architecture in DPR_CLASSES else AutoModel
+        subfolder = transformer_folder(source)
+        config = load_from_source(AutoConfig.from_pretrained, source, subfolder=subfolder)
         if config.is_encoder_decoder:
             raise ConfigError(
                 f"{name_or_folder} is an encoder-decoder ({config.model_type}); a text encoder such as BERT, MiniLM or DPR "
                 "is needed here."
             )
-        model = load_from_source(model_class.from_pretrained, source, dtype=torch.float32)
-        tokenizer = load_tokenizer(source)
-        return cls(model, tokenizer, settings).eval()
+        load = _model_class(source, config).from_pretrained
+        model = load_weights(load, source, may_lack="pooler.", subfolder=subfolder, dtype=torch.float32)
+        tokenizer = load_tokenizer(source, subfolder=subfolder)
+        given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens, "prompt": prompt}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(model, tokenizer, encoder_settings_of(source, model, tokenizer, given)).eval()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), tokenizer and settings to a folder that `from_pretrained` reads."""
@@ -117,7 +114,7 @@ class TextEncoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of weights and settings: equal for equal vectors, whatever the model is called.
 
-        `max_tokens` and `title_separator` count, too: they change what a passage's vector is.
+        `max_tokens`, `title_separator` and `prompt` count, too: they change what a passage's vector is.
         """
         settings = self.settings.model_dump_json()
         # An unused pooler does not change vectors, and where the folder has none it is random at every load.
@@ -125,22 +122,19 @@ class TextEncoder(nn.Module):
         return hashlib.sha256(f"{settings}{fingerprint_of_weights(self.model, unused)}".encode()).hexdigest()
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, cut to `max_tokens`."""
+        """Token ids of each text after the prompt, special tokens included, cut to `max_tokens`."""
         if not texts:
             return []
-        return self.tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)["input_ids"]
+        prompted = [self.settings.prompt + text for text in texts]
+        return self.tokenizer(prompted, truncation=True, max_length=self.settings.max_tokens)["input_ids"]
 
     def forward(self, input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor) -> torch.Tensor:
         """Vectors (B, D) in float32 of token ids (B, S) under their mask (B, S), differentiable."""
         output = self.model(input_ids=input_ids_BS, attention_mask=attention_mask_BS)
         if self.settings.pooling == "dpr":
             vectors_BD = output.pooler_output.float()
-        elif self.settings.pooling == "cls":
-            vectors_BD = output.last_hidden_state[:, 0].float()
         else:
-            states_BSD = output.last_hidden_state.float()
-            mask_BS1 = attention_mask_BS[..., None].to(states_BSD.dtype)
-            vectors_BD = (states_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
+            vectors_BD = pool(output.last_hidden_state.float(), attention_mask_BS, self.settings.pooling)
         return nn.functional.normalize(vectors_BD, dim=-1) if self.settings.normalize else vectors_BD
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -183,7 +177,25 @@ class TextEncoder(nn.Module):
         return vectors_ND
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        # Any id does where the tokenizer has none: the mask hides it, and on the right it moves no token's position.
         return pad_ids(ids, self.tokenizer.pad_token_id or 0, self.device)
+
+
+def pool(states_BSD: torch.Tensor, mask_BS: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """One vector (B, D) from token states (B, S, D) padded on the right, as sentence-transformers' Pooling does it."""
+    mask_BS1 = mask_BS[..., None].to(states_BSD.dtype)
+    if pooling == "cls":
+        return states_BSD[:, 0]
+    if pooling == "lasttoken":
+        last_B = mask_BS.sum(1).clamp(min=1) - 1
+        row_B = torch.arange(len(last_B), device=last_B.device)
+        return states_BSD[row_B, last_B] * mask_BS1[row_B, last_B]
+    if pooling == "max":
+        return states_BSD.masked_fill(mask_BS1 == 0, float("-inf")).amax(1)
+    if pooling == "weightedmean":
+        mask_BS1 = mask_BS1 * torch.arange(1, mask_BS.shape[1] + 1, device=mask_BS.device)[:, None]
+    weight_B1 = mask_BS1.sum(1).clamp(min=1)
+    return (states_BSD * mask_BS1).sum(1) / (weight_B1.sqrt() if pooling == "mean_sqrt_len_tokens" else weight_B1)
 
 
 def fingerprint_of_weights(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
@@ -245,44 +257,23 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
         yield batch
 
 
-def _settings_of(source: str, config: Any) -> EncoderSettings:
-    ours = _read_json(source, SETTINGS_FILE)
-    if ours is not None:
-        try:
-            return EncoderSettings.model_validate(ours)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {SETTINGS_FILE} holds a setting that is not known: {error}") from error
-    limit = int(getattr(config, "max_position_embeddings", 0) or 512)
-    if config.model_type == "dpr":
-        return EncoderSettings(pooling="dpr", max_tokens=min(256, limit), title_separator=" [SEP] ")
-    modules = _read_json(source, "modules.json")
-    if modules is None:
-        return EncoderSettings(max_tokens=min(256, limit))
-    sentence_config = _read_json(source, "sentence_bert_config.json") or {}
-    return EncoderSettings(
-        pooling=_sentence_transformers_pooling(source, modules),
-        normalize=any(module["type"].endswith("Normalize") for module in modules),
-        max_tokens=min(sentence_config.get("max_seq_length") or 256, limit),
-    )
+def _model_class(source: str, config: Any) -> Any:
+    """The class that reads a model's weights. Of DPR's three, AutoModel knows the question encoder only."""
+    if config.model_type != "dpr":
+        return AutoModel
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in DPR_CLASSES:
+        raise ConfigError(
+            f"{source} is a DPR model of architecture {architecture}; a text encoder is one of {' and '.join(DPR_CLASSES)}. "
+            "Give the folder of the question or context encoder."
+        )
+    return getattr(transformers, architecture)
 
 
-def _sentence_transformers_pooling(source: str, modules: list[dict[str, Any]]) -> Pooling:
-    for module in modules:
-        if module["type"].endswith("Pooling"):
-            pooling = _read_json(source, f"{module['path']}/config.json") or {}
-            if pooling.get("pooling_mode_cls_token"):
-                return "cls"
-            if pooling.get("pooling_mode_mean_tokens", True):
-                return "mean"
-            raise ConfigError(f"{source} pools in a way that is not supported ({pooling}). Mean and CLS pooling are.")
-    return "mean"
-
-
-def _read_json(source: str, name: str) -> Any:
-    path = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
-    try:
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON ({error}). Copy the model again.") from error
+def _lower_case_first(tokenizer: Any) -> None:
+    """Make a tokenizer lower-case its text before all else, as sentence-transformers' `do_lower_case` does."""
+    backend = tokenizer.backend_tokenizer
+    found = backend.normalizer
+    # A tokenizer that was saved with it comes back with it.
+    if not (isinstance(found, NormalizerSequence) and isinstance(found[0], Lowercase)):
+        backend.normalizer = NormalizerSequence([Lowercase(), found] if found else [Lowercase()])

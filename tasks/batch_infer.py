@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
@@ -68,16 +70,20 @@ class QuestionAnswerer:
         self._questions = read_questions(Path(questions))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for number in batch["number"]:
-            size = self._config.shard_questions
-            mine = self._questions[int(number) * size : (int(number) + 1) * size]
-            answers: list[Answer] = []
+        counts = [asdict(self._answer_shard(int(number))) for number in batch["number"]]
+        return {name: np.array([one[name] for one in counts]) for name in counts[0]}
+
+    def _answer_shard(self, number: int) -> ContextCount:
+        size = self._config.shard_questions
+        mine = self._questions[number * size : (number + 1) * size]
+        answers: list[Answer] = []
+        with self._model.reader.counting() as count:
             for part in batches_of(mine, self._config.decoding.batch_size):
                 answers += answer_questions(self._model, self._index, part, self._config)
                 self._meter.advance.remote(len(part))
-            rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
-            write_part(rows, self._parts / part_name(int(number)))
-        return {"number": batch["number"]}
+        rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
+        write_part(rows, self._parts / part_name(number))
+        return count
 
 
 @task(name="batch-infer")
@@ -110,8 +116,10 @@ def batch_infer(
             parts = draft.folder / "parts"
             parts.mkdir()
             source = model.with_absolute_sources() if isinstance(model, ModelConfig) else str(Path(model).resolve())
-            _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
+            count = _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
+            run.log_metrics({"contexts_cut_share": count.cut_share})
             draft.counts["questions"] = join_parts(sorted(parts.iterdir()), draft.folder)
+            draft.counts |= asdict(count)
             shutil.rmtree(parts)
             draft.details["model"] = str(model)
         return open_artefact(out, KIND, check_content=False)
@@ -177,14 +185,14 @@ def _answer_from_contexts(model: RagModel, question: Question, config: InferConf
 
 
 def _answer_on_ray(
-    model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, count: int, stage: str
-) -> None:
+    model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, total: int, stage: str
+) -> ContextCount:
     import ray
 
     ensure_ray()
     share = share_of_cluster(config.num_workers)
-    shards = [{"number": number} for number in range(-(-count // config.shard_questions))]
-    with progress(stage, count) as meter:
+    shards = [{"number": number} for number in range(-(-total // config.shard_questions))]
+    with progress(stage, total) as meter:
         done = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
             QuestionAnswerer,
             fn_constructor_args=(
@@ -202,4 +210,5 @@ def _answer_on_ray(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
         )
-        done.materialize()
+        counts = done.take_all()
+    return ContextCount(**{name: sum(int(one[name]) for one in counts) for name in ("contexts", "contexts_cut")})

@@ -27,11 +27,12 @@ from rag_core.pretraining import (
     reading_objective,
 )
 from rag_core.questions import Question, read_questions
+from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.text_encoder import TextEncoder
 from rag_core.training import Hooks, run_training, sum_over_workers
 from tasks.plots import training_curves
-from tasks.ray_training import Reporter, this_device, this_place, train_on_ray
+from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
@@ -74,7 +75,7 @@ def pretrain_generator(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             with publish(out, KIND, config=settings, made_from=made_from) as draft:
                 trained.copy_to(draft.folder)
-                draft.counts["best_step"] = trained.best_step
+                draft.counts |= trained.counts()
                 draft.details["encoder"] = config.encoder
         return open_artefact(out, KIND, check_content=False)
 
@@ -94,7 +95,7 @@ def pretrain_generator(
     )
 
 
-def pretraining_loop(settings: dict[str, Any]) -> None:
+def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: PretrainConfig = settings["config"]
     address: RunAddress = settings["address"]
@@ -118,7 +119,7 @@ def pretraining_loop(settings: dict[str, Any]) -> None:
         # The end of the copying stage is worth keeping only until reading has begun.
         return dev.get("dev_em", -1.0)
 
-    reporter = Reporter(address, settings["meter"], reader.save_pretrained, better, place.rank)
+    reporter = Reporter(address, settings["meter"], reader.save_pretrained, better, place.rank, reader.count)
     hooks = Hooks(
         log=reporter.log,
         evaluate=evaluate,
@@ -126,6 +127,7 @@ def pretraining_loop(settings: dict[str, Any]) -> None:
         batch=lambda step, batch: copy_then_read(copying, step, batch, config),
     )
     run_training(reading_objective(reader, config), reading, config.optimizer, place, hooks)
+    return reporter.result()
 
 
 def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:
@@ -137,22 +139,26 @@ def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage
 def reading_scores(
     reader: GeneratorReader, pairs: Sequence[tuple[Question, Passage]], config: PretrainConfig
 ) -> dict[str, float]:
-    """EM and F1 of greedy answers over gold passages, over all workers."""
+    """EM and F1 of greedy answers over gold passages, and the share of contexts cut, over all workers."""
     decoding = DecodingConfig(
         num_beams=1, max_new_tokens=config.prompt.max_answer_tokens, precision=config.optimizer.precision
     )
     scored = []
-    for start in range(0, len(pairs), 64):
-        part = pairs[start : start + 64]
-        answers = reader.answer_from(
-            [question.question for question, _ in part],
-            [[passage] for _, passage in part],
-            torch.zeros(len(part), 1, device=reader.device),
-            variant="token",
-            decoding=decoding,
-        )
-        scored += [answer_scores(answer.text, question) for answer, (question, _) in zip(answers, part, strict=True)]
+    with reader.counting() as contexts:
+        for part in batches_of(pairs, 64):
+            answers = reader.answer_from(
+                [question.question for question, _ in part],
+                [[passage] for _, passage in part],
+                torch.zeros(len(part), 1, device=reader.device),
+                variant="token",
+                decoding=decoding,
+            )
+            scored += [
+                answer_scores(answer.text, question) for answer, (question, _) in zip(answers, part, strict=True)
+            ]
     sums = {name: value * len(scored) for name, value in mean_scores(scored).items()}
     sums = sum_over_workers({"count": float(len(scored)), "em": sums.get("em", 0.0), "f1": sums.get("f1", 0.0)})
     count = max(sums.pop("count"), 1.0)
-    return {f"dev_{name}": value / count for name, value in sums.items()}
+    scores = {name: value / count for name, value in sums.items()}
+    scores["contexts_cut_share"] = count_over_workers(contexts).cut_share
+    return {f"dev_{name}": value for name, value in scores.items()}

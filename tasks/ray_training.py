@@ -11,7 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,26 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
-from rag_core.training import Place
+from rag_core.training import Place, sum_over_workers
 from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
 from tasks.tracking import RunAddress
-
-BEST, HISTORY, DEV = "best_step", "history", "dev"
 
 
 @dataclass
 class TrainedModel:
-    """Where the best checkpoint lies, and the curves."""
+    """Where the best checkpoint lies, the curves, and how many contexts training read and cut, over all workers."""
 
     folder: Path
     best_step: int
-    history: list[dict[str, float]] = field(default_factory=list)
-    dev: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]]
+    dev: list[dict[str, float]]
+    contexts: ContextCount
+
+    def counts(self) -> dict[str, int]:
+        """For the artefact's manifest."""
+        return {"best_step": self.best_step, **asdict(self.contexts)}
 
     def best_scores(self) -> dict[str, float]:
         """Dev scores of the checkpoint that was kept."""
@@ -50,21 +54,28 @@ class TrainedModel:
 
 @dataclass
 class Reporter:
-    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes."""
+    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes. `count` is its reader's, as it grows."""
 
     address: RunAddress
     meter: Any
     save: Callable[[Path], None]
     better: Callable[[dict[str, float]], float]
     rank: int
+    count: ContextCount
     history: list[dict[str, float]] = field(default_factory=list)
     dev: list[dict[str, float]] = field(default_factory=list)
+    contexts: ContextCount = field(default_factory=ContextCount)
     _seen: int = 0
     _best: float = float("-inf")
     _best_step: int = 0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A point of the training curves."""
+        """A point of the training curves, with the share of contexts cut since the last one, over all workers.
+
+        All ranks must call it. The other metrics are those of rank 0.
+        """
+        before, self.contexts = self.contexts, count_over_workers(self.count)
+        metrics = {**metrics, "contexts_cut_share": (self.contexts - before).cut_share}
         if self.rank == 0:
             self.history.append({"step": step, **metrics})
             self.address.log_metrics(metrics, step)
@@ -80,13 +91,27 @@ class Reporter:
             self._best, self._best_step = score, step
         if self.rank == 0 and dev:
             self.address.log_metrics(dev, step)
-        metrics = {BEST: self._best_step, HISTORY: self.history, DEV: self.dev}
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if is_best and self.rank == 0:
                 self.save(Path(folder))
                 checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+            ray.train.report(dict(dev), checkpoint=checkpoint)
+
+    def result(self) -> dict[str, Any]:
+        """What a worker's loop returns: all of a `TrainedModel` but its folder."""
+        return {
+            "best_step": self._best_step,
+            "history": self.history,
+            "dev": self.dev,
+            "contexts": self.contexts,
+        }
+
+
+def count_over_workers(count: ContextCount) -> ContextCount:
+    """The sum of all workers' counts. All ranks must call it."""
+    sums = sum_over_workers({name: float(value) for name, value in asdict(count).items()})
+    return ContextCount(**{name: int(value) for name, value in sums.items()})
 
 
 def this_device() -> torch.device:
@@ -109,7 +134,7 @@ def this_place(cpus: int) -> Place:
 @contextmanager
 def train_on_ray(
     stage: str,
-    loop: Callable[[dict[str, Any]], None],
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
     settings: dict[str, Any],
     *,
     steps: int,
@@ -120,7 +145,8 @@ def train_on_ray(
 
     Args:
         stage: name for the progress bar.
-        loop: the function of a worker; it gets `settings` with `cpus` and `meter` added.
+        loop: the function of a worker; it gets `settings` with `cpus` and `meter` added and returns its reporter's
+            `result`.
         steps: length of the bar.
         num_workers: 0 means one for each GPU, or one for each machine.
         near: checkpoints are stored beside this path (on a cluster it must be on shared storage).
@@ -134,7 +160,7 @@ def train_on_ray(
     try:
         with progress(stage, steps) as meter:
             trainer = TorchTrainer(
-                loop,
+                loop,  # type: ignore[arg-type]  # Ray's type has no return value; its Result has.
                 train_loop_config={**settings, "cpus": share.cpus, "meter": meter},
                 scaling_config=ScalingConfig(
                     num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
@@ -147,8 +173,8 @@ def train_on_ray(
             )
             result = _fit(trainer)
         assert result.checkpoint is not None, "the first evaluation always keeps a checkpoint"
-        metrics = result.metrics or {}
-        yield TrainedModel(Path(result.checkpoint.path), int(metrics[BEST]), metrics[HISTORY], metrics[DEV])
+        # Not `result.metrics`: Ray keeps there what came with the last checkpoint, and the curves go on after the best.
+        yield TrainedModel(Path(result.checkpoint.path), **result.return_value)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 

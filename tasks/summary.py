@@ -13,6 +13,9 @@ from rag_core.evaluation import Scores
 from tasks.results import StageResult
 from tasks.tracking import RunAddress, metric_name, open_run, tracking_uri
 
+# Share of a stage's contexts above which the user is told what to do about it.
+MANY_CUT = 0.03
+
 
 @contextlib.contextmanager
 def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
@@ -46,9 +49,21 @@ def results_markdown(scores: Mapping[str, Mapping[str, Scores]]) -> str:
 
 
 def stages_markdown(stages: Sequence[StageResult]) -> str:
-    """Stages as rows: seconds, skipped or not, folder."""
+    """Stages as rows: seconds, skipped or not, folder; below them, where too many contexts were cut."""
     rows = [
         f"| {one.stage} | {one.seconds:.1f} | {'up to date' if one.skipped else 'ran'} | `{one.path}` |"
         for one in stages
     ]
-    return "\n".join(["| stage | seconds | | artefact |", "| --- | --- | --- | --- |", *rows])
+    notes = [f"\n{note}" for note in map(cut_note, stages) if note]
+    return "\n".join(["| stage | seconds | | artefact |", "| --- | --- | --- | --- |", *rows, *notes])
+
+
+def cut_note(result: StageResult) -> str:
+    """What to do if more than a few of a stage's contexts were cut; else an empty string."""
+    contexts, cut = (result.counts.get(name, 0) for name in ("contexts", "contexts_cut"))
+    if cut <= MANY_CUT * contexts:
+        return ""
+    return (
+        f"{result.stage}: {cut:,} of {contexts:,} contexts ({cut / contexts:.0%}) were too long and lost the end of "
+        "their passage. Raise prompt.max_context_tokens and train again, or make shorter passages."
+    )

@@ -22,7 +22,7 @@ from rag_core.text_encoder import autocast
 from rag_core.training import Hooks, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
-from tasks.ray_training import Reporter, this_device, this_place, train_on_ray
+from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
@@ -91,7 +91,7 @@ def train(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             with publish(out, KIND, config=settings, made_from=made_from) as draft:
                 trained.copy_to(draft.folder)
-                draft.counts["best_step"] = trained.best_step
+                draft.counts |= trained.counts()
         register_model(run, Path(out), Path(index), variant)
         return open_artefact(out, KIND, check_content=False)
 
@@ -107,7 +107,7 @@ def train(
     )
 
 
-def training_loop(settings: dict[str, Any]) -> None:
+def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: TrainConfig = settings["config"]
     variant: Variant = settings["variant"]
@@ -126,13 +126,14 @@ def training_loop(settings: dict[str, Any]) -> None:
         tie = -scores["dev_nll"]
         return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
 
-    reporter = Reporter(address, settings["meter"], model.write_files, better, place.rank)
+    reporter = Reporter(address, settings["meter"], model.write_files, better, place.rank, model.reader.count)
     hooks = Hooks(
         log=reporter.log,
         evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config),
         keep=reporter.keep,
     )
     run_training(objective, questions, config.optimizer, place, hooks)
+    return reporter.result()
 
 
 def trainable_questions(path: Path) -> list[Question]:
@@ -155,7 +156,7 @@ def dev_scores(
     variant: Variant,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """nll, EM, F1 (greedy answers) and recall@1 and @K on dev questions, over all workers."""
+    """nll, EM, F1 (greedy answers), recall@1 and @K and the share of contexts cut on dev questions, over all workers."""
     import torch
 
     precision = config.optimizer.precision
@@ -163,7 +164,8 @@ def dev_scores(
     decoding = DecodingConfig(
         num_beams=1, num_return_sequences=1, max_new_tokens=tokens, batch_size=32, precision=precision
     )
-    answers = model.answer([question.question for question in questions], index, variant=variant, decoding=decoding)
+    with model.reader.counting() as contexts:
+        answers = model.answer([question.question for question in questions], index, variant=variant, decoding=decoding)
     ks = sorted({1, model.settings.num_docs})
     scored = [
         {
@@ -172,11 +174,14 @@ def dev_scores(
         }
         for answer, question in zip(answers, questions, strict=True)
     ]
-    with torch.inference_mode(), autocast(model.device, precision):
+    # Read once more: not to be counted among the contexts of training either.
+    with model.reader.counting(), torch.inference_mode(), autocast(model.device, precision):
         nll = sum(float(objective(batch).sum()) for batch in batches_of([one for one in questions if one.answers], 8))
     names = ["em", "f1", *(f"recall@{k}" for k in ks)]
     means = mean_scores(scored)
     sums = {name: means.get(name, 0.0) * len(scored) for name in names} | {"nll": nll, "count": float(len(scored))}
     sums = sum_over_workers(sums)
     count = max(sums.pop("count"), 1.0)
-    return {f"dev_{name}": value / count for name, value in sums.items()}
+    scores = {name: value / count for name, value in sums.items()}
+    scores["contexts_cut_share"] = count_over_workers(contexts).cut_share
+    return {f"dev_{name}": value for name, value in scores.items()}

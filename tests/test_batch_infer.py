@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 
+from rag_core.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.questions import read_questions
 from rag_core.rag_model import RagModel
 from rag_core.reader import DecodingConfig
 from tasks.batch_infer import InferConfig, answer_questions
-from tests.small_corpus import make_encoder, make_generator, make_index, model_config
+from tasks.results import StageResult
+from tasks.summary import cut_note, stages_markdown
+from tests.small_corpus import (
+    PROMPT,
+    QUESTIONS,
+    make_encoder,
+    make_generator,
+    make_index,
+    model_config,
+    write_questions_jsonl,
+)
 
 CONFIG = InferConfig(variant="token", decoding=DecodingConfig(num_beams=2, max_new_tokens=4, num_return_sequences=1))
 
@@ -72,3 +83,54 @@ def test_closed_book_answers_read_no_passage(system: tuple[RagModel, PassageInde
     questions = read_questions(fid_file(tmp_path))
     answers = answer_questions(*system, questions, CONFIG.model_copy(update={"closed_book": True}))
     assert all(read.passage.text == "" for answer in answers for read in answer.passages)
+
+
+def _result(contexts: int, cut: int) -> StageResult:
+    counts = {"contexts": contexts, "contexts_cut": cut}
+    return StageResult(stage="batch-infer", path=Path("x"), fingerprint="0", counts=counts, run_id="r")
+
+
+def test_more_than_three_percent_of_contexts_cut_brings_the_numbers_and_the_remedy(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from flows.cli.printing import print_stage
+
+    assert cut_note(_result(100, 3)) == cut_note(_result(0, 0)) == ""
+    assert cut_note(StageResult(stage="evaluate", path=Path("x"), fingerprint="0", run_id="r")) == ""
+    note = cut_note(_result(2000, 80))
+    assert "80 of 2,000 contexts (4%)" in note
+    assert "Raise prompt.max_context_tokens" in note
+    assert note in stages_markdown([_result(100, 3), _result(2000, 80)])
+    assert "Raise" not in stages_markdown([_result(100, 3)])
+    print_stage(_result(100, 3))
+    assert "Raise" not in capsys.readouterr().out
+    print_stage(_result(2000, 80))
+    assert " ".join(capsys.readouterr().out.split()).endswith(note)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_manifest_counts_the_contexts_of_all_shards_and_those_that_were_cut(services: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    from flows.batch_infer import batch_infer
+
+    encoder = make_encoder(tmp_path / "encoder")
+    index = make_index(tmp_path / "corpus", encoder)
+    short = PROMPT.model_copy(update={"max_context_tokens": 18})
+    model = model_config(encoder, make_generator(tmp_path / "generator", encoder)).model_copy(update={"prompt": short})
+    questions = write_questions_jsonl(tmp_path / "questions.jsonl")
+    config = CONFIG.model_copy(update={"shard_questions": 3})
+    result = batch_infer(model, index.path, questions, tmp_path / "out", config)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    tokenizer = RagModel.from_parts(model).generator_tokenizer
+    lengths = [
+        len(tokenizer(f"{one['text']} // {row['question']}")["input_ids"]) for row in rows for one in row["passages"]
+    ]
+    by_hand = sum(length > 18 for length in lengths)
+    assert 0 < by_hand < len(lengths)
+    counts = {"questions": len(QUESTIONS), "contexts": 3 * len(QUESTIONS), "contexts_cut": by_hand}
+    assert result.counts == open_artefact(tmp_path / "out", "predictions").counts == counts
+    metrics = MlflowClient().get_run(result.run_id).data.metrics
+    assert metrics["contexts_cut_share"] == pytest.approx(by_hand / len(lengths))
+    assert metrics["count_contexts_cut"] == by_hand

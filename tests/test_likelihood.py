@@ -69,6 +69,14 @@ def test_loss_equals_the_papers_formula(variant: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_is_float64_if_an_input_is_and_float32_otherwise(variant: str) -> None:
+    logits_BKTV, doc_scores_BK, labels_BT = random_case()
+    assert NLL[variant](logits_BKTV.float(), doc_scores_BK, labels_BT).dtype == torch.float64
+    assert NLL[variant](logits_BKTV, doc_scores_BK.half(), labels_BT).dtype == torch.float64
+    assert NLL[variant](logits_BKTV.bfloat16(), doc_scores_BK.half(), labels_BT).dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_result_and_gradient_do_not_depend_on_the_chunks(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logits_BKTV, doc_scores_BK, labels_BT = random_case()
 
@@ -85,9 +93,14 @@ def test_result_and_gradient_do_not_depend_on_the_chunks(variant: str, monkeypat
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_equal_finite_differences(variant: str) -> None:
-    logits_BKTV, doc_scores_BK, labels_BT = random_case(B=2, K=3, T=3, V=5)
-    labels_BT[0, 1] = -100
+@pytest.mark.parametrize(("K", "T"), [(3, 3), (1, 3), (3, 1), (1, 1)])
+@pytest.mark.parametrize("special", ["nothing", "ignored", "absent"])
+def test_gradients_equal_finite_differences(special: str, K: int, T: int, variant: str) -> None:
+    logits_BKTV, doc_scores_BK, labels_BT = random_case(B=2, K=K, T=T, V=5)
+    if special == "ignored":
+        labels_BT[0] = labels_BT[1, T // 2] = -100
+    if special == "absent":
+        doc_scores_BK[0, 1:] = doc_scores_BK[1, : K - 1] = float("-inf")
     logits_BKTV.requires_grad_()
     doc_scores_BK.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, s: NLL[variant](x, s, labels_BT), (logits_BKTV, doc_scores_BK))

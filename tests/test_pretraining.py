@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
+from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError, InputError
 from rag_core.objectives import ReadingExample
 from rag_core.passages import Passage
@@ -185,3 +186,21 @@ def test_the_nll_of_reading_equals_the_generators_own_loss(encoder: Path) -> Non
     expected = torch.nn.functional.cross_entropy(logits_TV.double(), torch.tensor(labels), reduction="sum")
     assert nll_B.shape == (1,)
     assert float(nll_B) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_scores_on_dev_tell_the_share_of_contexts_cut_and_leave_the_count_of_training(encoder: Path) -> None:
+    from tasks.pretrain_generator import reading_scores
+
+    config = _config(encoder, prompt=PROMPT.model_copy(update={"max_context_tokens": 18, "max_answer_tokens": 3}))
+    model, tokenizer = build_generator(config)
+    reader = GeneratorReader(model.eval(), tokenizer, config.prompt)
+    by_id = {passage.id: passage for passage in PASSAGES}
+    # A batch of 64, and one of 16 that is all alike.
+    pairs = [(question, by_id[question.gold_passage_ids[0]]) for question in QUESTION_ROWS] * 8
+    pairs += pairs[:1] * 16
+    cut = [len(tokenizer(f"{passage.text} // {question.question}")["input_ids"]) > 18 for question, passage in pairs]
+    assert 0 < sum(cut) < len(cut) == 80
+    scores = reading_scores(reader, pairs, config)
+    assert set(scores) == {"dev_em", "dev_f1", "dev_contexts_cut_share"}
+    assert scores["dev_contexts_cut_share"] == pytest.approx(sum(cut) / 80)
+    assert reader.count == ContextCount(0, 0)

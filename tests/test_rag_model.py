@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rag_core.contexts import ContextCount, PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
@@ -69,6 +71,36 @@ def test_a_saved_model_gives_the_same_answers_and_settings(
     assert not again.training
     assert again.answer(TEXTS, parts[2], decoding=_decoding()) == expected
     assert len({answer.text for answer in expected}) > 1
+
+
+def test_a_named_prompt_is_saved_written_out_and_read_back_for_inference(
+    tmp_path: Path, parts: tuple[Path, Path, PassageIndex]
+) -> None:
+    config = model_config(parts[0], parts[1]).model_copy(update={"prompt": PromptConfig(template="t5")})
+    RagModel.from_parts(config).save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "rag_model.json").read_text())
+    assert saved["prompt"]["template"] == "question: {question} context: {title} {text}"
+    assert RagModel.from_pretrained(tmp_path / "model").reader.prompt == config.prompt
+
+
+def test_contexts_that_were_cut_are_counted_apart_inside_a_block(
+    parts: tuple[Path, Path, PassageIndex], model: RagModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.reader, "count", ContextCount(100, 7))
+    monkeypatch.setattr(model.reader, "prompt", PROMPT.model_copy(update={"max_context_tokens": 18}))
+    with model.reader.counting() as count:
+        answers = model.answer(TEXTS, parts[2], variant="token", decoding=_decoding(batch_size=3))
+    lengths = [
+        len(model.generator_tokenizer(f"{read.passage.text} // {text}")["input_ids"])
+        for text, answer in zip(TEXTS, answers, strict=True)
+        for read in answer.passages
+    ]
+    by_hand = sum(length > 18 for length in lengths)
+    assert 0 < by_hand < len(lengths) == 24
+    assert count == ContextCount(24, by_hand)
+    assert model.reader.count == ContextCount(100, 7)
+    model.answer(TEXTS, parts[2], variant="token", decoding=_decoding())
+    assert model.reader.count == ContextCount(124, 7 + by_hand)
 
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])

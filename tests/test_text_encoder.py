@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, T5Config, T5Model
+from transformers import BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader, T5Config, T5Model
 
 from rag_core.errors import ConfigError
 from rag_core.model_source import resolve_model_source
@@ -80,7 +82,8 @@ def test_embedding_a_few_texts_equals_encoding_them_and_has_a_gradient(folder: P
 
 
 def test_progress_counts_every_text_and_training_mode_comes_back(folder: Path) -> None:
-    encoder, done = TextEncoder.from_pretrained(folder).train(), []
+    encoder = TextEncoder.from_pretrained(folder).train()
+    done: list[int] = []
     encoder.encode([text for _, _, text in FACTS], batch_tokens=20, on_progress=done.append)
     assert sum(done) == len(FACTS)
     assert len(done) > 1
@@ -131,12 +134,9 @@ def test_longer_texts_are_cut_to_the_limit(folder: Path) -> None:
     assert encoder.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "lyon", "is", "a", "[SEP]"]
 
 
-@pytest.mark.parametrize("projection_dim", [0, 24])
-@pytest.mark.parametrize("model_class", [DPRQuestionEncoder, DPRContextEncoder])
-def test_dpr_encoders_give_their_own_pooled_output(
-    tmp_path: Path, folder: Path, model_class: type, projection_dim: int
-) -> None:
-    tokenizer = BertTokenizer.from_pretrained(folder)
+def _make_dpr(to: Path, tokenizer_from: Path, model_class: type, projection_dim: int = 0) -> tuple[Any, Any]:
+    """A one-layer DPR model and its tokenizer, saved to a folder."""
+    tokenizer = BertTokenizer.from_pretrained(tokenizer_from)
     config = DPRConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -147,8 +147,17 @@ def test_dpr_encoders_give_their_own_pooled_output(
         projection_dim=projection_dim,
     )
     model = model_class(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("projection_dim", [0, 24])
+@pytest.mark.parametrize("model_class", [DPRQuestionEncoder, DPRContextEncoder])
+def test_dpr_encoders_give_their_own_pooled_output(
+    tmp_path: Path, folder: Path, model_class: type, projection_dim: int
+) -> None:
+    model, tokenizer = _make_dpr(tmp_path, folder, model_class, projection_dim)
     encoder = TextEncoder.from_pretrained(tmp_path)
     assert encoder.settings == EncoderSettings(pooling="dpr", max_tokens=64, title_separator=" [SEP] ")
     assert encoder.dim == (projection_dim or 32)
@@ -161,6 +170,62 @@ def test_dpr_encoders_give_their_own_pooled_output(
         np.testing.assert_allclose(vector_D, expected_D, atol=1e-6)
     # DPR's separator is one special token, not four characters.
     assert encoder.tokenize(texts[:1])[0].count(tokenizer.sep_token_id) == 2
+
+
+@pytest.mark.parametrize("model_class", [DPRQuestionEncoder, DPRContextEncoder])
+def test_dpr_vectors_do_not_depend_on_the_batch_and_survive_saving(
+    tmp_path: Path, folder: Path, model_class: type
+) -> None:
+    model, tokenizer = _make_dpr(tmp_path / "dpr", folder, model_class, 24)
+    encoder = TextEncoder.from_pretrained(tmp_path / "dpr")
+    assert type(encoder.model) is model_class
+    texts = ["", *(text for _, _, text in FACTS), " ".join(text for _, _, text in FACTS)]
+    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=one, precision="float32") for one in (8192, 1))
+    np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
+    padded = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(together_ND, model(**padded).pooler_output, atol=1e-6)
+    encoder.save_pretrained(tmp_path / "again")
+    again = TextEncoder.from_pretrained(tmp_path / "again")
+    assert type(again.model) is model_class
+    np.testing.assert_array_equal(again.encode(texts, precision="float32"), together_ND)
+
+
+def test_a_dpr_reader_is_refused_as_text_encoder(tmp_path: Path, folder: Path) -> None:
+    _make_dpr(tmp_path / "reader", folder, DPRReader)
+    with pytest.raises(ConfigError, match=r"reader is a DPR model of architecture DPRReader; .*DPRContextEncoder"):
+        TextEncoder.from_pretrained(tmp_path / "reader")
+
+
+def test_a_pooling_that_does_not_go_with_the_model_is_refused(tmp_path: Path, folder: Path) -> None:
+    _make_dpr(tmp_path / "dpr", folder, DPRQuestionEncoder)
+    with pytest.raises(ConfigError, match="'dpr', with which pooling 'mean' does not go"):
+        TextEncoder.from_pretrained(tmp_path / "dpr", pooling="mean")
+    with pytest.raises(ConfigError, match="'bert', with which pooling 'dpr' does not go"):
+        TextEncoder.from_pretrained(folder, pooling="dpr")
+
+
+def test_a_tokenizer_without_padding_token_gives_the_same_vectors_in_a_batch_as_alone(folder: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folder)
+    encoder.tokenizer.pad_token = None
+    texts = [*(text for _, _, text in FACTS), "Oslo"]
+    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=one, precision="float32") for one in (8192, 1))
+    np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
+
+
+def test_a_prompt_is_put_before_every_text_and_kept(tmp_path: Path, folder: Path) -> None:
+    texts = [text for _, _, text in FACTS]
+    encoder = TextEncoder.from_pretrained(folder, prompt="which river is in ")
+    expected_ND = TextEncoder.from_pretrained(folder).encode([f"which river is in {text}" for text in texts])
+    np.testing.assert_array_equal(encoder.encode(texts), expected_ND)
+    np.testing.assert_allclose(encoder.embed(texts).detach(), encoder.encode(texts, precision="float32"), atol=1e-6)
+    encoder.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(TextEncoder.from_pretrained(tmp_path).encode(texts), expected_ND)
+    np.testing.assert_array_equal(
+        TextEncoder.from_pretrained(tmp_path, prompt="").encode(texts),
+        TextEncoder.from_pretrained(folder).encode(texts),
+    )
+    assert encoder.fingerprint() != TextEncoder.from_pretrained(folder).fingerprint()
 
 
 def test_a_passage_without_title_is_its_text_alone() -> None:
@@ -186,7 +251,7 @@ def test_the_fingerprint_follows_weights_and_settings_but_not_the_folder(tmp_pat
     changed = {TextEncoder.from_pretrained(folder, pooling="cls").fingerprint()}
     changed.add(TextEncoder.from_pretrained(folder, normalize=True).fingerprint())
     changed.add(TextEncoder.from_pretrained(folder, max_tokens=20).fingerprint())
-    touched = TextEncoder.from_pretrained(folder)
+    touched: Any = TextEncoder.from_pretrained(folder)
     with torch.no_grad():
         touched.model.encoder.layer[1].output.dense.weight[3, 5] += 1e-6
     changed.add(touched.fingerprint())
@@ -194,10 +259,10 @@ def test_the_fingerprint_follows_weights_and_settings_but_not_the_folder(tmp_pat
 
 
 def test_a_folder_without_pooler_weights_has_the_same_fingerprint_at_every_load(tmp_path: Path, folder: Path) -> None:
-    encoder = TextEncoder.from_pretrained(folder)
+    encoder: Any = TextEncoder.from_pretrained(folder)
     encoder.model.pooler = None
     encoder.save_pretrained(tmp_path)
-    first, second = (TextEncoder.from_pretrained(tmp_path) for _ in range(2))
+    first, second = (cast(Any, TextEncoder.from_pretrained(tmp_path)) for _ in range(2))
     assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
     assert first.fingerprint() == second.fingerprint() == encoder.fingerprint()
 
@@ -243,7 +308,7 @@ def _with_half_the_tokenizer(folder: Path) -> None:
 
 
 def _with_an_unknown_pooling(folder: Path) -> None:
-    (folder / "text_encoder.json").write_text('{"pooling": "max"}')
+    (folder / "text_encoder.json").write_text('{"pooling": "median"}')
 
 
 def _with_half_the_settings(folder: Path) -> None:
@@ -264,7 +329,9 @@ def _with_half_the_settings(folder: Path) -> None:
         _with_half_the_settings,
     ],
 )
-def test_a_folder_that_is_no_whole_encoder_is_refused_by_name(tmp_path: Path, folder: Path, damage) -> None:
+def test_a_folder_that_is_no_whole_encoder_is_refused_by_name(
+    tmp_path: Path, folder: Path, damage: Callable[[Path], None]
+) -> None:
     broken = tmp_path / "broken-encoder"
     shutil.copytree(folder, broken)
     damage(broken)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from rag_core.artefact import fingerprint_of_files
+from rag_core.artefact import fingerprint_of_files, open_artefact
+from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
@@ -20,7 +21,16 @@ from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.text_encoder import fingerprint_of_weights
 from rag_core.training import Hooks, OptimizerConfig, Place, global_batches, run_training
-from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config, optimizer
+from tests.small_corpus import (
+    PROMPT,
+    QUESTIONS,
+    make_encoder,
+    make_generator,
+    make_index,
+    model_config,
+    optimizer,
+    write_questions_jsonl,
+)
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
 
@@ -283,3 +293,96 @@ def test_reports_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
     run_training(_Line(), PAIRS, config, Place(), hooks)
     assert logged == [2, 4, 6, 7]
     assert kept == [(3, 3.0), (6, 6.0), (7, 7.0)]
+
+
+# Some contexts of three passages are longer than this, some are not.
+SHORT = PROMPT.model_copy(update={"max_context_tokens": 18, "max_answer_tokens": 4})
+
+
+def _cut_by_hand(parts: tuple[Path, Path, PassageIndex]) -> dict[str, int]:
+    """How many of each question's three contexts are too long, found one at a time by the untrained question encoder."""
+    model, index = RagModel.from_parts(model_config(parts[0], parts[1])), parts[2]
+    cut = {}
+    for example in EXAMPLES:
+        found = index.search(model.question_encoder.encode([example.question]), 3)
+        texts = [f"{passage.text} // {example.question}" for passage in index.passages_of(found.rows_BK)[0]]
+        cut[example.id] = sum(len(model.generator_tokenizer(text)["input_ids"]) > 18 for text in texts)
+    assert 0 < sum(cut.values()) < 3 * len(EXAMPLES)
+    return cut
+
+
+class _Ear:
+    """Stands for the MLflow run and for the progress bar."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, float]] = []
+        self.advance = self
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.told.append((step, metrics["contexts_cut_share"]))
+
+    def remote(self, *_: object) -> None: ...
+
+
+def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last_one_dev_left_out(
+    parts: tuple[Path, Path, PassageIndex],
+) -> None:
+    from tasks.ray_training import Reporter
+    from tasks.train import TrainConfig, dev_scores
+
+    cut = _cut_by_hand(parts)
+    model = RagModel.from_parts(model_config(parts[0], parts[1]).model_copy(update={"prompt": SHORT}))
+    objective = EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=0, generator=1e-3))
+    config = optimizer(5, batch_size=2, log_every=2, eval_every=1, accumulation=2)
+    ear = _Ear()
+    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count)
+    shares: list[float] = []
+
+    def evaluate(_: int) -> dict[str, float]:
+        train_config = TrainConfig(optimizer=config)
+        scores = dev_scores(model, objective, parts[2], EXAMPLES[:3], "token", train_config)
+        shares.append(scores["dev_contexts_cut_share"])
+        return scores
+
+    run_training(objective, EXAMPLES, config, Place(), Hooks(log=reporter.log, evaluate=evaluate))
+    steps = [sum(cut[example.id] for example in batch) for batch in islice(global_batches(EXAMPLES, config), 5)]
+    expected = [(2, sum(steps[:2]) / 12), (4, sum(steps[2:4]) / 12), (5, steps[4] / 6)]
+    assert len({share for _, share in expected}) > 1
+    assert ear.told == [(step, pytest.approx(share)) for step, share in expected]
+    assert reporter.result()["contexts"] == ContextCount(5 * 2 * 3, sum(steps))
+    assert shares == pytest.approx([sum(cut[example.id] for example in EXAMPLES[:3]) / 9] * 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_workers_add_up_the_contexts_they_cut_and_the_curves_go_on_after_the_best_step(
+    services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    import tasks.train
+    from flows.train_token import train_token
+
+    curves: list[tuple[list[dict[str, float]], list[dict[str, float]]]] = []
+    draw = tasks.train.training_curves
+    monkeypatch.setattr(tasks.train, "training_curves", lambda *given: (curves.append(given), draw(*given))[1])
+    cut = _cut_by_hand(parts)
+    questions = write_questions_jsonl(tmp_path / "questions.jsonl")
+    model = model_config(parts[0], parts[1]).model_copy(update={"prompt": SHORT})
+    settings = optimizer(6, log_every=2, eval_every=2)
+    # A rate at which the likelihood of dev answers falls from the start: the first evaluation is the best one.
+    rates = EndToEndRates(question_encoder=0, generator=0.5)
+    config = tasks.train.TrainConfig(optimizer=settings, rates=rates, best_by="nll", num_workers=2)
+    result = train_token(parts[2].path, questions, questions, tmp_path / "out", model, config)
+    steps = [sum(cut[example.id] for example in batch) for batch in islice(global_batches(EXAMPLES, settings), 6)]
+    counts = open_artefact(tmp_path / "out", "rag-model").counts
+    assert result.counts == counts
+    assert (counts["contexts"], counts["contexts_cut"]) == (6 * 4 * 3, sum(steps))
+    history, dev = curves[0]
+    assert [point["step"] for point in history] == [point["step"] for point in dev] == [2, 4, 6]
+    told = MlflowClient().get_metric_history(result.run_id, "contexts_cut_share")
+    by_hand = [sum(steps[at : at + 2]) / 24 for at in (0, 2, 4)]
+    assert [(point.step, point.value) for point in told] == [
+        (step, pytest.approx(share)) for step, share in zip((2, 4, 6), by_hand, strict=True)
+    ]
+    assert counts["best_step"] < 6, "the last step was the best, so this test shows nothing of the curves after it"

@@ -1,12 +1,15 @@
 """Tiny encoder-decoders with random weights, whose distributions are peaked and differ from context to context.
 
-Small enough that all answers can be enumerated. Token 0 is padding everywhere.
+Small enough that all answers can be enumerated. Each has the special tokens of its family's released checkpoints, at
+their usual places in a tiny vocabulary of V tokens: `bart`, `t5` and `bert2bert` pad with 0 and force or suppress
+nothing; the others say in their docstrings what they do.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,25 +20,41 @@ from transformers import (
     BertConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 FAMILIES = ("bart", "t5", "bert2bert")
+ALL_FAMILIES = ("bart", "mbart", "t5", "flan-t5", "pegasus", "marian", "led", "bert2bert")
+# Released checkpoints of one family that differ in their special tokens.
+ALL_BUILDS = (*ALL_FAMILIES, "bart-forced", "mbart-25")
 PAD = 0
+
+# Sizes of the families whose configuration descends from BART's.
+_BART_SIZES: dict[str, Any] = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 
 
 def tiny_bart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """Starts with its end token, 2, as the released BART models do."""
     config = BartConfig(
+        **_BART_SIZES,
         vocab_size=vocab_size,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
         max_position_embeddings=64,
         pad_token_id=PAD,
         bos_token_id=1,
@@ -46,21 +65,112 @@ def tiny_bart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.flo
     return _peaked(BartForConditionalGeneration, config, seed, dtype)
 
 
-def tiny_t5(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """Starts with padding, 0; ends with 1."""
-    config = T5Config(
+def tiny_bart_forced(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """As the released BART: <s>, 1, is forced after the start </s>, 2, which is forced as the last token too."""
+    model = tiny_bart(vocab_size, seed, dtype)
+    model.generation_config.forced_bos_token_id = 1
+    model.generation_config.forced_eos_token_id = 2
+    return model
+
+
+def tiny_mbart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """mBART-50: starts with </s>, 2, then the language token, V − 1, is forced; </s> is forced at the end; pads with 1.
+
+    `prepare_decoder_input_ids_from_labels` of mBART moves the last label to the front instead of the start token.
+    """
+    config = MBartConfig(
+        **_BART_SIZES,
         vocab_size=vocab_size,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        relative_attention_num_buckets=8,
+        max_position_embeddings=64,
+        scale_embedding=True,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    model = _peaked(MBartForConditionalGeneration, config, seed, dtype)
+    model.generation_config.forced_bos_token_id = vocab_size - 1
+    model.generation_config.forced_eos_token_id = 2
+    return model
+
+
+def tiny_mbart_25(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """mBART-25: starts with the language token, V − 1; </s>, 2, is forced at the end; pads with 1."""
+    model = tiny_mbart(vocab_size, seed, dtype)
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = vocab_size - 1
+    model.generation_config.forced_bos_token_id = None
+    return model
+
+
+def tiny_pegasus(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Starts with padding, 0; ends with 1, forced at the end; fixed sinusoidal positions."""
+    config = PegasusConfig(
+        **_BART_SIZES,
+        vocab_size=vocab_size,
+        max_position_embeddings=64,
+        scale_embedding=True,
         pad_token_id=PAD,
         eos_token_id=1,
         decoder_start_token_id=PAD,
     )
-    return _peaked(T5ForConditionalGeneration, config, seed, dtype)
+    model = _peaked(PegasusForConditionalGeneration, config, seed, dtype)
+    model.generation_config.forced_eos_token_id = 1
+    return model
+
+
+def tiny_marian(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Starts with padding, V − 1, which is a bad word; ends with 0, forced at the end; a bias on the logits.
+
+    Fixed sinusoidal positions, scaled embeddings and the swish of the OPUS-MT models.
+    """
+    config = MarianConfig(
+        **_BART_SIZES,
+        vocab_size=vocab_size,
+        max_position_embeddings=64,
+        scale_embedding=True,
+        activation_function="swish",
+        pad_token_id=vocab_size - 1,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=vocab_size - 1,
+    )
+    model = _peaked(MarianMTModel, config, seed, dtype)
+    g = torch.Generator().manual_seed(seed)
+    model.final_logits_bias.normal_(std=0.5, generator=g)
+    model.generation_config.forced_eos_token_id = 0
+    model.generation_config.bad_words_ids = [[vocab_size - 1]]
+    return model
+
+
+def tiny_led(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Starts and ends with </s>, 2; pads with 1; the encoder's windows of 4 tokens are narrower than the contexts.
+
+    transformers computes the encoder's softmax in float32 whatever the model's type. In float64 that makes gradients
+    NaN where contexts are padded: the mask's least float64 becomes -inf.
+    """
+    config = LEDConfig(
+        **_BART_SIZES,
+        vocab_size=vocab_size,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+        attention_window=4,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    return _peaked(LEDForConditionalGeneration, config, seed, dtype)
+
+
+def tiny_t5(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Starts with padding, 0; ends with 1; hidden states are scaled before the head, as T5 1.0 does."""
+    return _peaked(T5ForConditionalGeneration, T5Config(**_t5_settings(vocab_size)), seed, dtype)
+
+
+def tiny_flan_t5(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """T5 1.1: gated GELU, a head of its own and no scaling before it."""
+    settings = _t5_settings(vocab_size) | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    return _peaked(T5ForConditionalGeneration, T5Config(**settings), seed, dtype)
 
 
 def tiny_bert2bert(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
@@ -80,9 +190,20 @@ def tiny_bert2bert(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torc
 
 
 def tiny_model(family: str, vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """One of `FAMILIES`, in evaluation mode."""
-    build = {"bart": tiny_bart, "t5": tiny_t5, "bert2bert": tiny_bert2bert}[family]
-    return build(vocab_size, seed, dtype)
+    """One of `ALL_BUILDS`, in evaluation mode."""
+    builders: dict[str, Callable[..., Any]] = {
+        "bart": tiny_bart,
+        "bart-forced": tiny_bart_forced,
+        "mbart": tiny_mbart,
+        "mbart-25": tiny_mbart_25,
+        "t5": tiny_t5,
+        "flan-t5": tiny_flan_t5,
+        "pegasus": tiny_pegasus,
+        "marian": tiny_marian,
+        "led": tiny_led,
+        "bert2bert": tiny_bert2bert,
+    }
+    return builders[family](vocab_size, seed, dtype)
 
 
 def end_token(model: Any) -> int:
@@ -91,14 +212,15 @@ def end_token(model: Any) -> int:
 
 
 def answer_tokens(model: Any) -> list[int]:
-    """Ids that an answer may hold: all but padding, start and end."""
-    special = {PAD, model.config.decoder_start_token_id, end_token(model)}
+    """Ids that an answer may hold anywhere: all but the end token, unless the generation config suppresses them."""
+    bad_words = [word[0] for word in model.generation_config.bad_words_ids or []]
+    never = {end_token(model), *bad_words, *(model.generation_config.suppress_tokens or [])}
     vocab_size = (model.config.decoder if hasattr(model.config, "decoder") else model.config).vocab_size
-    return [token for token in range(vocab_size) if token not in special]
+    return [token for token in range(vocab_size) if token not in never]
 
 
 def random_contexts(
-    B: int, K: int, S: int, seed: int, vocab_size: int = 7, dtype: torch.dtype = torch.float64
+    B: int, K: int, S: int, seed: int, vocab_size: int = 7, dtype: torch.dtype = torch.float64, pad: int = PAD
 ) -> tuple[Tensor, Tensor, Tensor]:
     """input_ids_BKS, attention_mask_BKS (contexts of 3 to S real tokens, the rest padding) and doc_scores_BK."""
     g = torch.Generator().manual_seed(seed)
@@ -106,7 +228,22 @@ def random_contexts(
     lengths_BK1 = torch.randint(3, S + 1, (B, K, 1), generator=g)
     attention_mask_BKS = (torch.arange(S) < lengths_BK1).long()
     doc_scores_BK = torch.randn(B, K, generator=g, dtype=torch.float64).to(dtype)
-    return input_ids_BKS.masked_fill(attention_mask_BKS == 0, PAD), attention_mask_BKS, doc_scores_BK
+    return input_ids_BKS.masked_fill(attention_mask_BKS == 0, pad), attention_mask_BKS, doc_scores_BK
+
+
+def _t5_settings(vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "relative_attention_num_buckets": 8,
+        "pad_token_id": PAD,
+        "eos_token_id": 1,
+        "decoder_start_token_id": PAD,
+    }
 
 
 def _peaked(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
@@ -116,7 +253,8 @@ def _peaked(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> Any
         with torch.no_grad():
             for parameter in model.parameters():
                 # Matrices only: gains of layer norms stay at one. Library defaults (0.02) give uniform answers.
-                if parameter.dim() == 2:
+                # Frozen ones are the sinusoidal positions.
+                if parameter.dim() == 2 and parameter.requires_grad:
                     parameter.normal_(std=0.7)
             # A head of its own, blind to the mean hidden state: a tied one would repeat the last token, and the mean
             # would make the same token likely everywhere, whatever the passage says.

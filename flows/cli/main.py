@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.cli import inspect_commands, run_commands, stage_commands
+from flows.cli import exchange_commands, inspect_commands, run_commands, stage_commands
 from rag_core.errors import RagError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 stage_commands.add_to(app)
 run_commands.add_to(app)
 inspect_commands.add_to(app)
+exchange_commands.add_to(app)
 
 
 def run() -> NoReturn:

@@ -37,10 +37,14 @@ def parse_variant(text: str | None) -> Variant | None:
 
 
 def print_stage(result: StageResult) -> None:
-    """One line for a finished stage."""
+    """One line for a finished stage, and one more if too many contexts were cut."""
+    from tasks.summary import cut_note
+
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
     state = "up to date" if result.skipped else f"{result.seconds:.1f} s"
     console.print(f"{result.stage}: {counts} → {result.path} ({state}; MLflow run {result.run_id})", highlight=False)
+    if note := cut_note(result):
+        console.print(escape(note), style="yellow", highlight=False)
 
 
 def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
@@ -66,7 +70,9 @@ def print_answer(answer: Answer) -> None:
 
 
 def print_pipeline(result: PipelineResult) -> None:
-    """Scores of every system on the test questions, and the time of every stage."""
+    """Scores of every system on the test questions, the time of every stage, and where too many contexts were cut."""
+    from tasks.summary import cut_note
+
     names = [name for name in next(iter(result.scores.values()))["overall"] if name in ("em", "f1") or "recall" in name]
     names = [name for name in names if not name.startswith("answer_")]
     table = Table("system", *names, "questions", title="On the test questions")
@@ -80,6 +86,8 @@ def print_pipeline(result: PipelineResult) -> None:
         times.add_row(stage.stage, f"{stage.seconds:.1f}", "up to date" if stage.skipped else "")
     times.add_row("all", f"{sum(stage.seconds for stage in result.stages):.1f}", "")
     console.print(times)
+    for note in filter(None, map(cut_note, result.stages)):
+        console.print(escape(note), style="yellow", highlight=False)
 
 
 def print_pages() -> None:

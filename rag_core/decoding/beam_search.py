@@ -4,10 +4,9 @@ Every hypothesis is continued with all K passages of its question, and the next-
 weights p(z|q). With K passages that is RAG-Token; RAG-Sequence calls it with every (question, passage) pair as a
 question of its own, K = 1.
 
-The rules are those of `transformers` (generation/utils.py, `_beam_search`, early_stopping=False): of the best 2·H
-continuations, ended ones join the pool of finished hypotheses if they are among the best H, the others fill the next
-beam; a question is done once its pool is full and its best running hypothesis, as it stands, is not better than the
-worst of the pool. Differences: the beam starts with one hypothesis and grows to H, so that no step works on dead
+The rules are those of `transformers` (generation/utils.py, `_beam_search`): of the best 2·H continuations, ended ones
+join the pool of finished hypotheses if they are among the best H, the others fill the next beam; `early_stopping` says
+when a question is done. Differences: the beam starts with one hypothesis and grows to H, so that no step works on dead
 rows, and questions that are done leave the batch once they are half of it.
 
 Contexts are encoded once. Decoder rows are ordered (question, passage, hypothesis); when hypotheses are re-ordered
@@ -15,78 +14,55 @@ only the self-attention cache moves, since all hypotheses of a (question, passag
 and values. Their price is H copies of those keys and values.
 This module knows nothing about answers as text, or about merging the passages' beams.
 
-Legend: B questions, K passages per question, S context tokens, T answer tokens (T = max_new_tokens), V vocabulary,
-D hidden size, H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H),
-R decoder rows (A·K·W), N contexts (B·K).
+Legend: B questions, K passages per question, S context tokens, T answer tokens (the prompt left out), V vocabulary,
+H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H), R decoder rows (A·K·W).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
+from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError
+from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import check_contexts, check_encoder_decoder, marginalize
+
+EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
-    """Token ids that steer decoding: where answers start, what ends them, what fills them up."""
+class BeamSettings:
+    """How a beam is searched.
 
-    start: int
-    ends: list[int]
-    pad: int
+    Attributes:
+        num_beams: H, hypotheses kept; 1 is greedy: the first answer that ends is taken, whatever is set below.
+        max_new_tokens: generated tokens at most, end token and a forced first token included.
+        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty, the length counted like
+            max_new_tokens; 0 ranks by probability.
+        early_stopping: a question is done once H hypotheses have ended and
+            False: the best running one, as it stands, is not better than the worst of them;
+            "never": nor could it be at the full length (differs from False for a positive length_penalty);
+            True: at once.
+    """
 
-    @classmethod
-    def of(cls, generator: Any) -> SpecialTokens:
-        """Read generation_config first, then config, then config.decoder (EncoderDecoderModel nests its models').
-
-        Raises:
-            ConfigError: a token is set in none of them.
-        """
-        config = generator.config
-        places = (getattr(generator, "generation_config", None), config, getattr(config, "decoder", None))
-
-        def find(name: str) -> Any:
-            found = next((value for place in places if (value := getattr(place, name, None)) is not None), None)
-            if found is None:
-                raise ConfigError(
-                    f"The generator ({type(generator).__name__}) has no {name}, neither in its generation_config nor "
-                    "in its config; decoding needs it. Set it in the model's folder (generation_config.json)."
-                )
-            return found
-
-        ends = find("eos_token_id")
-        return cls(
-            start=find("decoder_start_token_id"),
-            ends=[ends] if isinstance(ends, int) else list(ends),
-            pad=find("pad_token_id"),
-        )
-
-    def never_answered(self) -> list[int]:
-        """Tokens that no answer may hold: start and padding, unless they end answers too (BART starts with </s>)."""
-        return sorted({self.start, self.pad} - set(self.ends))
-
-    def strip(self, generated_ids: list[int]) -> list[int]:
-        """Generated tokens without the end token, if the last is one."""
-        return generated_ids[:-1] if generated_ids and generated_ids[-1] in self.ends else generated_ids
+    num_beams: int
+    max_new_tokens: int
+    length_penalty: float = 0.0
+    early_stopping: EarlyStopping = False
 
 
 @dataclass(frozen=True)
 class Beams:
-    """Finished hypotheses, best first; places that no hypothesis fills have log_probs −inf."""
+    """Finished hypotheses, best first; places that no hypothesis fills have log_probs and scores −inf."""
 
     tokens_BHT: Tensor  # int64, generated tokens with the end token; undefined after the length
     lengths_BH: Tensor  # int64, generated tokens, end token included
     log_probs_BH: Tensor
-    scores_BH: Tensor  # log_probs / length ** length_penalty
+    scores_BH: Tensor  # what the beam ranks by: a forced end costs nothing, and the length penalty is applied
     doc_log_posteriors_BHTK: Tensor
 
     def select(self, index: Tensor) -> Beams:
@@ -94,65 +70,12 @@ class Beams:
         return Beams(**{name: value[index] for name, value in vars(self).items()})
 
 
-class PassageDecoder:
-    """The generator's decoder, reading N contexts that were encoded once.
-
-    The cross-attention keys and values of the contexts are computed once, by `start`, and copied for every row that
-    reads them afterwards.
-    """
-
-    def __init__(self, generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor) -> None:
-        self.generator = generator
-        self.special = SpecialTokens.of(generator)
-        self.mask_NS = attention_mask_NS
-        self.states_NSD: Tensor = generator.get_encoder()(
-            input_ids=input_ids_NS, attention_mask=attention_mask_NS, return_dict=True
-        ).last_hidden_state
-        self._cross: list[tuple[Tensor, Tensor]] = []
-        self.vocab_size = 0  # known after `start`
-
-    def start(self) -> tuple[Tensor, Any]:
-        """Logits of the first token for all contexts, shape (N, V), and the cache behind them."""
-        cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        N = len(self.mask_NS)
-        start_N1 = torch.full((N, 1), self.special.start, dtype=torch.long, device=self.mask_NS.device)
-        logits_N1V = self._forward(start_N1, self.states_NSD, self.mask_NS, cache)
-        self._cross = [(layer.keys, layer.values) for layer in cache.cross_attention_cache.layers]
-        self.vocab_size = logits_N1V.shape[-1]
-        return logits_N1V[:, -1], cache
-
-    def cache_for(self, contexts_R: Tensor) -> Any:
-        """A cache without answer tokens for rows that read the given contexts. Call `start` before."""
-        rows = [(keys.index_select(0, contexts_R), values.index_select(0, contexts_R)) for keys, values in self._cross]
-        return EncoderDecoderCache(DynamicCache(), DynamicCache(rows))
-
-    def logits(self, decoder_input_ids_RT: Tensor, contexts_R: Tensor, cache: Any) -> Tensor:
-        """Logits after every decoder input, shape (R, T, V), float32 or float64."""
-        # With cross-attention keys and values in the cache, the encoder's states are read for their shape alone.
-        shape = (len(contexts_R), *self.states_NSD.shape[1:])
-        return self._forward(
-            decoder_input_ids_RT, self.states_NSD.new_zeros(()).expand(shape), self.mask_NS[contexts_R], cache
-        )
-
-    def _forward(self, decoder_input_ids_RT: Tensor, states_RSD: Tensor, mask_RS: Tensor, cache: Any) -> Tensor:
-        logits_RTV: Tensor = self.generator(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states_RSD),
-            attention_mask=mask_RS,
-            decoder_input_ids=decoder_input_ids_RT,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        return logits_RTV if logits_RTV.dtype == torch.float64 else logits_RTV.float()
-
-
 def check_decoding(
     generator: Any,
     input_ids_BKS: Tensor,
     attention_mask_BKS: Tensor,
     doc_scores_BK: Tensor,
-    *,
-    num_beams: int,
-    max_new_tokens: int,
+    settings: BeamSettings,
     num_return_sequences: int,
 ) -> None:
     """Refuse settings and inputs that cannot be decoded.
@@ -163,63 +86,48 @@ def check_decoding(
     """
     check_encoder_decoder(generator)
     for name, value in (
-        ("num_beams", num_beams),
-        ("max_new_tokens", max_new_tokens),
+        ("num_beams", settings.num_beams),
+        ("max_new_tokens", settings.max_new_tokens),
         ("num_return_sequences", num_return_sequences),
     ):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be 1 or more.")
-    if num_return_sequences > num_beams:
+    if num_return_sequences > settings.num_beams:
         raise ConfigError(
-            f"num_return_sequences is {num_return_sequences} and num_beams {num_beams}: a beam cannot return more "
-            "answers than it holds. Raise num_beams or ask for fewer answers."
+            f"num_return_sequences is {num_return_sequences} and num_beams {settings.num_beams}: a beam cannot return "
+            "more answers than it holds. Raise num_beams or ask for fewer answers."
         )
+    if settings.max_new_tokens <= GenerationTokens.of(generator).forced_first:
+        raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
+    if settings.early_stopping not in (True, False, *get_args(Literal["never"])):
+        raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
     if not doc_scores_BK.amax(dim=1).isfinite().all():
         raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")
 
 
-@contextmanager
-def decoding_mode(generator: Any) -> Iterator[None]:
-    """Evaluation mode without autograd; afterwards every module is back in the mode it was in."""
-    was_training = [(module, module.training) for module in generator.modules()]
-    generator.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training
-
-
-def beam_search(
-    decoder: PassageDecoder,
-    doc_log_probs_BK: Tensor,
-    *,
-    num_beams: int,
-    max_new_tokens: int,
-    length_penalty: float,
-) -> Beams:
+def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: BeamSettings) -> Beams:
     """The best answers found for each question under the mixture of its passages.
 
     Args:
         decoder: holds B·K contexts, passages of a question next to each other.
         doc_log_probs_BK: log p(z|q), floating point; −inf for an absent passage.
-        num_beams: H, hypotheses kept per question.
-        max_new_tokens: T, generated tokens at most, end token included.
-        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty.
+        settings: how to search.
 
     Returns:
-        Beams of B questions. Log-probabilities are the model's own: tokens that no answer may hold are left out
+        Beams of B questions. Log-probabilities are the model's own: tokens that must not be generated are left out
         without renormalising.
     """
     B, K = doc_log_probs_BK.shape
-    H, T, special, device = num_beams, max_new_tokens, decoder.special, doc_log_probs_BK.device
-    ends = torch.tensor(special.ends, device=device)
-    never = torch.tensor(special.never_answered(), dtype=torch.long, device=device)
-    candidates_max = (1 + len(special.ends)) * H
+    tokens, H, device = decoder.tokens, settings.num_beams, doc_log_probs_BK.device
+    forced, penalty = tokens.forced_first, settings.length_penalty
+    T = settings.max_new_tokens - forced
+    ends = torch.tensor(tokens.ends, device=device)
+    suppressed = torch.tensor(sorted(set(tokens.suppressed)), dtype=torch.long, device=device)
+    suppressed_first = torch.tensor(tokens.suppressed_first, dtype=torch.long, device=device)
+    candidates_max = (1 + len(tokens.ends)) * H
 
-    logits_RV, cache = decoder.start()
+    logits_RV = decoder.start()
     V = logits_RV.shape[-1]
     neg_inf = logits_RV.new_tensor(float("-inf"))
 
@@ -243,17 +151,25 @@ def beam_search(
 
     for t in range(T):
         A, W = running_AW.shape
+        last, length = t + 1 == T, t + 1 + forced
         # 1. The mixture's next-token distribution (paper, section 2.5: the transition probability p'θ), continuing
         #    each hypothesis. What does not depend on the token (p(z|q), the softmax's normaliser, the hypothesis so
         #    far) is one weight, so that no pass over the vocabulary is spent on it.
         logits_AKWV = logits_RV.view(A, K, W, V)
         weights_AKW = log_docs_AK.unsqueeze(2) + running_AW.unsqueeze(1) - logits_AKWV.logsumexp(dim=3)
-        scores_AWV = marginalize(logits_AKWV, weights_AKW)
-        scores_AWV.index_fill_(2, never, float("-inf"))
+        log_probs_AWV = marginalize(logits_AKWV, weights_AKW)
+        if last and tokens.forced_end is not None:
+            ranked_AWV = neg_inf.repeat(A, W, V)
+            ranked_AWV[:, :, tokens.forced_end] = running_AW
+        else:
+            ranked_AWV = log_probs_AWV.index_fill_(2, suppressed, float("-inf"))
+            if t == 0:
+                ranked_AWV.index_fill_(2, suppressed_first, float("-inf"))
 
         # 2. The best continuations of all hypotheses of a question together.
         C = min(candidates_max, W * V)
-        cand_log_probs_AC, flat_AC = scores_AWV.flatten(1).topk(C, dim=1)
+        ranks_AC, flat_AC = ranked_AWV.flatten(1).topk(C, dim=1)
+        cand_log_probs_AC = log_probs_AWV.flatten(1).gather(1, flat_AC)
         beam_AC, token_AC = flat_AC // V, flat_AC % V
         rows_A1 = torch.arange(A, device=device).unsqueeze(1)
         cand_tokens_ACT = tokens_AWT[rows_A1, beam_AC]
@@ -267,22 +183,23 @@ def beam_search(
         )
 
         # 3. Ended ones compete for the pool, if among the best H. At the last step every one has ended.
-        ended_AC = torch.isin(token_AC, ends) if t + 1 < T else torch.ones_like(token_AC, dtype=torch.bool)
+        ended_AC = torch.ones_like(token_AC, dtype=torch.bool) if last else torch.isin(token_AC, ends)
         joins_AC = ended_AC & searching_A.unsqueeze(1)
         joins_AC[:, H:] = False
-        ended_log_probs_AC = torch.where(joins_AC, cand_log_probs_AC, neg_inf)
-        ended_scores_AC = ended_log_probs_AC / (t + 1) ** length_penalty
+        ended_scores_AC = torch.where(joins_AC, ranks_AC, neg_inf) / length**penalty
         scores_AH, kept_AH = torch.cat((pool.scores_BH, ended_scores_AC), dim=1).topk(H, dim=1)
         pool = Beams(
             tokens_BHT=torch.cat((pool.tokens_BHT, cand_tokens_ACT), dim=1)[rows_A1, kept_AH],
             lengths_BH=torch.cat((pool.lengths_BH, torch.full_like(token_AC, t + 1)), dim=1)[rows_A1, kept_AH],
-            log_probs_BH=torch.cat((pool.log_probs_BH, ended_log_probs_AC), dim=1)[rows_A1, kept_AH],
+            log_probs_BH=torch.cat((pool.log_probs_BH, cand_log_probs_AC), dim=1)[rows_A1, kept_AH].where(
+                scores_AH > neg_inf, neg_inf
+            ),
             scores_BH=scores_AH,
             doc_log_posteriors_BHTK=torch.cat((pool.doc_log_posteriors_BHTK, cand_posteriors_ACTK), dim=1)[
                 rows_A1, kept_AH
             ],
         )
-        if t + 1 == T:
+        if last:
             break
 
         # 4. The others fill the next beam.
@@ -291,8 +208,11 @@ def beam_search(
         tokens_AWT = cand_tokens_ACT[rows_A1, next_AW]
         posteriors_AWTK = cand_posteriors_ACTK[rows_A1, next_AW]
 
-        # 5. Done: no hypothesis runs, or the pool is full and the best running one does not beat its worst.
-        searching_A &= running_AW[:, 0] / (t + 1) ** length_penalty > pool.scores_BH[:, -1]
+        # 5. Done: no hypothesis runs, or the pool is full and, as `early_stopping` judges it, good enough.
+        if settings.early_stopping is True or H == 1:
+            searching_A &= pool.scores_BH[:, -1] == neg_inf
+        at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
+        searching_A &= running_AW[:, 0] / at_length**penalty > pool.scores_BH[:, -1]
         left = int(searching_A.sum())  # the step's one wait for the device
         if left == 0:
             break
@@ -307,15 +227,15 @@ def beam_search(
 
         # 6. One decoder step for all rows.
         new_A, new_W = running_AW.shape
-        parents_AKW = parent_AW.unsqueeze(1).expand(-1, K, -1)
-        if not (new_W == W == 1 and new_A == A):
-            cache.self_attention_cache.reorder_cache(old_rows_AKW.gather(2, parents_AKW).flatten())
-        if (new_A, new_W) != (A, W):
-            # Any row of the same (question, passage) will do: they are equal. The beam only ever grows.
-            cache.cross_attention_cache.reorder_cache(old_rows_AKW[:, :, :1].expand(-1, -1, new_W).flatten())
-        last_R1 = tokens_AWT[:, :, t].unsqueeze(1).expand(-1, K, -1).reshape(-1, 1)
-        contexts_R = contexts_AK.unsqueeze(2).expand(-1, -1, new_W).flatten()
-        logits_RV = decoder.logits(last_R1, contexts_R, cache)[:, -1]
+        same_rows = (new_A, new_W) == (A, W)
+        parents_R = old_rows_AKW.gather(2, parent_AW.unsqueeze(1).expand(-1, K, -1)).flatten()
+        logits_RV = decoder.step(
+            tokens_AWT[:, :, : t + 1].unsqueeze(1).expand(-1, K, -1, -1).flatten(0, 2),
+            contexts_AK.unsqueeze(2).expand(-1, -1, new_W).flatten(),
+            # A lone hypothesis of each question continues itself.
+            None if same_rows and W == 1 else parents_R,
+            same_contexts=same_rows,
+        )
 
     done.append((questions_A, pool))
     order_B = torch.cat([questions for questions, _ in done]).argsort()

@@ -15,9 +15,11 @@ class Hypothesis:
     """An answer, its probability, and what it says about the passages.
 
     Attributes:
-        token_ids: the answer's T tokens, without start, end and padding tokens.
-        log_prob: log p(a|q) in nats under the mixture of passages, end token included. An answer that
-            max_new_tokens cut off has no end token, and this is the log-probability of its tokens.
+        token_ids: the answer's T tokens, without start, forced first, end and padding tokens.
+        log_prob: log p(a|q) in nats under the mixture of passages, end token included if the answer has one.
+        score: what answers are ranked by. RAG-Sequence: log_prob. RAG-Token: log_prob / length ** length_penalty,
+            where an end token that was forced at max_new_tokens costs nothing.
+        ended: the answer has an end token; False if max_new_tokens cut it off.
         doc_log_posterior: floating point, on the CPU. RAG-Sequence: log p(z|q,a), shape (K,); −inf in fast mode
             for passages whose beam did not hold the answer. RAG-Token: log p(z|q,a_<=t) as token t alone tells it,
             that is log p(z|q) + log p(a_t|q,z,a_<t) − log p(a_t|q,a_<t), shape (T, K).
@@ -25,4 +27,6 @@ class Hypothesis:
 
     token_ids: list[int]
     log_prob: float
+    score: float
+    ended: bool
     doc_log_posterior: Tensor

@@ -12,9 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rag_core.decoding.beam_search import Beams, PassageDecoder, beam_search, check_decoding, decoding_mode
+from rag_core.decoding.beam_search import Beams, BeamSettings, EarlyStopping, beam_search, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
+from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
 from rag_core.errors import ConfigError
+from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import doc_log_probs, marginalize, token_log_probs
 
 Mode = Literal["thorough", "fast"]
@@ -34,7 +36,9 @@ def decode_rag_sequence(
     max_new_tokens: int,
     mode: Mode = "thorough",
     length_penalty: float = 0.0,
+    early_stopping: EarlyStopping = False,
     num_return_sequences: int = 1,
+    use_cache: bool = True,
 ) -> list[list[Hypothesis]]:
     """Answers that the passages' beams find, ranked by p(a|q) = Σ_z p(z|q) Π_t p(a_t | q, z, a_<t), best first.
 
@@ -43,13 +47,12 @@ def decode_rag_sequence(
         input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax; −inf marks an absent passage.
-        num_beams: hypotheses kept per (question, passage).
-        max_new_tokens: generated tokens at most, end token included.
+        num_beams, max_new_tokens, length_penalty, early_stopping: the beam of each (question, passage), as in
+            `BeamSettings`. The answers that the beams find are ranked by p(a|q), whatever the length penalty.
         mode: "thorough" scores every answer under every passage, with extra forward passes of the decoder where a
             passage's beam did not hold it; "fast" counts those as zero.
-        length_penalty: within beams and at the end, rank by log_prob / length ** length_penalty, the end token
-            counted; 0 ranks by probability.
         num_return_sequences: answers per question at most, up to num_beams.
+        use_cache: False runs the decoder over the whole answer at every step: slower, with the same result.
 
     Returns:
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (K,).
@@ -63,34 +66,20 @@ def decode_rag_sequence(
     """
     if mode not in get_args(Mode):
         raise ConfigError(f'Unknown decoding mode {mode!r}: expected "thorough" or "fast".')
-    check_decoding(
-        generator,
-        input_ids_BKS,
-        attention_mask_BKS,
-        doc_scores_BK,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        num_return_sequences=num_return_sequences,
-    )
+    settings = BeamSettings(num_beams, max_new_tokens, length_penalty, early_stopping)
+    check_decoding(generator, input_ids_BKS, attention_mask_BKS, doc_scores_BK, settings, num_return_sequences)
     B, K = doc_scores_BK.shape
     with decoding_mode(generator):
-        decoder = PassageDecoder(generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1))
+        contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
+        decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
         # Each (question, passage) is a question whose one passage has all the mass.
-        alone_N1 = torch.zeros(B * K, 1, device=doc_scores_BK.device)
-        beams = beam_search(
-            decoder,
-            alone_N1,
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-        )
+        beams = beam_search(decoder, torch.zeros(B * K, 1, device=doc_scores_BK.device), settings)
         candidates = _merge(beams, B, K)
         if mode == "thorough":
             _score_missing(decoder, candidates)
         log_docs_BK = doc_log_probs(doc_scores_BK).to(beams.log_probs_BH.dtype).cpu()
         return [
-            _rank(found, log_docs_BK[b], decoder, length_penalty, num_return_sequences)
-            for b, found in enumerate(candidates)
+            _rank(found, log_docs_BK[b], decoder.tokens, num_return_sequences) for b, found in enumerate(candidates)
         ]
 
 
@@ -127,28 +116,23 @@ def _score_missing(decoder: PassageDecoder, candidates: list[_Candidates]) -> No
     ]
     # Answers of like length together, so that little padding is computed.
     missing.sort(key=lambda pair: len(pair[0]))
-    device, special = decoder.mask_NS.device, decoder.special
+    device, pad = decoder.mask_NS.device, decoder.tokens.pad
     V = decoder.vocab_size
     while missing:
         T = len(missing[-1][0])
         size = max(1, min(_CHUNK_PAIRS, _CHUNK_LOGITS // (T * V)))
         chunk, missing = missing[-size:], missing[:-size]
-        labels_PT = torch.tensor([answer + (special.pad,) * (T - len(answer)) for answer, *_ in chunk], device=device)
+        labels_PT = torch.tensor([answer + (pad,) * (T - len(answer)) for answer, *_ in chunk], device=device)
         lengths_P1 = torch.tensor([[len(answer)] for answer, *_ in chunk], device=device)
         contexts_P = torch.tensor([context for *_, context in chunk], device=device)
-        start_P1 = torch.full_like(lengths_P1, special.start)
-        # Padding needs no mask: it follows the answer, and the decoder looks back only.
-        inputs_PT = torch.cat((start_P1, labels_PT[:, :-1]), dim=1)
-        logits_PTV = decoder.logits(inputs_PT, contexts_P, decoder.cache_for(contexts_P))
+        logits_PTV = decoder.score(labels_PT, contexts_P)
         beyond_PT = torch.arange(T, device=device) >= lengths_P1
         scores_P = token_log_probs(logits_PTV, labels_PT).masked_fill(beyond_PT, 0.0).sum(dim=1)
         for (_, known, k, _), log_prob in zip(chunk, scores_P.tolist(), strict=True):
             known[k] = log_prob
 
 
-def _rank(
-    candidates: _Candidates, log_docs_K: Tensor, decoder: PassageDecoder, length_penalty: float, limit: int
-) -> list[Hypothesis]:
+def _rank(candidates: _Candidates, log_docs_K: Tensor, special: GenerationTokens, limit: int) -> list[Hypothesis]:
     sequences = list(candidates.log_probs)
     absent = float("-inf")
     log_probs_CK = log_docs_K.new_tensor(
@@ -157,13 +141,15 @@ def _rank(
     log_docs_CK = log_docs_K.expand_as(log_probs_CK)
     mixture_C = marginalize(log_probs_CK, log_docs_CK)
     posterior_CK = log_docs_CK + log_probs_CK - mixture_C.unsqueeze(1)
-    lengths_C = torch.tensor([len(s) for s in sequences], dtype=mixture_C.dtype)
-    order = (mixture_C / lengths_C**length_penalty).argsort(descending=True, stable=True).tolist()
+    order = mixture_C.argsort(descending=True, stable=True).tolist()
     # Keyed by the answer: two end tokens may end the same one, and the better comes first.
     best: dict[tuple[int, ...], Hypothesis] = {}
     for c in order:
-        token_ids = decoder.special.strip(list(sequences[c]))
+        generated = list(sequences[c])
+        token_ids = special.strip(generated)
         log_prob = float(mixture_C[c])
         if log_prob > absent and tuple(token_ids) not in best and len(best) < limit:
-            best[tuple(token_ids)] = Hypothesis(token_ids, log_prob, posterior_CK[c].clone())
+            best[tuple(token_ids)] = Hypothesis(
+                token_ids, log_prob, log_prob, special.ended(generated), posterior_CK[c].clone()
+            )
     return list(best.values())

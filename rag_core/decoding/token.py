@@ -9,15 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rag_core.decoding.beam_search import (
-    Beams,
-    PassageDecoder,
-    SpecialTokens,
-    beam_search,
-    check_decoding,
-    decoding_mode,
-)
+from rag_core.decoding.beam_search import Beams, BeamSettings, EarlyStopping, beam_search, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
+from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
+from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import doc_log_probs
 
 
@@ -30,7 +25,9 @@ def decode_rag_token(
     num_beams: int,
     max_new_tokens: int,
     length_penalty: float = 0.0,
+    early_stopping: EarlyStopping = False,
     num_return_sequences: int = 1,
+    use_cache: bool = True,
 ) -> list[list[Hypothesis]]:
     """Answers that beam search finds under p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t), best first.
 
@@ -39,10 +36,9 @@ def decode_rag_token(
         input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax; −inf marks an absent passage.
-        num_beams: hypotheses kept per question; 1 is greedy.
-        max_new_tokens: generated tokens at most, end token included.
-        length_penalty: rank by log_prob / length ** length_penalty, the end token counted; 0 ranks by probability.
+        num_beams, max_new_tokens, length_penalty, early_stopping: as in `BeamSettings`.
         num_return_sequences: answers per question at most, up to num_beams.
+        use_cache: False runs the decoder over the whole answer at every step: slower, with the same result.
 
     Returns:
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (T, K).
@@ -53,39 +49,30 @@ def decode_rag_token(
 
     Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Token".
     """
-    check_decoding(
-        generator,
-        input_ids_BKS,
-        attention_mask_BKS,
-        doc_scores_BK,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        num_return_sequences=num_return_sequences,
-    )
+    settings = BeamSettings(num_beams, max_new_tokens, length_penalty, early_stopping)
+    check_decoding(generator, input_ids_BKS, attention_mask_BKS, doc_scores_BK, settings, num_return_sequences)
     with decoding_mode(generator):
-        decoder = PassageDecoder(generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1))
-        beams = beam_search(
-            decoder,
-            doc_log_probs(doc_scores_BK),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            length_penalty=length_penalty,
-        )
-        return _hypotheses(beams, decoder.special, num_return_sequences)
+        contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
+        decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
+        beams = beam_search(decoder, doc_log_probs(doc_scores_BK), settings)
+        return _hypotheses(beams, decoder.tokens, num_return_sequences)
 
 
-def _hypotheses(beams: Beams, special: SpecialTokens, limit: int) -> list[list[Hypothesis]]:
+def _hypotheses(beams: Beams, special: GenerationTokens, limit: int) -> list[list[Hypothesis]]:
     posteriors_BHTK = beams.doc_log_posteriors_BHTK.cpu()
-    tokens, lengths, log_probs = beams.tokens_BHT.tolist(), beams.lengths_BH.tolist(), beams.log_probs_BH.tolist()
+    tokens, lengths = beams.tokens_BHT.tolist(), beams.lengths_BH.tolist()
+    log_probs, scores = beams.log_probs_BH.tolist(), beams.scores_BH.tolist()
     answers: list[list[Hypothesis]] = []
     for b in range(len(tokens)):
         # Keyed by the answer: two end tokens may end the same one, and the better comes first.
         best: dict[tuple[int, ...], Hypothesis] = {}
         for h, log_prob in enumerate(log_probs[b]):
-            token_ids = special.strip(tokens[b][h][: lengths[b][h]])
+            generated = tokens[b][h][: lengths[b][h]]
+            token_ids = special.strip(generated)
             if log_prob > float("-inf") and tuple(token_ids) not in best and len(best) < limit:
+                posterior_TK = posteriors_BHTK[b, h, : len(token_ids)].clone()
                 best[tuple(token_ids)] = Hypothesis(
-                    token_ids, log_prob, posteriors_BHTK[b, h, : len(token_ids)].clone()
+                    token_ids, log_prob, scores[b][h], special.ended(generated), posterior_TK
                 )
         answers.append(list(best.values()))
     return answers

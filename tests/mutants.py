@@ -1,0 +1,366 @@
+"""Deliberate faults, and whether the tests notice: `python -m tests.mutants` (or `make mutants`).
+
+Each mutant replaces one piece of source in a copy of the project, runs the tests named beside it and must see one fail.
+`tests/test_mutants.py` checks in every test run that each piece of source is still there, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+PROJECT = Path(__file__).resolve().parent.parent
+COPIED = ("rag_core", "tests", "docs", "pyproject.toml")
+TIMEOUT_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: in `file`, `old` (which stands there once) becomes `new`; `tests` are pytest arguments."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LIKELIHOOD, PROPERTIES = "tests/test_likelihood.py", "tests/test_likelihood_properties.py"
+DECODING, INVARIANCE = "tests/test_decoding.py", "tests/test_decoding_invariance.py"
+FAMILIES, HF = "tests/test_generator_families.py", "tests/test_hf_equality.py"
+LOSS, SEARCH = "rag_core/likelihood.py", "rag_core/decoding/beam_search.py"
+DECODER, SEQUENCE = "rag_core/decoding/passage_decoder.py", "rag_core/decoding/sequence.py"
+TOKENS, CONTEXTS = "rag_core/generation_tokens.py", "rag_core/contexts.py"
+ENCODER, HF_RAG = "rag_core/text_encoder.py", "rag_core/hf_rag.py"
+
+MUTANTS = (
+    # Likelihoods
+    Mutant("sign of the loss", LOSS, "return -log_likelihood_B.to(", "return log_likelihood_B.to(", LIKELIHOOD),
+    Mutant(
+        "sign of the documents' scores",
+        LOSS,
+        "return torch.log_softmax(_at_least_float32(doc_scores_BK), dim=1)",
+        "return torch.log_softmax(-_at_least_float32(doc_scores_BK), dim=1)",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "documents' probabilities added once a token in RAG-Sequence",
+        LOSS,
+        "answer_BK = log_probs_BKT.masked_fill",
+        "answer_BK = (log_probs_BKT + log_docs_BK.unsqueeze(2)).masked_fill",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "ignored positions counted in RAG-Sequence",
+        LOSS,
+        "log_probs_BKT.masked_fill(ignored_BT.unsqueeze(1), 0.0).sum(dim=2)",
+        "log_probs_BKT.sum(dim=2)",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "ignored positions counted in RAG-Token",
+        LOSS,
+        "log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)",
+        "log_docs_BK).sum(dim=1)",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "labels one place late",
+        LOSS,
+        "labels_BKT = labels_BT.masked_fill(ignored_BT, 0)",
+        "labels_BKT = labels_BT.roll(1, 1).masked_fill(ignored_BT.roll(1, 1), 0)",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "no floor under log-probabilities",
+        LOSS,
+        "token_log_probs(logits_BKTV, labels_BKT).clamp(min=_FLOOR)",
+        "token_log_probs(logits_BKTV, labels_BKT)",
+        PROPERTIES,
+    ),
+    Mutant(
+        "sign of the gradient at the label",
+        LOSS,
+        "at_label_N1 = weight_N1 * rest_N1",
+        "at_label_N1 = -weight_N1 * rest_N1",
+        LIKELIHOOD,
+    ),
+    Mutant("no normaliser in the gradient", LOSS, ".reshape(-1, 1) / total_N1", ".reshape(-1, 1)", LIKELIHOOD),
+    Mutant(
+        "half precision accumulated as it is",
+        LOSS,
+        "return (_at_least_float32(logits_NV) - top_N1).exp_()",
+        "return (logits_NV - top_N1).exp_()",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "greatest logit not subtracted",
+        LOSS,
+        "top_N1 = logits_NV.amax(dim=1, keepdim=True)",
+        "top_N1 = torch.zeros_like(logits_NV[:, :1])",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "padding of contexts attended to in the loss",
+        LOSS,
+        "attention_mask=attention_mask_BKS.flatten(0, 1),\n        decoder",
+        "decoder",
+        LIKELIHOOD,
+    ),
+    Mutant(
+        "passages' rows mixed up in the loss",
+        LOSS,
+        "decoder_input_ids.repeat_interleave(K, dim=0)",
+        "decoder_input_ids.repeat(K, 1)",
+        LIKELIHOOD,
+    ),
+    # Start, end, forced and suppressed tokens
+    Mutant(
+        "forced first token left out",
+        TOKENS,
+        "prompt=(start,) if first is None else (start, first)",
+        "prompt=(start,)",
+        f"{FAMILIES} {HF}",
+    ),
+    Mutant(
+        "forced first token not counted as generated",
+        TOKENS,
+        "return len(self.prompt) - 1",
+        "return 0",
+        f"{FAMILIES} {HF}",
+    ),
+    Mutant(
+        "forced end token ignored",
+        TOKENS,
+        "forced_end=forced_end[0] if forced_end else None",
+        "forced_end=None",
+        f"{FAMILIES} {HF}",
+    ),
+    Mutant(
+        "bad words ignored",
+        TOKENS,
+        " + bad_tokens,\n            suppressed_first",
+        ",\n            suppressed_first",
+        FAMILIES,
+    ),
+    Mutant(
+        "tokens suppressed at the beginning ignored",
+        TOKENS,
+        'suppressed_first=_as_tuple(getattr(generation, "begin_suppress_tokens", None))',
+        "suppressed_first=()",
+        HF,
+    ),
+    Mutant(
+        "ignored labels read as they are",
+        TOKENS,
+        "labels_NT[:, :-1].where(labels_NT[:, :-1] >= 0, self.pad)",
+        "labels_NT[:, :-1].abs() % 7",
+        LIKELIHOOD,
+    ),
+    Mutant("end token kept in answers", TOKENS, "return generated_ids[:-1] if", "return generated_ids if", DECODING),
+    Mutant(
+        "one end token of several",
+        TOKENS,
+        'ends = _as_tuple(_find(generator, "eos_token_id"))',
+        'ends = _as_tuple(_find(generator, "eos_token_id"))[:1]',
+        DECODING,
+    ),
+    # Beam search
+    Mutant(
+        "end token forgotten: nothing ends before the limit",
+        SEARCH,
+        "else torch.isin(token_AC, ends)",
+        "else torch.zeros_like(token_AC, dtype=torch.bool)",
+        DECODING,
+    ),
+    Mutant("ended ones below the best H join", SEARCH, "joins_AC[:, H:] = False", "pass", HF),
+    Mutant("H candidates instead of 2·H", SEARCH, "(1 + len(tokens.ends)) * H", "H", HF),
+    Mutant(
+        "length one short", SEARCH, "t + 1 == T, t + 1 + forced", "t + 1 == T, max(t, 1) + forced", f"{DECODING} {HF}"
+    ),
+    Mutant(
+        "questions that are done go on", SEARCH, "ended_AC & searching_A.unsqueeze(1)", "ended_AC", f"{INVARIANCE} {HF}"
+    ),
+    Mutant(
+        "stops once the pool is full",
+        SEARCH,
+        "if settings.early_stopping is True or H == 1:",
+        "if True:",
+        HF,
+    ),
+    Mutant("early stopping ignored", SEARCH, "settings.early_stopping is True or H == 1", "False", HF),
+    Mutant('"never" taken for False', SEARCH, 'settings.early_stopping == "never" and penalty > 0', "False", HF),
+    Mutant(
+        "normaliser of the softmax left out",
+        SEARCH,
+        " - logits_AKWV.logsumexp(dim=3)",
+        "",
+        DECODING,
+    ),
+    Mutant("posterior not normalised", SEARCH, "- cand_log_probs_AC.unsqueeze(2)", "", DECODING),
+    Mutant(
+        "self-attention cache of another hypothesis",
+        SEARCH,
+        "parents_R = old_rows_AKW.gather(2, parent_AW.unsqueeze(1).expand(-1, K, -1)).flatten()",
+        "parents_R = old_rows_AKW[:, :, :1].expand(-1, -1, new_W).flatten()",
+        DECODING,
+    ),
+    Mutant(
+        "answers returned in the order in which questions were done",
+        SEARCH,
+        "[order_B] for name",
+        "for name",
+        INVARIANCE,
+    ),
+    Mutant(
+        "suppressed tokens generated",
+        SEARCH,
+        'log_probs_AWV.index_fill_(2, suppressed, float("-inf"))',
+        "log_probs_AWV",
+        FAMILIES,
+    ),
+    # The decoder's passes
+    Mutant(
+        "padding of contexts attended to in decoding",
+        DECODER,
+        "attention_mask=mask_RS,",
+        "attention_mask=torch.ones_like(mask_RS),",
+        DECODING,
+    ),
+    Mutant(
+        "contexts encoded with their padding",
+        DECODER,
+        "input_ids=input_ids_NS, attention_mask=attention_mask_NS, return_dict=True",
+        "input_ids=input_ids_NS, return_dict=True",
+        DECODING,
+    ),
+    Mutant(
+        "cross-attention of the first contexts for every candidate",
+        DECODER,
+        "(keys[contexts_C], values[contexts_C])",
+        "(keys[contexts_C * 0], values[contexts_C * 0])",
+        DECODING,
+    ),
+    Mutant(
+        "cross-attention not moved when rows move",
+        DECODER,
+        "if not same_contexts:",
+        "if False:",
+        DECODING,
+    ),
+    Mutant("dropout on while decoding", DECODER, "    generator.eval()\n", "", DECODING),
+    Mutant(
+        "without a cache the prompt is left out",
+        DECODER,
+        "(answers_RT.new_tensor(self.tokens.prompt).expand(len(answers_RT), -1), answers_RT), 1",
+        "(answers_RT, answers_RT[:, :0]), 1",
+        INVARIANCE,
+    ),
+    # RAG-Sequence
+    Mutant("fast taken for thorough", SEQUENCE, 'if mode == "thorough":', "if True:", DECODING),
+    Mutant("candidates' padding scored", SEQUENCE, ".masked_fill(beyond_PT, 0.0).sum(dim=1)", ".sum(dim=1)", DECODING),
+    Mutant("worst answers first", SEQUENCE, "argsort(descending=True", "argsort(descending=False", DECODING),
+    Mutant(
+        "documents' probabilities left out of the ranking",
+        SEQUENCE,
+        "mixture_C = marginalize(log_probs_CK, log_docs_CK)",
+        "mixture_C = marginalize(log_probs_CK, log_docs_CK * 0)",
+        DECODING,
+    ),
+    # Contexts
+    Mutant(
+        "the question is cut, not the passage",
+        CONTEXTS,
+        "dropped = set(inside[len(inside) - excess :])",
+        "dropped = set(range(len(ids) - excess, len(ids)))",
+        "tests/test_contexts.py",
+    ),
+    Mutant("cut contexts not counted", CONTEXTS, "            cut += 1\n", "", "tests/test_contexts.py"),
+    # Encoders
+    Mutant(
+        "not normalised",
+        ENCODER,
+        "if self.settings.normalize else vectors_BD",
+        "if False else vectors_BD",
+        "tests/test_text_encoder.py tests/test_sentence_transformers_folders.py",
+    ),
+    Mutant(
+        "padding in the mean",
+        ENCODER,
+        "(states_BSD * mask_BS1).sum(1)",
+        "states_BSD.sum(1)",
+        "tests/test_text_encoder.py tests/test_sentence_transformers_folders.py",
+    ),
+)
+
+
+def main() -> None:
+    """Run all mutants (or those whose fault contains a word) and print what caught each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="run the mutants whose fault, file or tests contain this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    chosen = [one for one in MUTANTS if options.only in f"{one.fault} {one.file} {one.tests}"]
+    console = Console()
+    table = Table("fault", "file", "caught by")
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, caught_by in zip(
+            chosen, track(pool.map(caught, chosen), total=len(chosen), description="mutants"), strict=True
+        ):
+            survivors += caught_by is None
+            table.add_row(mutant.fault, mutant.file, caught_by or "[red]nothing[/red]")
+    console.print(table)
+    console.print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    sys.exit(bool(survivors))
+
+
+def caught(mutant: Mutant) -> str | None:
+    """The first test that fails on the mutant, or None if none does.
+
+    Raises:
+        RuntimeError: the tests did not run (pytest's exit status is neither 0 nor 1), or took longer than the limit.
+    """
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = PROJECT / name
+            (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy / name)
+        path = copy / mutant.file
+        path.write_text(mutated(mutant, path.read_text(encoding="utf-8")), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+        run = subprocess.run(
+            [*command, *mutant.tests.split()],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    if run.returncode not in (0, 1):
+        raise RuntimeError(f"The tests of the mutant {mutant.fault!r} did not run:\n{run.stdout[-3000:]}{run.stderr}")
+    failed = re.search(r"^FAILED (\S+::\w+)", run.stdout, re.MULTILINE)
+    return failed.group(1).removeprefix("tests/") if failed else None
+
+
+def mutated(mutant: Mutant, source: str) -> str:
+    """The source with the fault in it; ValueError unless the piece to be replaced stands there exactly once."""
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once")
+    return source.replace(mutant.old, mutant.new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Where weights come from: what is read, what is refused, and that nothing in a model folder is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from rag_core.errors import ConfigError
+from rag_core.model_source import load_from_source, load_tokenizer, load_weights, resolve_model_source
+from rag_core.text_encoder import TextEncoder
+from tests.small_corpus import FACTS, make_encoder
+
+TEXTS = [text for _, _, text in FACTS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("whole") / "bert")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, whole: Path) -> Path:
+    """A model folder to change."""
+    return Path(shutil.copytree(whole, tmp_path / "changed-model"))
+
+
+def _edit(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def _pickle_weights(folder: Path, **more: Any) -> Path:
+    """Put `pytorch_model.bin` in the place of the safetensors, with more entries than weights if any are given."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | more, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+class _MakesAFolder:
+    """Unpickled without care, this makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_pickled_weights_give_the_same_vectors_as_safetensors(folder: Path, whole: Path) -> None:
+    _pickle_weights(folder)
+    pickled, safe = TextEncoder.from_pretrained(folder), TextEncoder.from_pretrained(whole)
+    np.testing.assert_array_equal(pickled.encode(TEXTS), safe.encode(TEXTS))
+    assert pickled.fingerprint() == safe.fingerprint()
+
+
+def test_pickled_weights_that_would_run_code_are_refused_and_run_none(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    file = _pickle_weights(folder, surplus=_MakesAFolder(marker))
+    with pytest.raises(ConfigError, match=r"changed-model.*pickle can run any code.*safetensors"):
+        TextEncoder.from_pretrained(folder)
+    # Other parts are loaded without the option, by Transformers' default.
+    with pytest.raises(ConfigError, match="changed-model"):
+        load_from_source(AutoModel.from_pretrained, str(folder))
+    assert not marker.exists()
+    # The pickle is a live one: who loads it without care has run its code.
+    torch.load(file, weights_only=False)
+    assert marker.exists()
+
+
+def test_that_only_tensors_are_wanted_is_said_and_passed_on_to_torch(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pickle_weights(folder)
+    said: list[tuple[str, bool]] = []
+    torch_load = torch.load
+
+    def spy_on_torch(*args: Any, **options: Any) -> Any:
+        said.append(("torch", options["weights_only"]))
+        return torch_load(*args, **options)
+
+    def spy_on_transformers(source: str, **options: Any) -> Any:
+        said.append(("transformers", options["weights_only"]))
+        return AutoModel.from_pretrained(source, **options)
+
+    monkeypatch.setattr(torch, "load", spy_on_torch)
+    load_weights(spy_on_transformers, str(folder), may_lack=())
+    assert said == [("transformers", True), ("torch", True)]
+
+
+def test_damaged_pickled_weights_are_refused(folder: Path) -> None:
+    file = _pickle_weights(folder)
+    for content in (b"garbage" * 100, file.read_bytes()[:5000]):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="changed-model"):
+            TextEncoder.from_pretrained(folder)
+
+
+def _code(marker: Path, *classes: str) -> str:
+    """A module that makes a folder when it is imported, and has classes of these names."""
+    return f"import os\nos.mkdir({str(marker)!r})\n" + "".join(f"class {one}: pass\n" for one in classes)
+
+
+def test_code_beside_a_model_of_a_known_kind_is_not_run(folder: Path, whole: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    (folder / "own_code.py").write_text(_code(marker, "OwnConfig", "OwnModel", "OwnTokenizer"))
+    auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"}
+    _edit(folder / "config.json", auto_map=auto_map)
+    _edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own_code.OwnTokenizer"]})
+    vectors_ND = TextEncoder.from_pretrained(folder).encode(TEXTS)
+    np.testing.assert_array_equal(vectors_ND, TextEncoder.from_pretrained(whole).encode(TEXTS))
+    assert not marker.exists()
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_and_its_code_is_not_run(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    (folder / "own_code.py").write_text(_code(marker, "OwnConfig", "OwnModel"))
+    auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"}
+    _edit(folder / "config.json", auto_map=auto_map, model_type="own-kind", architectures=["OwnModel"])
+    with pytest.raises(ConfigError, match=r"changed-model needs code of its own, and code .* is never run"):
+        TextEncoder.from_pretrained(folder)
+    assert not marker.exists()
+
+
+def test_a_module_class_of_a_sentence_transformers_folder_is_not_imported(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "code-was-run"
+    (folder / "text_encoder.json").unlink()
+    (folder / "own_code.py").write_text(_code(marker, "Transformer"))
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "own_code.Transformer"}]')
+    with pytest.raises(ConfigError, match=r"changed-model: modules.json lists own_code.Transformer; "):
+        TextEncoder.from_pretrained(folder)
+    assert not marker.exists()
+
+
+def test_parameters_that_are_missing_are_refused_and_not_filled_with_random_numbers(folder: Path) -> None:
+    _edit(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"changed-model lacks 16 parameters of a BertModel \(encoder.layer.2\."):
+        TextEncoder.from_pretrained(folder)
+
+
+def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    renamed = {f"ctx_encoder.bert_model.{name}": tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"changed-model lacks \d+ parameters of a BertModel"):
+        TextEncoder.from_pretrained(folder)
+
+
+def test_only_parameters_that_may_lack_are_let_go(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    load_weights(AutoModel.from_pretrained, str(folder), may_lack=("pooler.", "head."))
+    with pytest.raises(ConfigError, match=r"changed-model lacks 2 parameters of a BertModel \(pooler.dense.bias"):
+        load_weights(AutoModel.from_pretrained, str(folder), may_lack="head.")
+
+
+def test_a_local_folder_is_a_model_if_it_holds_a_config_or_modules(folder: Path) -> None:
+    assert resolve_model_source(folder) == str(folder)
+    (folder / "config.json").rename(folder / "modules.json")
+    assert resolve_model_source(str(folder)) == str(folder)
+    (folder / "modules.json").unlink()
+    with pytest.raises(ConfigError, match=r"changed-model has no config.json"):
+        resolve_model_source(folder)
+
+
+def test_a_name_that_can_be_no_hub_name_is_refused_as_a_path(folder: Path) -> None:
+    assert resolve_model_source("org/model") == "org/model"
+    with pytest.raises(ConfigError, match=r"config.json is a file; a model folder"):
+        resolve_model_source(folder / "config.json")
+    for path in (str(folder / "nowhere"), "./nowhere", "runs/one/model"):
+        with pytest.raises(ConfigError, match="There is no model folder"):
+            resolve_model_source(path)
+
+
+def test_a_tokenizer_is_loaded_from_the_subfolder_that_is_asked_for(folder: Path) -> None:
+    (folder / "inside").mkdir()
+    for file in folder.glob("tokenizer*"):
+        file.rename(folder / "inside" / file.name)
+    (folder / "config.json").rename(folder / "inside" / "config.json")
+    assert load_tokenizer(str(folder), subfolder="inside")("Lyon")["input_ids"][0] == 2
