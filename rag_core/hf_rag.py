@@ -29,7 +29,7 @@ import torch
 import transformers
 from pydantic import BaseModel, ValidationError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, RagConfig
+from transformers import AutoConfig, GenerationConfig, RagConfig
 from transformers.utils import cached_file
 
 from rag_core.contexts import PromptConfig
@@ -37,7 +37,7 @@ from rag_core.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
 from rag_core.encoder_settings import EncoderSettings, Pooling
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.likelihood import Variant
-from rag_core.model_source import load_from_source, quiet_transformers, resolve_model_source
+from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
 from rag_core.rag_model import SETTINGS_FILE, ModelSettings, RagModel
 from rag_core.reader import without_unused_pooler
 from rag_core.text_encoder import TextEncoder
@@ -46,6 +46,14 @@ QUESTION_TOKENIZER, GENERATOR_TOKENIZER = "question_encoder_tokenizer", "generat
 CLASSES: dict[Variant, str] = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}
 # Their classes keep these in the generator's config, too, and RagSequenceForGeneration decodes with those.
 _TOKEN_IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+_STEERING_TOKENS = (
+    *_TOKEN_IDS,
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+)
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -238,20 +246,24 @@ def _load_tokenizer(source: str, subfolder: str, config: Any) -> Any:
             f"{source} has no folder {subfolder}/, so no text can be read. Save the tokenizers beside the weights with "
             "RagTokenizer.save_pretrained."
         )
-    tokenizer = load_from_source(AutoTokenizer.from_pretrained, source, subfolder=subfolder, config=config)
-    # Without its files Transformers makes one that knows special tokens only; see `load_tokenizer`.
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
-        raise ConfigError(f"{source} has no tokenizer files in {subfolder}/. Copy tokenizer.json or vocab.txt there.")
-    return tokenizer
+    # Older checkpoints have no config.json beside the tokenizer, which would say of what kind it is.
+    return load_tokenizer(source, subfolder, config=config)
 
 
 def _take_generation_config(generator: Any, source: str) -> None:
-    """Set on the generator what the folder's generation_config.json sets."""
-    if _cached_path(source, "generation_config.json") is None:
-        return
-    given = load_from_source(lambda name, **_: GenerationConfig.from_pretrained(name), source).to_diff_dict()
-    bookkeeping = ("transformers_version", "_from_model_config")
-    values = {name: value for name, value in given.items() if name not in bookkeeping}
+    """Set on the generator what generation_config.json sets, or, where there is none, the generator's part of config.json.
+
+    Checkpoints that are older than generation_config.json have forced and suppressed tokens there, which Transformers
+    takes over for a model of its own, not for a part of one.
+    """
+    if _cached_path(source, "generation_config.json") is not None:
+        given = load_from_source(lambda name, **_: GenerationConfig.from_pretrained(name), source).to_diff_dict()
+        bookkeeping = ("transformers_version", "_from_model_config")
+        values = {name: value for name, value in given.items() if name not in bookkeeping}
+    else:
+        config, _ = RagConfig.get_config_dict(source)
+        part = config["generator"]
+        values = {name: part[name] for name in _STEERING_TOKENS if part.get(name) is not None}
     generator.generation_config.update(**values)
 
 

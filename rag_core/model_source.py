@@ -95,14 +95,14 @@ def load_weights(load: Callable[..., Any], source: str, *, may_lack: str | tuple
     return model
 
 
-def load_tokenizer(source: str, subfolder: str = "") -> Any:
+def load_tokenizer(source: str, subfolder: str = "", **options: Any) -> Any:
     """The tokenizer of a model; raises ConfigError if it cannot be read or is not there."""
-    tokenizer = load_from_source(AutoTokenizer.from_pretrained, source, subfolder=subfolder)
+    tokenizer = load_from_source(AutoTokenizer.from_pretrained, source, subfolder=subfolder, **options)
     # Without its files Transformers makes one that knows special tokens only (T5's also "▁"): every word is unknown.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
         raise ConfigError(
-            f"{source} has no tokenizer (tokenizer.json, vocab.txt, spiece.model or the like), so no text can be read. "
-            "Copy the tokenizer's files beside the weights."
+            f"{Path(source) / subfolder if subfolder else source} has no tokenizer (tokenizer.json, vocab.txt, spiece.model "
+            "or the like), so no text can be read. Copy the tokenizer's files there."
         )
     return tokenizer
 

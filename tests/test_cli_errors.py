@@ -272,6 +272,8 @@ def test_every_command_explains_itself() -> None:
         "demo",
         "ask",
         "retrieve",
+        "import-hf",
+        "export-hf",
         "doctor",
     ]
     for command in commands:

@@ -549,6 +549,15 @@ def test_the_tokens_of_generation_config_reach_the_generator(tmp_path: Path) -> 
     assert generator.generation_config.decoder_start_token_id == END
 
 
+def test_forced_tokens_of_checkpoints_older_than_generation_config_reach_the_generator(tmp_path: Path) -> None:
+    make_hf_checkpoint(tmp_path / "hf")
+    (tmp_path / "hf/generation_config.json").unlink()
+    given = {"forced_bos_token_id": START, "forced_eos_token_id": 2, "bad_words_ids": [[7]]}
+    edit_json(tmp_path / "hf/config.json", lambda config: config["generator"].update(given))
+    generator: Any = RagModel.from_hf_rag(tmp_path / "hf").generator
+    assert {name: getattr(generator.generation_config, name) for name in given} == given
+
+
 @pytest.mark.parametrize("variant", ["sequence", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_their_classes_decode_with_the_generators_tokens(family: str, variant: Variant, tmp_path: Path) -> None:
