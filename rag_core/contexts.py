@@ -117,13 +117,14 @@ def assemble_contexts(
     return Contexts(input_ids_PS.view(shape), mask_PS.view(shape), cut)
 
 
-def answer_labels(tokenizer: Any, answers: Sequence[str], max_answer_tokens: int, device: torch.device) -> torch.Tensor:
+def answer_labels(
+    tokenizer: Any, answers: Sequence[str], max_answer_tokens: int, device: torch.device, *, end: int | None = None
+) -> torch.Tensor:
     """labels_BT int64: the answers' tokens with the end token, padded with -100, without a start token.
 
-    Raises:
-        ConfigError: the tokenizer has no end token.
+    `end` is the token that ends an answer; default: the tokenizer's, and ConfigError if it has none.
     """
-    end = end_token_id(tokenizer)
+    end = end_token_id(tokenizer) if end is None else end
     # As target: some tokenizers (Marian's, mBART's) write another language, with other pieces, than they read.
     ids = tokenizer(text_target=list(answers), add_special_tokens=False)["input_ids"]
     labels = [[*one[: max_answer_tokens - 1], end] for one in ids]

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from rag_core.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
+from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import Variant, rag_nll
 from rag_core.model_source import (
     load_from_source,
@@ -94,6 +95,9 @@ class GeneratorReader:
         self.prompt = prompt
         self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
+        # Answers must be trained to end with a token that ends them in decoding: the generator's, not the tokenizer's.
+        ends = GenerationTokens.of(generator).ends
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +128,8 @@ class GeneratorReader:
     ) -> torch.Tensor:
         """−log p(answer | question) for given passages and scores: nll_B in nats, summed over tokens."""
         contexts = self._contexts(questions, passages_BK)
-        labels_BT = answer_labels(self.tokenizer, answers, self.prompt.max_answer_tokens, self.device)
+        limit = self.prompt.max_answer_tokens
+        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self._end)
         return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
 
     def answer_from(

