@@ -30,7 +30,7 @@ demo: setup ## train and compare both variants on an embedded example (about 14 
 test: setup ## run all tests (under 12 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 15 minutes)
+mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 6 minutes)
 	$(BIN)/python -m tests.mutants
 
 lint: setup ## formatting, lint, types, and the direction of imports

@@ -17,9 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 PROJECT = Path(__file__).resolve().parent.parent
 COPIED = ("rag_core", "tests", "docs", "pyproject.toml")
@@ -307,23 +305,19 @@ MUTANTS = (
 
 
 def main() -> None:
-    """Run all mutants (or those whose fault contains a word) and print what caught each."""
+    """Run all mutants (or those whose fault, file or tests contain a word) and print a Markdown table of what caught each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the mutants whose fault, file or tests contain this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     chosen = [one for one in MUTANTS if options.only in f"{one.fault} {one.file} {one.tests}"]
-    console = Console()
-    table = Table("fault", "file", "caught by")
-    survivors = 0
+    rows, survivors = ["| fault | in | caught by |", "| --- | --- | --- |"], 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, caught_by in zip(
-            chosen, track(pool.map(caught, chosen), total=len(chosen), description="mutants"), strict=True
-        ):
-            survivors += caught_by is None
-            table.add_row(mutant.fault, mutant.file, caught_by or "[red]nothing[/red]")
-    console.print(table)
-    console.print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+        results = zip(chosen, track(pool.map(caught, chosen), total=len(chosen), description="mutants"), strict=True)
+        for mutant, test in results:
+            survivors += test is None
+            rows.append(f"| {mutant.fault} | `{mutant.file}` | {f'`{test}`' if test else 'nothing'} |")
+    print(*rows, f"{len(chosen) - survivors} of {len(chosen)} caught", sep="\n")
     sys.exit(bool(survivors))
 
 

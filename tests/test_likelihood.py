@@ -15,7 +15,7 @@ from torch import Tensor
 from rag_core import likelihood
 from rag_core.errors import ConfigError
 from rag_core.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
-from tests.tiny_models import FAMILIES, end_token, random_contexts, tiny_bart, tiny_model
+from tests.tiny_models import FAMILIES, PAD, end_token, random_contexts, tiny_bart, tiny_model
 
 NLL = {"sequence": rag_sequence_nll, "token": rag_token_nll}
 VARIANTS = tuple(NLL)
@@ -210,6 +210,16 @@ def test_rag_nll_equals_separate_unpadded_passes(family: str, variant: str) -> N
     for b, row in enumerate(labels):
         expected = paper_nll(torch.stack(logits[b])[None], contexts[2][b : b + 1], torch.tensor([row]), variant)
         assert found_B[b].item() == pytest.approx(expected[0], abs=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ignored_labels_inside_an_answer_are_read_as_padding_and_not_scored(variant: str) -> None:
+    model = tiny_bart()
+    contexts = random_contexts(B=1, K=2, S=6, seed=3)
+    found_B = rag_nll(model, *contexts, torch.tensor([[3, -100, 4, 2]]), variant=variant)  # type: ignore[arg-type]
+    logits = torch.stack(separate_passes(model, contexts, [[3, PAD, 4, 2]])[0])[None]
+    expected = paper_nll(logits, contexts[2], torch.tensor([[3, -100, 4, 2]]), variant)
+    assert found_B.item() == pytest.approx(expected[0], abs=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
