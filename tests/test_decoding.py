@@ -350,10 +350,12 @@ def test_lower_precision_models_give_nearly_their_float64_log_probs(variant: str
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"num_return_sequences": 0}, "num_return_sequences is 0"),
         ({"num_return_sequences": 3}, "num_return_sequences is 3 and num_beams 2"),
+        ({"early_stopping": "always"}, "early_stopping is 'always'"),
+        ({"early_stopping": 1}, "early_stopping is 1"),
     ],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_settings_out_of_range_are_refused(variant: str, settings: dict[str, int], message: str) -> None:
+def test_settings_out_of_range_are_refused(variant: str, settings: dict[str, Any], message: str) -> None:
     contexts = random_contexts(B=1, K=2, S=4, seed=0)
     with pytest.raises(ConfigError, match=message):
         DECODE[variant](tiny_bart(), *contexts, **({"num_beams": 2, "max_new_tokens": 3} | settings))

@@ -21,7 +21,7 @@ H hypotheses in a beam, C candidates, A questions still searched, W hypotheses r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def check_decoding(
         )
     if settings.max_new_tokens <= GenerationTokens.of(generator).forced_first:
         raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
-    if settings.early_stopping not in (True, False, *get_args(Literal["never"])):
+    if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
         raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
     if not doc_scores_BK.amax(dim=1).isfinite().all():
