@@ -7,15 +7,16 @@ question of its own, K = 1.
 The rules are those of `transformers` (generation/utils.py, `_beam_search`): of the best 2·H continuations, ended ones
 join the pool of finished hypotheses if they are among the best H, the others fill the next beam; `early_stopping` says
 when a question is done. Differences: the beam starts with one hypothesis and grows to H, so that no step works on dead
-rows, and questions that are done leave the batch once they are half of it.
+rows, and questions that are done leave the batch once they are a quarter of it.
 
-Contexts are encoded once. Decoder rows are ordered (question, passage, hypothesis); when hypotheses are re-ordered
-only the self-attention cache moves, since all hypotheses of a (question, passage) read the same cross-attention keys
-and values. Their price is H copies of those keys and values.
+The vocabulary is large, so a step passes over it as rarely as it can: the mixture is summed as probabilities, not as
+logarithms, to choose the candidates; what is kept of the few chosen ones is computed anew from their logits, exactly.
+Tokens e^−87 times less probable than likely (float32) tie in that choice, and are exact all the same once chosen.
 This module knows nothing about answers as text, or about merging the passages' beams.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens (the prompt left out), V vocabulary,
-H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H), R decoder rows (A·K·W).
+H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H), N contexts of those
+questions (A·K), F continuations of a question (W·V), G blocks of those.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from torch import Tensor
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
-from rag_core.likelihood import check_contexts, check_encoder_decoder, marginalize
+from rag_core.likelihood import check_contexts, check_encoder_decoder
 
 EarlyStopping = bool | Literal["never"]
+
+# Continuations are searched for their best in blocks of so many: one pass finds the blocks' maxima.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
     """The best answers found for each question under the mixture of its passages.
 
     Args:
-        decoder: holds B·K contexts, passages of a question next to each other.
+        decoder: holds B·K contexts, passages of a question next to each other, at the prompt.
         doc_log_probs_BK: log p(z|q), floating point; −inf for an absent passage.
         settings: how to search.
 
@@ -124,22 +128,22 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
     T = settings.max_new_tokens - forced
     ends = torch.tensor(tokens.ends, device=device)
     suppressed = torch.tensor(sorted(set(tokens.suppressed)), dtype=torch.long, device=device)
-    suppressed_first = torch.tensor(tokens.suppressed_first, dtype=torch.long, device=device)
+    suppressed_first = torch.tensor(sorted({*tokens.suppressed, *tokens.suppressed_first}), device=device).long()
     candidates_max = (1 + len(tokens.ends)) * H
 
-    logits_RV = decoder.start()
-    V = logits_RV.shape[-1]
-    neg_inf = logits_RV.new_tensor(float("-inf"))
+    logits_AKWV = decoder.first_logits_NV.view(B, K, 1, -1)
+    V = logits_AKWV.shape[-1]
+    dtype = torch.promote_types(logits_AKWV.dtype, torch.float32)
+    neg_inf = torch.tensor(float("-inf"), dtype=dtype, device=device)
 
     # The state of the questions still searched. `running` has an entry per hypothesis of the beam, `pool` per
-    # finished one; `contexts_AK` and `questions_A` say whom the rows belong to.
-    log_docs_AK = doc_log_probs_BK.to(logits_RV.dtype)
-    contexts_AK = torch.arange(B * K, device=device).view(B, K)
+    # finished one; `questions_A` says whom the rows belong to.
+    log_docs_AK = doc_log_probs_BK.to(dtype)
     questions_A = torch.arange(B, device=device)
     searching_A = torch.ones(B, dtype=torch.bool, device=device)
-    running_AW = logits_RV.new_zeros(B, 1)
+    running_AW = torch.zeros(B, 1, dtype=dtype, device=device)
     tokens_AWT = torch.zeros(B, 1, T, dtype=torch.long, device=device)
-    posteriors_AWTK = logits_RV.new_zeros(B, 1, T, K)
+    posteriors_AWTK = torch.zeros(B, 1, T, K, dtype=dtype, device=device)
     pool = Beams(
         tokens_BHT=tokens_AWT.repeat(1, H, 1),
         lengths_BH=torch.zeros(B, H, dtype=torch.long, device=device),
@@ -152,37 +156,36 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
     for t in range(T):
         A, W = running_AW.shape
         last, length = t + 1 == T, t + 1 + forced
-        # 1. The mixture's next-token distribution (paper, section 2.5: the transition probability p'θ), continuing
-        #    each hypothesis. What does not depend on the token (p(z|q), the softmax's normaliser, the hypothesis so
-        #    far) is one weight, so that no pass over the vocabulary is spent on it.
-        logits_AKWV = logits_RV.view(A, K, W, V)
-        weights_AKW = log_docs_AK.unsqueeze(2) + running_AW.unsqueeze(1) - logits_AKWV.logsumexp(dim=3)
-        log_probs_AWV = marginalize(logits_AKWV, weights_AKW)
+        # 1. The best continuations of all hypotheses of a question together.
+        next_AWV, normalisers_AKW = _next_log_probs(logits_AKWV, log_docs_AK)
         if last and tokens.forced_end is not None:
             ranked_AWV = neg_inf.repeat(A, W, V)
             ranked_AWV[:, :, tokens.forced_end] = running_AW
         else:
-            ranked_AWV = log_probs_AWV.index_fill_(2, suppressed, float("-inf"))
-            if t == 0:
-                ranked_AWV.index_fill_(2, suppressed_first, float("-inf"))
-
-        # 2. The best continuations of all hypotheses of a question together.
+            ranked_AWV = next_AWV.add_(running_AW.unsqueeze(2))
+            ranked_AWV.index_fill_(2, suppressed_first if t == 0 else suppressed, float("-inf"))
         C = min(candidates_max, W * V)
-        ranks_AC, flat_AC = ranked_AWV.flatten(1).topk(C, dim=1)
-        cand_log_probs_AC = log_probs_AWV.flatten(1).gather(1, flat_AC)
+        ranks_AC, flat_AC = _best_of(ranked_AWV.flatten(1), C)
         beam_AC, token_AC = flat_AC // V, flat_AC % V
+        # What each passage says of a candidate (the terms of the paper's p'θ, section 2.5), and their sum.
         rows_A1 = torch.arange(A, device=device).unsqueeze(1)
+        at_token_ACK = logits_AKWV[rows_A1, :, beam_AC, token_AC].to(dtype)
+        joint_ACK = at_token_ACK - normalisers_AKW[rows_A1, :, beam_AC] + log_docs_AK.unsqueeze(1)
+        mixture_AC = joint_ACK.logsumexp(dim=2)
+        cand_log_probs_AC = running_AW[rows_A1, beam_AC] + mixture_AC
+        if not (last and tokens.forced_end is not None):
+            order_AC = cand_log_probs_AC.where(ranks_AC > neg_inf, neg_inf).argsort(dim=1, descending=True, stable=True)
+            joint_ACK, mixture_AC = joint_ACK[rows_A1, order_AC], mixture_AC[rows_A1, order_AC]
+            cand_log_probs_AC, beam_AC = cand_log_probs_AC[rows_A1, order_AC], beam_AC[rows_A1, order_AC]
+            token_AC, allowed_AC = token_AC[rows_A1, order_AC], ranks_AC[rows_A1, order_AC] > neg_inf
+            ranks_AC = cand_log_probs_AC.where(allowed_AC, neg_inf)
         cand_tokens_ACT = tokens_AWT[rows_A1, beam_AC]
         cand_tokens_ACT[:, :, t] = token_AC
         cand_posteriors_ACTK = posteriors_AWTK[rows_A1, beam_AC]
-        # Bayes' rule: this passage's share of the candidate's probability.
-        cand_posteriors_ACTK[:, :, t] = (
-            logits_AKWV[rows_A1, :, beam_AC, token_AC]
-            + weights_AKW[rows_A1, :, beam_AC]
-            - cand_log_probs_AC.unsqueeze(2)
-        )
+        # Bayes' rule: this passage's share of the token's probability.
+        cand_posteriors_ACTK[:, :, t] = joint_ACK - mixture_AC.unsqueeze(2)
 
-        # 3. Ended ones compete for the pool, if among the best H. At the last step every one has ended.
+        # 2. Ended ones compete for the pool, if among the best H. At the last step every one has ended.
         ended_AC = torch.ones_like(token_AC, dtype=torch.bool) if last else torch.isin(token_AC, ends)
         joins_AC = ended_AC & searching_A.unsqueeze(1)
         joins_AC[:, H:] = False
@@ -202,13 +205,13 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
         if last:
             break
 
-        # 4. The others fill the next beam.
-        running_AW, next_AW = cand_log_probs_AC.masked_fill(ended_AC, neg_inf).topk(min(H, C), dim=1)
+        # 3. The others fill the next beam.
+        running_AW, next_AW = ranks_AC.masked_fill(ended_AC, neg_inf).topk(min(H, C), dim=1)
         parent_AW = beam_AC[rows_A1, next_AW]
         tokens_AWT = cand_tokens_ACT[rows_A1, next_AW]
         posteriors_AWTK = cand_posteriors_ACTK[rows_A1, next_AW]
 
-        # 5. Done: no hypothesis runs, or the pool is full and, as `early_stopping` judges it, good enough.
+        # 4. Done: no hypothesis runs, or the pool is full and, as `early_stopping` judges it, good enough.
         if settings.early_stopping is True or H == 1:
             searching_A &= pool.scores_BH[:, -1] == neg_inf
         at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
@@ -216,28 +219,56 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
         left = int(searching_A.sum())  # the step's one wait for the device
         if left == 0:
             break
-        old_rows_AKW = torch.arange(A * K * W, device=device).view(A, K, W)
-        if 2 * left <= A:
+        if 4 * left <= 3 * A:
             done.append((questions_A[~searching_A], pool.select(~searching_A)))
             keep = searching_A.nonzero().squeeze(1)
             pool = pool.select(keep)
             running_AW, tokens_AWT, posteriors_AWTK = running_AW[keep], tokens_AWT[keep], posteriors_AWTK[keep]
-            log_docs_AK, contexts_AK, questions_A = log_docs_AK[keep], contexts_AK[keep], questions_A[keep]
-            parent_AW, old_rows_AKW, searching_A = parent_AW[keep], old_rows_AKW[keep], searching_A[keep]
+            log_docs_AK, questions_A, parent_AW = log_docs_AK[keep], questions_A[keep], parent_AW[keep]
+            searching_A = searching_A[keep]
+            decoder.select((keep.unsqueeze(1) * K + torch.arange(K, device=device)).flatten())
 
-        # 6. One decoder step for all rows.
-        new_A, new_W = running_AW.shape
-        same_rows = (new_A, new_W) == (A, W)
-        parents_R = old_rows_AKW.gather(2, parent_AW.unsqueeze(1).expand(-1, K, -1)).flatten()
-        logits_RV = decoder.step(
-            tokens_AWT[:, :, : t + 1].unsqueeze(1).expand(-1, K, -1, -1).flatten(0, 2),
-            contexts_AK.unsqueeze(2).expand(-1, -1, new_W).flatten(),
-            # A lone hypothesis of each question continues itself.
-            None if same_rows and W == 1 else parents_R,
-            same_contexts=same_rows,
-        )
+        # 5. One decoder step: all passages of a question continue the same hypotheses.
+        tokens_NW = tokens_AWT[:, :, t].repeat_interleave(K, dim=0)
+        logits_AKWV = decoder.step(tokens_NW, parent_AW.repeat_interleave(K, dim=0)).unflatten(0, (-1, K))
 
     done.append((questions_A, pool))
     order_B = torch.cat([questions for questions, _ in done]).argsort()
     merged = {name: torch.cat([getattr(beams, name) for _, beams in done])[order_B] for name in vars(pool)}
     return Beams(**merged)
+
+
+def _next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ_z p(z|q) p(·|q,z,a_<t), shape (A, W, V), in a buffer of its own, and the logits' logsumexp, (A, K, W).
+
+    Float32 at least. What is less probable than the type's smallest number counts as that.
+    """
+    K, dtype = log_docs_AK.shape[1], log_docs_AK.dtype
+    top_AKW = logits_AKWV.amax(dim=3).to(dtype)
+    if K == 1:
+        log_probs_AWV = torch.log_softmax(logits_AKWV.squeeze(1), dim=2, dtype=dtype)
+        normalisers_AKW = top_AKW - log_probs_AWV.amax(dim=2).unsqueeze(1)
+        return log_probs_AWV.add_(log_docs_AK.unsqueeze(2)), normalisers_AKW
+    probs_AKWV = torch.softmax(logits_AKWV, dim=3, dtype=dtype)
+    docs_AK11 = log_docs_AK.exp()[:, :, None, None]
+    mixture_AWV = probs_AKWV[:, 0] * docs_AK11[:, 0]
+    for k in range(1, K):
+        mixture_AWV.addcmul_(probs_AKWV[:, k], docs_AK11[:, k])
+    return mixture_AWV.clamp_(min=torch.finfo(dtype).tiny).log_(), top_AKW - probs_AKWV.amax(dim=3).log_()
+
+
+def _best_of(ranked_AF: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """`topk`, exactly, in one pass: the best C are in the C blocks with the greatest maxima, or in what is left over."""
+    A, F = ranked_AF.shape
+    G = F // _BLOCK
+    if G <= 2 * C:
+        return ranked_AF.topk(C, dim=1)
+    blocks_AGb = ranked_AF[:, : G * _BLOCK].view(A, G, _BLOCK)
+    best_AC = blocks_AGb.amax(dim=2).topk(C, dim=1).indices
+    rows_A1 = torch.arange(A, device=best_AC.device).unsqueeze(1)
+    rest_Ar = torch.arange(G * _BLOCK, F, device=best_AC.device).expand(A, -1)
+    places_ACb = best_AC.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=best_AC.device)
+    places_AP = torch.cat((places_ACb.flatten(1), rest_Ar), dim=1)
+    values_AP = torch.cat((blocks_AGb[rows_A1, best_AC].flatten(1), ranked_AF[:, G * _BLOCK :]), dim=1)
+    values_AC, found_AC = values_AP.topk(C, dim=1)
+    return values_AC, places_AP.gather(1, found_AC)

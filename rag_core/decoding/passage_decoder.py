@@ -1,24 +1,30 @@
 """The generator's decoder over contexts that are encoded once.
 
-The cross-attention keys and values of the contexts are computed once, by `start`, and copied for every row that reads
-them afterwards. The decoder knows nothing of beams, passages or probabilities: rows read contexts, and continue rows.
+Every context has W hypotheses at a time; a step continues each of them by a token, and says which former one of the
+same context it goes on from. The decoder knows nothing of beams, passages or probabilities.
 
-Legend: N contexts, S context tokens, D hidden size, R decoder rows, P prompt tokens, T answer tokens, V vocabulary,
-C (answer, context) pairs scored together.
+Contexts' keys and values are held once a context (`shared_attention.py`). Models whose attention cannot be replaced
+(LED) get a copy of them for every hypothesis.
+
+Legend: N contexts, S context tokens, D hidden size, W hypotheses of each context, R decoder rows (N·W), P prompt
+tokens, T answer tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from rag_core.context_encoder import encode_contexts
+from rag_core.decoding.shared_attention import SharedCache, can_share
 from rag_core.generation_tokens import GenerationTokens
+from rag_core.packed_linears import packed_linears
 
 
 class PassageDecoder:
@@ -29,83 +35,141 @@ class PassageDecoder:
         input_ids_NS: int64 token ids of the contexts, padded.
         attention_mask_NS: 1 for real tokens, 0 for padding.
         use_cache: False runs the decoder over the whole answer at every step: slower, with the same result.
+
+    Attributes:
+        first_logits_NV: logits of the answers' first token.
     """
 
     def __init__(
         self, generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor, *, use_cache: bool = True
     ) -> None:
-        self.generator = generator
         self.tokens = GenerationTokens.of(generator)
-        self.use_cache = use_cache
-        self.mask_NS = attention_mask_NS
-        self.states_NSD: Tensor = generator.get_encoder()(
-            input_ids=input_ids_NS, attention_mask=attention_mask_NS, return_dict=True
-        ).last_hidden_state
-        self._cache: Any = None
-        self._cross: list[tuple[Tensor, Tensor]] = []
-        self.vocab_size = 0  # known after `start`
+        self._pass = _DecoderPass(generator)
+        self._states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
+        self._mask_NS = attention_mask_NS
+        self._use_cache = use_cache
+        self._shared = use_cache and can_share(generator.get_decoder())
+        self._prompt_NP = torch.tensor(self.tokens.prompt, device=attention_mask_NS.device).expand(
+            len(input_ids_NS), -1
+        )
+        self._prompt_cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
+        self.first_logits_NV = self._pass(self._prompt_NP, self._states_NSD, self._mask_NS, self._prompt_cache)
+        self._rows: _Rows
+        self.restart()
 
-    def start(self) -> Tensor:
-        """Logits of the answers' first token for all contexts, shape (N, V), float32 or float64."""
-        N = len(self.mask_NS)
-        prompt_NP = torch.tensor(self.tokens.prompt, device=self.mask_NS.device).expand(N, -1)
-        self._cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if self.use_cache else None
-        logits_NV = self._forward(prompt_NP, self.states_NSD, self.mask_NS, self._cache)[:, -1]
-        if self.use_cache:
-            self._cross = [(layer.keys, layer.values) for layer in self._cache.cross_attention_cache.layers]
-        self.vocab_size = logits_NV.shape[-1]
-        return logits_NV
+    @property
+    def device(self) -> torch.device:
+        return self._mask_NS.device
 
-    def step(self, answers_RT: Tensor, contexts_R: Tensor, parents_R: Tensor | None, same_contexts: bool) -> Tensor:
-        """Logits of the next token, shape (R, V), float32 or float64.
+    def restart(self, contexts_n: Tensor | None = None) -> None:
+        """Go back to the prompt: one hypothesis for every context, or for some of them (int64, their numbers)."""
+        if self._shared:
+            self._rows = _SharedRows(self._pass, SharedCache(self._prompt_cache, self._mask_NS))
+        elif self._use_cache:
+            self._rows = _CopiedRows(self._pass, self._prompt_cache, self._states_NSD, self._mask_NS)
+        else:
+            self._rows = _UncachedRows(self._pass, self._prompt_NP.unsqueeze(1), self._states_NSD, self._mask_NS)
+        if contexts_n is not None:
+            self._rows.select(contexts_n)
+
+    def select(self, contexts_n: Tensor) -> None:
+        """Keep some of the present contexts only: int64, their places."""
+        self._rows.select(contexts_n)
+
+    def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
+        """Logits of the token after next, shape (N, W, V), in the type that the generator computes in.
 
         Args:
-            answers_RT: int64, the tokens of each row's answer so far, T ≥ 1.
-            contexts_R: int64, the context that each row reads.
-            parents_R: int64, for each row the row of the previous call that it continues by one token; None if all
-                rows stayed where they were.
-            same_contexts: every row reads the context that its place in the previous call read.
+            tokens_NW: int64, the token by which each hypothesis goes on.
+            parents_NW: int64, the hypothesis of the previous call, same context, that it continues.
         """
-        if not self.use_cache:
-            inputs_RT = torch.cat(
-                (answers_RT.new_tensor(self.tokens.prompt).expand(len(answers_RT), -1), answers_RT), 1
-            )
-            return self._forward(inputs_RT, self.states_NSD[contexts_R], self.mask_NS[contexts_R], None)[:, -1]
-        if parents_R is not None:
-            self._cache.self_attention_cache.reorder_cache(parents_R)
-            if not same_contexts:
-                self._cache.cross_attention_cache.reorder_cache(parents_R)
-        return self._read_cached(answers_RT[:, -1:], contexts_R, self._cache)[:, -1]
+        return self._rows.step(tokens_NW, parents_NW).unflatten(0, tokens_NW.shape)
 
-    def score(self, answers_CT: Tensor, contexts_C: Tensor) -> Tensor:
-        """Logits of whole answers, shape (C, T, V), float32 or float64: position t predicts token t. After `start`.
 
-        Padding behind an answer needs no mask: the decoder looks back only.
-        """
-        inputs_CT = self.tokens.decoder_input_ids(answers_CT)
-        if self.use_cache:
-            rows = [(keys[contexts_C], values[contexts_C]) for keys, values in self._cross]
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache(rows))
-            logits = self._read_cached(inputs_CT, contexts_C, cache)
-        else:
-            logits = self._forward(inputs_CT, self.states_NSD[contexts_C], self.mask_NS[contexts_C], None)
-        return logits[:, -answers_CT.shape[1] :]
+class _DecoderPass:
+    """One pass of the decoder; returns the logits of the last position, shape (R, V)."""
 
-    def _read_cached(self, decoder_input_ids: Tensor, contexts_R: Tensor, cache: Any) -> Tensor:
-        # With cross-attention keys and values in the cache, the encoder's states are read for their shape alone.
-        shape = (len(contexts_R), *self.states_NSD.shape[1:])
-        states_RSD = self.states_NSD.new_zeros(()).expand(shape)
-        return self._forward(decoder_input_ids, states_RSD, self.mask_NS[contexts_R], cache)
+    def __init__(self, generator: Any) -> None:
+        self.generator = generator
 
-    def _forward(self, decoder_input_ids: Tensor, states_RSD: Tensor, mask_RS: Tensor, cache: Any) -> Tensor:
-        logits: Tensor = self.generator(
+    def __call__(self, decoder_input_ids_RT: Tensor, states_RSD: Tensor, mask_RS: Tensor | None, cache: Any) -> Tensor:
+        logits_RTV: Tensor = self.generator(
             encoder_outputs=BaseModelOutput(last_hidden_state=states_RSD),
             attention_mask=mask_RS,
-            decoder_input_ids=decoder_input_ids,
+            decoder_input_ids=decoder_input_ids_RT,
             past_key_values=cache,
             use_cache=cache is not None,
         ).logits
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits_RTV[:, -1]
+
+
+class _Rows(Protocol):
+    """The state of the hypotheses; arguments as `PassageDecoder` says."""
+
+    def select(self, contexts_n: Tensor) -> None: ...
+    def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor: ...
+
+
+class _SharedRows:
+    """Keys and values once a context."""
+
+    def __init__(self, decoder_pass: _DecoderPass, cache: SharedCache) -> None:
+        self._pass, self._cache = decoder_pass, cache
+        config = decoder_pass.generator.get_encoder().config
+        # With keys and values in the cache, the encoder's states are asked for their presence alone.
+        self._no_states_1D = torch.zeros(1, config.hidden_size, device=cache.cross_mask_N11S.device)
+
+    def select(self, contexts_n: Tensor) -> None:
+        self._cache.select(contexts_n)
+
+    def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
+        tokens_R1 = tokens_NW.reshape(-1, 1)
+        cache = self._cache.branch(parents_NW)
+        with self._cache.attached(self._pass.generator.get_decoder()):
+            return self._pass(tokens_R1, self._no_states_1D.expand(len(tokens_R1), -1, -1), None, cache)
+
+
+class _CopiedRows:
+    """Keys and values once a hypothesis; they are copied when hypotheses are re-ordered."""
+
+    def __init__(self, decoder_pass: _DecoderPass, prompt: Any, states_NSD: Tensor, mask_NS: Tensor) -> None:
+        self._pass, self._states_NSD, self._mask_NS = decoder_pass, states_NSD, mask_NS
+        parts = (prompt.self_attention_cache, prompt.cross_attention_cache)
+        copies = [DynamicCache([(layer.keys, layer.values) for layer in part.layers]) for part in parts]
+        self._cache = EncoderDecoderCache(*copies)
+        self._width = 1
+
+    def select(self, contexts_n: Tensor) -> None:
+        hypotheses_W = torch.arange(self._width, device=contexts_n.device)
+        self._cache.reorder_cache((contexts_n.unsqueeze(1) * self._width + hypotheses_W).flatten())
+        self._states_NSD, self._mask_NS = self._states_NSD[contexts_n], self._mask_NS[contexts_n]
+
+    def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
+        N, W = parents_NW.shape
+        firsts_N1 = torch.arange(N, device=parents_NW.device).unsqueeze(1) * self._width
+        self._cache.reorder_cache((firsts_N1 + parents_NW).flatten())
+        self._width = W
+        states_RSD = self._states_NSD.new_zeros(()).expand(N * W, *self._states_NSD.shape[1:])
+        return self._pass(tokens_NW.reshape(-1, 1), states_RSD, self._mask_NS.repeat_interleave(W, dim=0), self._cache)
+
+
+class _UncachedRows:
+    """No keys and values: every step reads the whole answer again."""
+
+    def __init__(self, decoder_pass: _DecoderPass, prompt_N1P: Tensor, states_NSD: Tensor, mask_NS: Tensor) -> None:
+        self._pass, self._read_NWT = decoder_pass, prompt_N1P
+        self._states_NSD, self._mask_NS = states_NSD, mask_NS
+
+    def select(self, contexts_n: Tensor) -> None:
+        self._read_NWT = self._read_NWT[contexts_n]
+        self._states_NSD, self._mask_NS = self._states_NSD[contexts_n], self._mask_NS[contexts_n]
+
+    def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
+        W = parents_NW.shape[1]
+        past_NWT = self._read_NWT.gather(1, parents_NW.unsqueeze(2).expand(-1, -1, self._read_NWT.shape[2]))
+        self._read_NWT = torch.cat((past_NWT, tokens_NW.unsqueeze(2)), dim=2)
+        states_RSD = self._states_NSD.repeat_interleave(W, dim=0)
+        return self._pass(self._read_NWT.flatten(0, 1), states_RSD, self._mask_NS.repeat_interleave(W, dim=0), None)
 
 
 @contextmanager
@@ -114,7 +178,7 @@ def decoding_mode(generator: Any) -> Iterator[None]:
     was_training = [(module, module.training) for module in generator.modules()]
     generator.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), packed_linears(generator):
             yield
     finally:
         for module, training in was_training:

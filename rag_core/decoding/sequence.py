@@ -1,7 +1,10 @@
 """RAG-Sequence decoding: a beam per passage, then one ranking of all their answers under the mixture.
 
-Legend: B questions, K passages per question, S context tokens, H hypotheses in a beam, T answer tokens,
-P (answer, context) pairs scored together.
+Candidates that a passage's beam did not hold are scored as a tree: their common beginnings are read once, and every step
+reads the next tokens of all of them, for many passages together.
+
+Legend: B questions, K passages per question, S context tokens, H hypotheses in a beam, T answer tokens, C candidates,
+N contexts scored together, W beginnings of one length in a context's tree, E edges of the trees, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +20,12 @@ from rag_core.decoding.hypothesis import Hypothesis
 from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
-from rag_core.likelihood import doc_log_probs, marginalize, token_log_probs
+from rag_core.likelihood import doc_log_probs, marginalize
 
 Mode = Literal["thorough", "fast"]
 
-# Bounds of a scoring pass: logits (64 MB in float32), and rows, each with its copy of the cross-attention cache.
-_CHUNK_LOGITS = 1 << 24
-_CHUNK_PAIRS = 64
+# Bound of a scoring step's logits: 128 MB in float32.
+_CHUNK_LOGITS = 1 << 25
 
 
 def decode_rag_sequence(
@@ -88,6 +90,7 @@ class _Candidates:
     """The distinct generated sequences of a question, end token included, and log p(a|q,z) where it is known."""
 
     first_context: int
+    num_docs: int
     log_probs: dict[tuple[int, ...], list[float | None]]
 
 
@@ -101,35 +104,85 @@ def _merge(beams: Beams, B: int, K: int) -> list[_Candidates]:
             for sequence, length, log_prob in zip(tokens[n], lengths[n], log_probs[n], strict=True):
                 if log_prob > float("-inf"):
                     known.setdefault(tuple(sequence[:length]), [None] * K)[k] = log_prob
-        merged.append(_Candidates(first_context=b * K, log_probs=known))
+        merged.append(_Candidates(first_context=b * K, num_docs=K, log_probs=known))
     return merged
+
+
+class _Tree:
+    """The answers that one context is asked for, as a tree of their beginnings."""
+
+    def __init__(self, context: int, answers: list[tuple[int, ...]]) -> None:
+        self.context, self.answers = context, answers
+        # For each length, the beginnings that go on from there, in order, each with its place.
+        self.levels: list[dict[tuple[int, ...], int]] = []
+        for t in range(max(map(len, answers))):
+            going_on = dict.fromkeys(answer[:t] for answer in answers if len(answer) > t)
+            self.levels.append({beginning: place for place, beginning in enumerate(going_on)})
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.levels))
+
+    def edges(self, t: int) -> list[tuple[int, int]]:
+        """The distinct (place, next token) of all answers longer than t."""
+        return list(dict.fromkeys((self.levels[t][one[:t]], one[t]) for one in self.answers if len(one) > t))
 
 
 def _score_missing(decoder: PassageDecoder, candidates: list[_Candidates]) -> None:
     """Fill in log p(a|q,z) for the passages whose beam did not hold the answer."""
-    missing = [
-        (answer, known, k, found.first_context + k)
-        for found in candidates
-        for answer, known in found.log_probs.items()
-        for k in range(len(known))
-        if known[k] is None
+    trees: list[tuple[_Tree, _Candidates, int]] = []
+    for found in candidates:
+        for k in range(found.num_docs):
+            missing = [answer for answer, known in found.log_probs.items() if known[k] is None]
+            if missing:
+                trees.append((_Tree(found.first_context + k, missing), found, k))
+    # Trees of like width together, so that few rows are padding.
+    trees.sort(key=lambda one: -one[0].width)
+    V = decoder.first_logits_NV.shape[1]
+    while trees:
+        size = max(1, _CHUNK_LOGITS // (trees[0][0].width * V))
+        chunk, trees = trees[:size], trees[size:]
+        scores = _score_trees(decoder, [tree for tree, *_ in chunk])
+        for (_, found, k), of_tree in zip(chunk, scores, strict=True):
+            for answer, log_prob in of_tree.items():
+                found.log_probs[answer][k] = log_prob
+
+
+def _score_trees(decoder: PassageDecoder, trees: list[_Tree]) -> list[dict[tuple[int, ...], float]]:
+    """log p(a|q,z) of every answer of each tree, under its context."""
+    contexts_N = torch.tensor([tree.context for tree in trees], device=decoder.device)
+    decoder.restart(contexts_N)
+    logits_NWV = decoder.first_logits_NV[contexts_N].unsqueeze(1)
+    found_E: list[Tensor] = []
+    for t in range(max(len(tree.levels) for tree in trees)):
+        if t:
+            logits_NWV = decoder.step(*_next_tokens(trees, t, decoder.device))
+        edges = [(n, *edge) for n, tree in enumerate(trees) if t < len(tree.levels) for edge in tree.edges(t)]
+        n_E, w_E, token_E = torch.tensor(edges, device=decoder.device).unbind(1)
+        dtype = torch.promote_types(logits_NWV.dtype, torch.float32)
+        found_E.append(torch.log_softmax(logits_NWV, dim=2, dtype=dtype)[n_E, w_E, token_E])
+    values = iter(torch.cat(found_E).double().tolist())
+    scores = [dict.fromkeys(tree.answers, 0.0) for tree in trees]
+    for t in range(max(len(tree.levels) for tree in trees)):
+        for tree, of_tree in zip(trees, scores, strict=True):
+            if t < len(tree.levels):
+                of_edge = {edge: next(values) for edge in tree.edges(t)}
+                for answer in tree.answers:
+                    if len(answer) > t:
+                        of_tree[answer] += of_edge[tree.levels[t][answer[:t]], answer[t]]
+    return scores
+
+
+def _next_tokens(trees: list[_Tree], t: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For the beginnings of length t: last token and place of the beginning before, (N, W), padded with zeros."""
+    levels = [list(tree.levels[t]) if t < len(tree.levels) else [] for tree in trees]
+    W = max(map(len, levels))
+    tokens = [[one[-1] for one in level] + [0] * (W - len(level)) for level in levels]
+    parents = [
+        [tree.levels[t - 1][one[:-1]] for one in level] + [0] * (W - len(level))
+        for tree, level in zip(trees, levels, strict=True)
     ]
-    # Answers of like length together, so that little padding is computed.
-    missing.sort(key=lambda pair: len(pair[0]))
-    device, pad = decoder.mask_NS.device, decoder.tokens.pad
-    V = decoder.vocab_size
-    while missing:
-        T = len(missing[-1][0])
-        size = max(1, min(_CHUNK_PAIRS, _CHUNK_LOGITS // (T * V)))
-        chunk, missing = missing[-size:], missing[:-size]
-        labels_PT = torch.tensor([answer + (pad,) * (T - len(answer)) for answer, *_ in chunk], device=device)
-        lengths_P1 = torch.tensor([[len(answer)] for answer, *_ in chunk], device=device)
-        contexts_P = torch.tensor([context for *_, context in chunk], device=device)
-        logits_PTV = decoder.score(labels_PT, contexts_P)
-        beyond_PT = torch.arange(T, device=device) >= lengths_P1
-        scores_P = token_log_probs(logits_PTV, labels_PT).masked_fill(beyond_PT, 0.0).sum(dim=1)
-        for (_, known, k, _), log_prob in zip(chunk, scores_P.tolist(), strict=True):
-            known[k] = log_prob
+    return torch.tensor(tokens, device=device), torch.tensor(parents, device=device)
 
 
 def _rank(candidates: _Candidates, log_docs_K: Tensor, special: GenerationTokens, limit: int) -> list[Hypothesis]:

@@ -1,0 +1,183 @@
+"""Attention of hypotheses that read one context: keys and values are held once a context, not once a hypothesis.
+
+Cross-attention: the hypotheses of a context are folded into the query's length, and read one set of keys and values.
+Self-attention: every token that any hypothesis of a context ever had keeps its place (slot) in that context's cache;
+which slots a hypothesis may look at, its own past, is a mask. So when hypotheses are re-ordered a small mask moves, and
+no cache does. The price is attention over the slots of dead hypotheses, V and D times smaller than the rest of a step.
+
+It works for every model whose attention goes through Transformers' `ALL_ATTENTION_FUNCTIONS`: a function registered
+there, and a cache that hands it the slots. Masks that the model would make are not made, as the function knows its own.
+
+Legend: N contexts, S context tokens, W hypotheses of each context, R rows (N·W), L slots, P prompt tokens, h heads,
+d dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+NAME = "rag_shared_contexts"
+_active: ContextVar[SharedCache] = ContextVar("the cache of the decoder pass that is running")
+
+
+class SharedCache:
+    """Keys and values of contexts and of their hypotheses' tokens.
+
+    Args:
+        prompt: the cache after a pass over the prompt, one row a context; it is not changed.
+        mask_NS: 1 for a context's real tokens, 0 for padding.
+    """
+
+    def __init__(self, prompt: EncoderDecoderCache, mask_NS: Tensor) -> None:
+        self.layers = [_SlotLayer(layer.keys, layer.values) for layer in prompt.self_attention_cache.layers]
+        self._cross = [(layer.keys, layer.values) for layer in prompt.cross_attention_cache.layers]
+        self.cross_mask_N11S = mask_NS[:, None, None].bool()
+        P = self.layers[0].slots
+        self.positions_L = torch.arange(P, device=mask_NS.device)
+        self.self_mask_N1WL = self.cross_mask_N11S.new_ones(len(mask_NS), 1, 1, P)
+
+    def select(self, contexts_n: Tensor) -> None:
+        """Keep some contexts only."""
+        for layer in self.layers:
+            layer.select(contexts_n)
+        self._cross = [(keys[contexts_n], values[contexts_n]) for keys, values in self._cross]
+        self.cross_mask_N11S = self.cross_mask_N11S[contexts_n]
+        self.self_mask_N1WL = self.self_mask_N1WL[contexts_n]
+
+    def branch(self, parents_NW: Tensor) -> EncoderDecoderCache:
+        """The cache for one more token of W hypotheses, each of which continues its parent among the former ones."""
+        N, W = parents_NW.shape
+        L = len(self.positions_L)
+        past_NWL = self.self_mask_N1WL.squeeze(1).gather(1, parents_NW.unsqueeze(2).expand(-1, -1, L))
+        own_NWW = torch.eye(W, dtype=torch.bool, device=parents_NW.device).expand(N, -1, -1)
+        self.self_mask_N1WL = torch.cat((past_NWL, own_NWW), dim=2).unsqueeze(1)
+        self.positions_L = torch.cat((self.positions_L, self.positions_L[-1:].expand(W) + 1))
+        return EncoderDecoderCache(Cache(layers=list(self.layers)), Cache(layers=[_Fixed(*one) for one in self._cross]))
+
+    def mask_of(self, module: Any, keys_NhLd: Tensor, bias_1h1L: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the queries may look at; where the model has a position bias, with that bias, −inf elsewhere."""
+        is_self = any(keys_NhLd is layer.handed_out for layer in self.layers)
+        allowed = self.self_mask_N1WL if is_self else self.cross_mask_N11S
+        if bias_1h1L is None:
+            return allowed
+        # The model counts the slots as positions; what it says of a position holds for all slots that stand there.
+        bias = bias_1h1L[..., self.positions_L] if is_self else bias_1h1L
+        return bias.to(dtype).masked_fill(~allowed, float("-inf"))
+
+    @contextmanager
+    def attached(self, decoder: Any) -> Iterator[None]:
+        """Inside, the decoder's attention reads this cache."""
+        config, token = decoder.config, _active.set(self)
+        usual = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
+            _active.reset(token)
+
+
+def can_share(decoder: Any) -> bool:
+    """Whether the decoder's attention can be replaced (LED's, for one, cannot)."""
+    return bool(type(decoder)._can_set_attn_implementation())
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values of all slots; a step writes W slots behind those that are there."""
+
+    def __init__(self, keys_NhPd: Tensor, values_NhPd: Tensor) -> None:
+        super().__init__()
+        self._keys, self._values = keys_NhPd, values_NhPd
+        self.slots = keys_NhPd.shape[2]
+        self._positions = self.slots
+        self.handed_out = keys_NhPd
+        self.is_initialized = True
+
+    def select(self, contexts_n: Tensor) -> None:
+        """Keep some contexts only."""
+        self._keys, self._values = self._keys[contexts_n], self._values[contexts_n]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        N = len(self._keys)
+        W, end = len(key_states) // N, self.slots + len(key_states) // N
+        if end > self._keys.shape[2]:
+            self._keys, self._values = _with_room(self._keys, 2 * end), _with_room(self._values, 2 * end)
+        for buffer, new_Rh1d in ((self._keys, key_states), (self._values, value_states)):
+            buffer[:, :, self.slots : end] = new_Rh1d.reshape(N, W, *new_Rh1d.shape[1::2]).transpose(1, 2)
+        self.slots = end
+        self._positions += 1
+        self.handed_out = self._keys[:, :, :end]
+        return self.handed_out, self._values[:, :, :end]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the prompt's keys and values are there."""
+
+    def get_seq_length(self) -> int:
+        return self._positions
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._positions + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Fixed(CacheLayerMixin):
+    """One layer's keys and values of the contexts."""
+
+    def __init__(self, keys_NhSd: Tensor, values_NhSd: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys_NhSd, values_NhSd
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a context's keys and values do not change")
+
+    def get_seq_length(self) -> int:
+        return int(self.keys.shape[2])  # type: ignore[union-attr]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _with_room(states_NhLd: Tensor, slots: int) -> Tensor:
+    N, h, L, d = states_NhLd.shape
+    grown_NhLd = states_NhLd.new_empty(N, h, slots, d)
+    grown_NhLd[:, :, :L] = states_NhLd
+    return grown_NhLd
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of R rows of one token each to the keys of N contexts; arguments as Transformers passes them."""
+    R, h, _, d = query.shape
+    N = len(key)
+    query_NhWd = query.reshape(N, R // N, h, d).transpose(1, 2)
+    mask = _active.get().mask_of(module, key, position_bias, query.dtype)
+    read_NhWd = torch.nn.functional.scaled_dot_product_attention(query_NhWd, key, value, attn_mask=mask, scale=scaling)
+    return read_NhWd.transpose(1, 2).reshape(R, 1, h, -1), None
+
+
+AttentionInterface.register(NAME, _attend)
