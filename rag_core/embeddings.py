@@ -35,7 +35,11 @@ class EmbedConfig(BaseModel):
     precision: Precision = Field(
         "auto", description="arithmetic of the encoder; auto: bfloat16 where the processor has it"
     )
-    batch_tokens: int = Field(8192, ge=64, description="tokens in a batch, padding included")
+    batch_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="tokens in a batch, padding included; null: 1,024 on a processor, 16,384 on an accelerator",
+    )
     num_workers: int = Field(
         0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"
     )
