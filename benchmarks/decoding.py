@@ -68,7 +68,7 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], list[list[int]]]:
 
     def work() -> list[list[int]]:
         rows = hf_generate(model, inputs, num_beams=BEAMS, num_return_sequences=1, length_penalty=0.0, **limit)
-        return [[token for token in row[: (row + [2]).index(2)] if token != 1] for row in rows]
+        return [[token for token in row[: [*row, 2].index(2)] if token != 1] for row in rows]
 
     return work
 

@@ -19,13 +19,13 @@ IGNORE = -100
 INIT_STD = 0.06
 
 
-def bart(size: Size, *, vocab_size: int = 50_265) -> Any:
+def bart(size: Size, *, vocab_size: int | None = None) -> Any:
     """BART-like: 6 + 6 layers of 512 dimensions (smoke: 2 + 2 of 32), tied embeddings, no dropout, float32."""
     wide = size == "full"
     d_model, layers = (512, 6) if wide else (32, 2)
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=vocab_size if wide else 300,
+        vocab_size=vocab_size or (50_265 if wide else 300),
         d_model=d_model,
         encoder_layers=layers,
         decoder_layers=layers,

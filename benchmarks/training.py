@@ -43,7 +43,7 @@ def prepare_ours(size: Size, variant: Variant, precision: Precision) -> Callable
         with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
             nll = rag_nll(generator, *inputs, labels_BT, variant=variant).mean()
         nll.backward()
-        return float(nll)
+        return nll.item()
 
     return _step(generator, loss)
 
@@ -65,7 +65,7 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], float]:
             n_docs=inputs[2].shape[1],
         ).loss.mean()
         nll.backward()
-        return float(nll)
+        return nll.item()
 
     return _step(generator, loss)
 

@@ -19,10 +19,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rag_core.errors import ConfigError
+from rag_core.likelihood import IGNORE_INDEX
 from rag_core.passages import Passage
 from rag_core.text_encoder import pad_ids
 
-IGNORE_INDEX = -100
 # "bart" is the paper's (Hugging Face's `title_sep` and `doc_sep`).
 TEMPLATES = {
     "bart": "{title} / {text} // {question}",

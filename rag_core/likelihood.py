@@ -13,23 +13,31 @@ a long answer's log-probability of −1000 in float32 would tell one passage fro
 price is a device that has float64.
 This module knows nothing about retrieval, tokenisers, optimisers or devices.
 
-Legend: B questions, K passages per question, S context tokens, T answer tokens, V vocabulary.
+Legend: B questions, K passages per question, N contexts (B·K), S context tokens, T answer tokens, M labels, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
+from rag_core.context_encoder import encode_contexts
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
+from rag_core.packed_linears import trainable_linears
 
 Variant = Literal["sequence", "token"]
 
-# Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 16 MB.
-_CHUNK_ELEMENTS = 1 << 22
+# The label of positions that count for nothing.
+IGNORE_INDEX = -100
+
+# Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 4 MB.
+_CHUNK_ELEMENTS = 1 << 20
 
 # The least log-probability of a token in a loss, in nats. Logits near the end of their type's range would give −inf, and
 # with it a gradient of NaN. Sums of floors stay finite in float32, and no logit within ±10²⁹ gets here.
@@ -37,7 +45,7 @@ _FLOOR = -1e30
 
 
 def rag_sequence_nll(
-    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = -100
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """−log p(a|q) of RAG-Sequence.
 
@@ -61,7 +69,9 @@ def rag_sequence_nll(
     return _nll(logits_BKTV, doc_scores_BK, labels_BT, variant="sequence", ignore_index=ignore_index)
 
 
-def rag_token_nll(logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = -100) -> Tensor:
+def rag_token_nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """−log p(a|q) of RAG-Token. Arguments, result and errors as in `rag_sequence_nll`.
 
     Source: Lewis et al. 2020, section 2.1, "RAG-Token Model".
@@ -79,6 +89,8 @@ def rag_nll(
     variant: Variant,
 ) -> Tensor:
     """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
+
+    Contexts are encoded in groups of like length, and the vocabulary is projected where a label stands, nowhere else.
 
     Args:
         generator: a transformers encoder-decoder model. The decoder reads the generator's prompt (the start token, and
@@ -104,14 +116,12 @@ def rag_nll(
     B, K = doc_scores_BK.shape
     if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
         raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
-    decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_BT)
-    logits_RTV = generator(
-        input_ids=input_ids_BKS.flatten(0, 1),
-        attention_mask=attention_mask_BKS.flatten(0, 1),
-        decoder_input_ids=decoder_input_ids.repeat_interleave(K, dim=0),
-        use_cache=False,
-    ).logits[:, -labels_BT.shape[1] :]
-    return _nll(logits_RTV.unflatten(0, (B, K)), doc_scores_BK, labels_BT, variant=variant, ignore_index=-100)
+    labels_NT = labels_BT.repeat_interleave(K, dim=0)
+    log_probs_NT, logits_dtype = _answer_log_probs(
+        generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1), labels_NT
+    )
+    log_probs_BKT = log_probs_NT.unflatten(0, (B, K))
+    return _marginal_nll(log_probs_BKT, doc_scores_BK, labels_BT == IGNORE_INDEX, variant, logits_dtype)
 
 
 def doc_log_probs(doc_scores_BK: Tensor) -> Tensor:
@@ -195,9 +205,17 @@ def _nll(
             f"found {tuple(logits_BKTV.shape)}, {tuple(doc_scores_BK.shape)}, {tuple(labels_BT.shape)}"
         )
     ignored_BT = labels_BT == ignore_index
-    # Ignored positions look up token 0, which is always there; what they find is masked below.
+    # Ignored positions look up token 0, which is always there; what they find is masked.
     labels_BKT = labels_BT.masked_fill(ignored_BT, 0).unsqueeze(1).expand(logits_BKTV.shape[:3])
-    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT).clamp(min=_FLOOR)
+    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT)
+    return _marginal_nll(log_probs_BKT, doc_scores_BK, ignored_BT, variant, logits_BKTV.dtype)
+
+
+def _marginal_nll(
+    log_probs_BKT: Tensor, doc_scores_BK: Tensor, ignored_BT: Tensor, variant: Variant, logits_dtype: torch.dtype
+) -> Tensor:
+    """−log p(a|q) of shape (B,) from log p(a_t | q, z, a_<t); positions that are ignored count for nothing."""
+    log_probs_BKT = log_probs_BKT.clamp(min=_FLOOR)
     log_docs_BK = doc_log_probs(doc_scores_BK.double())
     if variant == "sequence":
         answer_BK = log_probs_BKT.masked_fill(ignored_BT.unsqueeze(1), 0.0).sum(dim=2)
@@ -205,8 +223,43 @@ def _nll(
     else:
         # Masked after the marginalisation: an ignored token must count 0 exactly, not log Σ_z p(z|q) up to rounding.
         log_likelihood_B = marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
-    inputs_dtype = torch.promote_types(logits_BKTV.dtype, doc_scores_BK.dtype)
+    inputs_dtype = torch.promote_types(logits_dtype, doc_scores_BK.dtype)
     return -log_likelihood_B.to(torch.promote_types(inputs_dtype, torch.float32))
+
+
+def _answer_log_probs(
+    generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor, labels_NT: Tensor
+) -> tuple[Tensor, torch.dtype]:
+    """log p(label) of each context's answer, (N, T) float64, 0 where a label is ignored; and the logits' type."""
+    decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_NT)
+    labelled_NT = labels_NT != IGNORE_INDEX
+    # The prompt's positions but the last predict nothing that is asked for.
+    asked_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
+    with trainable_linears(generator), _projected_only_at(generator, asked_NT):
+        states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
+        logits_MV = generator(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),
+            attention_mask=attention_mask_NS,
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        ).logits
+    log_probs_M = token_log_probs(logits_MV, labels_NT[labelled_NT])
+    log_probs_NT = log_probs_M.new_zeros(labels_NT.shape).masked_scatter(labelled_NT, log_probs_M)
+    return log_probs_NT, logits_MV.dtype
+
+
+@contextmanager
+def _projected_only_at(generator: Any, asked_NT: Tensor) -> Iterator[None]:
+    """Inside, the generator's head projects the asked positions only: its logits have the shape (M, V)."""
+
+    def select(head: Any, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (hidden[0][asked_NT], *hidden[1:])
+
+    hook = generator.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ DECODING, INVARIANCE = "tests/test_decoding.py", "tests/test_decoding_invariance
 FAMILIES, HF = "tests/test_generator_families.py", "tests/test_hf_equality.py"
 LOSS, SEARCH = "rag_core/likelihood.py", "rag_core/decoding/beam_search.py"
 DECODER, SEQUENCE = "rag_core/decoding/passage_decoder.py", "rag_core/decoding/sequence.py"
+SHARED, GROUPS = "rag_core/decoding/shared_attention.py", "rag_core/context_encoder.py"
 TOKENS, CONTEXTS = "rag_core/generation_tokens.py", "rag_core/contexts.py"
 ENCODER, HF_RAG = "rag_core/text_encoder.py", "rag_core/hf_rag.py"
 
@@ -84,8 +85,8 @@ MUTANTS = (
     Mutant(
         "no floor under log-probabilities",
         LOSS,
-        "token_log_probs(logits_BKTV, labels_BKT).clamp(min=_FLOOR)",
-        "token_log_probs(logits_BKTV, labels_BKT)",
+        "log_probs_BKT = log_probs_BKT.clamp(min=_FLOOR)",
+        "log_probs_BKT = log_probs_BKT",
         PROPERTIES,
     ),
     Mutant(
@@ -113,15 +114,15 @@ MUTANTS = (
     Mutant(
         "padding of contexts attended to in the loss",
         LOSS,
-        "attention_mask=attention_mask_BKS.flatten(0, 1),\n        decoder",
-        "decoder",
+        "            attention_mask=attention_mask_NS,\n",
+        "",
         LIKELIHOOD,
     ),
     Mutant(
         "passages' rows mixed up in the loss",
         LOSS,
-        "decoder_input_ids.repeat_interleave(K, dim=0)",
-        "decoder_input_ids.repeat(K, 1)",
+        "labels_BT.repeat_interleave(K, dim=0)",
+        "labels_BT.repeat(K, 1)",
         LIKELIHOOD,
     ),
     # Start, end, forced and suppressed tokens
@@ -203,16 +204,16 @@ MUTANTS = (
     Mutant(
         "normaliser of the softmax left out",
         SEARCH,
-        " - logits_AKWV.logsumexp(dim=3)",
+        " - normalisers_AKW[rows_A1, :, beam_AC]",
         "",
         DECODING,
     ),
-    Mutant("posterior not normalised", SEARCH, "- cand_log_probs_AC.unsqueeze(2)", "", DECODING),
+    Mutant("posterior not normalised", SEARCH, "joint_ACK - mixture_AC.unsqueeze(2)", "joint_ACK", DECODING),
     Mutant(
-        "self-attention cache of another hypothesis",
+        "self-attention to another hypothesis's past",
         SEARCH,
-        "parents_R = old_rows_AKW.gather(2, parent_AW.unsqueeze(1).expand(-1, K, -1)).flatten()",
-        "parents_R = old_rows_AKW[:, :, :1].expand(-1, -1, new_W).flatten()",
+        "parent_AW.repeat_interleave(K, dim=0)).unflatten",
+        "(parent_AW * 0).repeat_interleave(K, dim=0)).unflatten",
         DECODING,
     ),
     Mutant(
@@ -225,50 +226,56 @@ MUTANTS = (
     Mutant(
         "suppressed tokens generated",
         SEARCH,
-        'log_probs_AWV.index_fill_(2, suppressed, float("-inf"))',
-        "log_probs_AWV",
+        'ranked_AWV.index_fill_(2, suppressed_first if t == 0 else suppressed, float("-inf"))',
+        "pass",
         FAMILIES,
     ),
     # The decoder's passes
     Mutant(
         "padding of contexts attended to in decoding",
-        DECODER,
-        "attention_mask=mask_RS,",
-        "attention_mask=torch.ones_like(mask_RS),",
+        SHARED,
+        "mask_NS[:, None, None].bool()",
+        "mask_NS[:, None, None].bool() | True",
         DECODING,
     ),
     Mutant(
         "contexts encoded with their padding",
-        DECODER,
-        "input_ids=input_ids_NS, attention_mask=attention_mask_NS, return_dict=True",
-        "input_ids=input_ids_NS, return_dict=True",
+        GROUPS,
+        "attention_mask=attention_mask_NS[part], return_dict=True",
+        "return_dict=True",
         DECODING,
     ),
     Mutant(
-        "cross-attention of the first contexts for every candidate",
-        DECODER,
-        "(keys[contexts_C], values[contexts_C])",
-        "(keys[contexts_C * 0], values[contexts_C * 0])",
+        "candidates scored under other contexts",
+        SEQUENCE,
+        "decoder.restart(contexts_N)",
+        "decoder.restart(contexts_N * 0)",
         DECODING,
     ),
     Mutant(
-        "cross-attention not moved when rows move",
-        DECODER,
-        "if not same_contexts:",
-        "if False:",
+        "contexts that are done stay, and others leave",
+        SHARED,
+        "(keys[contexts_n], values[contexts_n])",
+        "(keys[: len(contexts_n)], values[: len(contexts_n)])",
         DECODING,
     ),
     Mutant("dropout on while decoding", DECODER, "    generator.eval()\n", "", DECODING),
     Mutant(
         "without a cache the prompt is left out",
         DECODER,
-        "(answers_RT.new_tensor(self.tokens.prompt).expand(len(answers_RT), -1), answers_RT), 1",
-        "(answers_RT, answers_RT[:, :0]), 1",
+        "torch.cat((past_NWT, tokens_NW.unsqueeze(2)), dim=2)",
+        "torch.cat((past_NWT[:, :, 1:], tokens_NW.unsqueeze(2)), dim=2)",
         INVARIANCE,
     ),
     # RAG-Sequence
     Mutant("fast taken for thorough", SEQUENCE, 'if mode == "thorough":', "if True:", DECODING),
-    Mutant("candidates' padding scored", SEQUENCE, ".masked_fill(beyond_PT, 0.0).sum(dim=1)", ".sum(dim=1)", DECODING),
+    Mutant(
+        "a candidate's token taken for another's", SEQUENCE, "[tree.levels[t - 1][one[:-1]] for", "[0 for", DECODING
+    ),
+    Mutant("contexts of a group left in its order", GROUPS, "[order_N.argsort()]", "[order_N.argsort() * 0]", DECODING),
+    Mutant(
+        "a hypothesis does not see its own token", SHARED, "torch.eye(W, dtype", "torch.zeros(W, W, dtype", DECODING
+    ),
     Mutant("worst answers first", SEQUENCE, "argsort(descending=True", "argsort(descending=False", DECODING),
     Mutant(
         "documents' probabilities left out of the ranking",

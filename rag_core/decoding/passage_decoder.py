@@ -136,7 +136,7 @@ class _CopiedRows:
         self._pass, self._states_NSD, self._mask_NS = decoder_pass, states_NSD, mask_NS
         parts = (prompt.self_attention_cache, prompt.cross_attention_cache)
         copies = [DynamicCache([(layer.keys, layer.values) for layer in part.layers]) for part in parts]
-        self._cache = EncoderDecoderCache(*copies)
+        self._cache: Any = EncoderDecoderCache(*copies)
         self._width = 1
 
     def select(self, contexts_n: Tensor) -> None:

@@ -32,13 +32,16 @@ class SharedCache:
     """Keys and values of contexts and of their hypotheses' tokens.
 
     Args:
-        prompt: the cache after a pass over the prompt, one row a context; it is not changed.
+        prompt: Transformers' EncoderDecoderCache after a pass over the prompt, one row a context; it is not changed.
         mask_NS: 1 for a context's real tokens, 0 for padding.
     """
 
-    def __init__(self, prompt: EncoderDecoderCache, mask_NS: Tensor) -> None:
+    def __init__(self, prompt: Any, mask_NS: Tensor) -> None:
         self.layers = [_SlotLayer(layer.keys, layer.values) for layer in prompt.self_attention_cache.layers]
-        self._cross = [(layer.keys, layer.values) for layer in prompt.cross_attention_cache.layers]
+        # In the order in which they are read, again and again.
+        self._cross = [
+            (layer.keys.contiguous(), layer.values.contiguous()) for layer in prompt.cross_attention_cache.layers
+        ]
         self.cross_mask_N11S = mask_NS[:, None, None].bool()
         P = self.layers[0].slots
         self.positions_L = torch.arange(P, device=mask_NS.device)
@@ -67,7 +70,7 @@ class SharedCache:
         is_self = any(keys_NhLd is layer.handed_out for layer in self.layers)
         allowed = self.self_mask_N1WL if is_self else self.cross_mask_N11S
         if bias_1h1L is None:
-            return allowed
+            return torch.zeros((), dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
         # The model counts the slots as positions; what it says of a position holds for all slots that stand there.
         bias = bias_1h1L[..., self.positions_L] if is_self else bias_1h1L
         return bias.to(dtype).masked_fill(~allowed, float("-inf"))
@@ -176,7 +179,11 @@ def _attend(
     N = len(key)
     query_NhWd = query.reshape(N, R // N, h, d).transpose(1, 2)
     mask = _active.get().mask_of(module, key, position_bias, query.dtype)
-    read_NhWd = torch.nn.functional.scaled_dot_product_attention(query_NhWd, key, value, attn_mask=mask, scale=scaling)
+    # Two products and a softmax: for so few queries PyTorch's fused attention is slower on a processor (40 contexts of
+    # 128 tokens, 8 heads, 4 hypotheses: float32 2.2 ms against 2.1, bfloat16 0.8 against 1.2).
+    scaled_NhWd = query_NhWd * (d**-0.5 if scaling is None else scaling)
+    weights_NhWL = torch.softmax(scaled_NhWd @ key.transpose(2, 3) + mask, dim=3)
+    read_NhWd = weights_NhWL.to(value.dtype) @ value
     return read_NhWd.transpose(1, 2).reshape(R, 1, h, -1), None
 
 
