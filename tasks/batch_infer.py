@@ -1,6 +1,6 @@
-"""Stage 5: a question file to predictions, with Ray Data.
+"""Stage 5: a question file to predictions, on Ray.
 
-Questions are cut into shards; long-lived actors load the model and map the index once, retrieve (unless the file brings
+Questions are cut into shards; long-lived workers load the model and map the index once, retrieve (unless the file brings
 its own contexts) and decode; parts are joined in the order of the file.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +27,8 @@ from rag_core.predictions import KIND, join_parts, prediction_row, write_part
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import ModelConfig, RagModel, batches_of
 from rag_core.reader import Answer, DecodingConfig
-from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
+from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
+from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
@@ -50,7 +50,7 @@ class InferConfig(BaseModel):
 
 
 class QuestionAnswerer:
-    """A Ray Data actor: loads model and index once, then answers one shard of questions a call."""
+    """In a worker: loads model and index once, then answers one shard of questions a call."""
 
     def __init__(
         self,
@@ -59,21 +59,15 @@ class QuestionAnswerer:
         questions: str,
         parts: str,
         config: InferConfig,
-        cpus: int,
         gpu: bool,
         meter: Any,
     ) -> None:
-        limit_threads(cpus)
         self._config, self._parts, self._meter = config, Path(parts), meter
         self._model = load_model(model).to("cuda" if gpu else "cpu")
         self._index = PassageIndex.open(Path(index), check_content=False)
         self._questions = read_questions(Path(questions))
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = [asdict(self._answer_shard(int(number))) for number in batch["number"]]
-        return {name: np.array([one[name] for one in counts]) for name in counts[0]}
-
-    def _answer_shard(self, number: int) -> ContextCount:
+    def __call__(self, number: int) -> ContextCount:
         size = self._config.shard_questions
         mine = self._questions[number * size : (number + 1) * size]
         answers: list[Answer] = []
@@ -187,28 +181,11 @@ def _answer_from_contexts(model: RagModel, question: Question, config: InferConf
 def _answer_on_ray(
     model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, total: int, stage: str
 ) -> ContextCount:
-    import ray
-
     ensure_ray()
     share = share_of_cluster(config.num_workers)
-    shards = [{"number": number} for number in range(-(-total // config.shard_questions))]
+    shards = range(-(-total // config.shard_questions))
+    folders = str(Path(index).resolve()), str(Path(questions).resolve()), str(parts)
     with progress(stage, total) as meter:
-        done = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
-            QuestionAnswerer,
-            fn_constructor_args=(
-                model,
-                str(Path(index).resolve()),
-                str(Path(questions).resolve()),
-                str(parts),
-                config,
-                share.cpus,
-                share.gpus > 0,
-                meter,
-            ),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(share.num_workers, len(shards))),
-            num_cpus=share.cpus,
-            num_gpus=share.gpus,
-        )
-        counts = done.take_all()
-    return ContextCount(**{name: sum(int(one[name]) for one in counts) for name in ("contexts", "contexts_cut")})
+        arguments = (model, *folders, config, share.gpus > 0, meter)
+        counts = map_on_workers(share, QuestionAnswerer, arguments, shards)
+    return ContextCount(**{name: sum(getattr(one, name) for one in counts) for name in ("contexts", "contexts_cut")})

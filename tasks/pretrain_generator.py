@@ -119,7 +119,9 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
         # The end of the copying stage is worth keeping only until reading has begun.
         return dev.get("dev_em", -1.0)
 
-    reporter = Reporter(address, settings["meter"], reader.save_pretrained, better, place.rank, reader.count)
+    reporter = Reporter(
+        address, settings["meter"], reader.save_pretrained, better, place.rank, reader.count, settings["alone"]
+    )
     hooks = Hooks(
         log=reporter.log,
         evaluate=evaluate,

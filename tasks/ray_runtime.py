@@ -7,6 +7,7 @@ with its own token authentication left on, and ends with the process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -20,6 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_SECONDS = 0.5
+# Held while Ray or what lives in it is started, which may happen in a thread.
+CLUSTER = threading.RLock()
+# Settings of Ray Train on a machine of one's own: it asks its workers at short intervals whether they are done, nobody
+# takes the machine away, and nobody reads the metrics of a dashboard that is not there.
+TRAIN_ALONE = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -38,23 +48,35 @@ class Share:
 
 def ensure_ray() -> None:
     """Connect to `RAY_ADDRESS`, or start Ray on this machine; does nothing if this process already has it."""
-    if ray.is_initialized():
-        return
-    # Ray's own bars and notices would fight with ours for the terminal.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    with CLUSTER:
+        if not ray.is_initialized():
+            _start_ray()
+
+
+def job() -> str:
+    """Names the connection to Ray: what was made in another one is gone."""
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def _start_ray() -> None:
+    # Ray's own notices would fight with ours for the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What workers print stays in Ray's session folder: failures come back as exceptions, progress through the meter.
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
+        for name, value in TRAIN_ALONE.items():
+            os.environ.setdefault(name, value)
+        # "local": never a cluster that another command on this machine has left running, or its address.
         ray.init(
-            include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, _node_ip_address="127.0.0.1"
+            "local",
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
         )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune", "ray._private"):
+    for name in ("ray.train", "ray.tune", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -83,6 +105,9 @@ class ProgressMeter:
     """Counts what the workers have done; the driver asks it for the bar."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self._done = 0
         self._note = ""
 
@@ -100,7 +125,8 @@ def progress(description: str, total: int) -> Iterator[Any]:
 
     On a terminal it is a live bar; in a log it is one line at each tenth.
     """
-    meter = ProgressMeter.remote()  # type: ignore[attr-defined]
+    meter = _meter()
+    meter.reset.remote()
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(meter, description, total, stop), daemon=True)
     watcher.start()
@@ -109,7 +135,16 @@ def progress(description: str, total: int) -> Iterator[Any]:
     finally:
         stop.set()
         watcher.join(timeout=10)
-        ray.kill(meter)
+
+
+@functools.cache
+def _meter_of(job: str) -> Any:
+    return ProgressMeter.remote()  # type: ignore[attr-defined]
+
+
+def _meter() -> Any:
+    # One for all stages: each would cost the start of a process.
+    return _meter_of(job())
 
 
 def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> None:

@@ -24,7 +24,8 @@ from ray.train.torch import TorchTrainer
 from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
 from rag_core.training import Place, sum_over_workers
-from tasks.ray_runtime import ensure_ray, limit_threads, progress, share_of_cluster
+from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
+from tasks.ray_workers import close_workers, run_on_worker
 from tasks.tracking import RunAddress
 
 
@@ -54,7 +55,11 @@ class TrainedModel:
 
 @dataclass
 class Reporter:
-    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes. `count` is its reader's, as it grows."""
+    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes. `count` is its reader's, as it grows.
+
+    `alone` is the folder in which a worker that has no others beside it keeps the best weights; the weights of several
+    go to Ray Train's storage.
+    """
 
     address: RunAddress
     meter: Any
@@ -62,6 +67,7 @@ class Reporter:
     better: Callable[[dict[str, float]], float]
     rank: int
     count: ContextCount
+    alone: Path | None
     history: list[dict[str, float]] = field(default_factory=list)
     dev: list[dict[str, float]] = field(default_factory=list)
     contexts: ContextCount = field(default_factory=ContextCount)
@@ -91,12 +97,22 @@ class Reporter:
             self._best, self._best_step = score, step
         if self.rank == 0 and dev:
             self.address.log_metrics(dev, step)
+        if self.alone:
+            if is_best:
+                self._keep_alone(self.alone)
+            return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if is_best and self.rank == 0:
                 self.save(Path(folder))
                 checkpoint = Checkpoint.from_directory(folder)
             ray.train.report(dict(dev), checkpoint=checkpoint)
+
+    def _keep_alone(self, folder: Path) -> None:
+        draft = folder.with_name("draft")
+        self.save(draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
 
     def result(self) -> dict[str, Any]:
         """What a worker's loop returns: all of a `TrainedModel` but its folder."""
@@ -159,24 +175,47 @@ def train_on_ray(
     storage = Path(near).resolve().parent / f".{Path(near).name}.training-{uuid.uuid4().hex[:8]}"
     try:
         with progress(stage, steps) as meter:
-            trainer = TorchTrainer(
-                loop,  # type: ignore[arg-type]  # Ray's type has no return value; its Result has.
-                train_loop_config={**settings, "cpus": share.cpus, "meter": meter},
-                scaling_config=ScalingConfig(
-                    num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
-                ),
-                run_config=RunConfig(
-                    name="run",
-                    storage_path=str(storage),
-                    checkpoint_config=CheckpointConfig(num_to_keep=1),
-                ),
-            )
-            result = _fit(trainer)
-        assert result.checkpoint is not None, "the first evaluation always keeps a checkpoint"
-        # Not `result.metrics`: Ray keeps there what came with the last checkpoint, and the curves go on after the best.
-        yield TrainedModel(Path(result.checkpoint.path), **result.return_value)
+            settings = {**settings, "cpus": share.cpus, "meter": meter, "alone": None}
+            run = _fit_alone if share.num_workers == 1 else _fit_together
+            folder, found = run(loop, settings, share, storage)
+        # Not Ray's `Result.metrics`: it keeps there what came with the last checkpoint; the curves go on after the best.
+        yield TrainedModel(folder, **found)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _fit_alone(
+    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, storage: Path
+) -> tuple[Path, dict[str, Any]]:
+    """One worker: Ray Train's local mode in a long-lived process; a controller would start four for it."""
+    best = storage / "best"
+    storage.mkdir(parents=True)
+    return best, run_on_worker(share, _train_locally, loop, settings | {"alone": best}, share.gpus > 0)
+
+
+def _train_locally(loop: Callable[..., dict[str, Any]], settings: dict[str, Any], use_gpu: bool) -> dict[str, Any]:
+    scaling = ScalingConfig(num_workers=0, use_gpu=use_gpu)
+    trainer = TorchTrainer(loop, train_loop_config=settings, scaling_config=scaling)  # type: ignore[arg-type]
+    found: dict[str, Any] = _fit(trainer).return_value
+    return found
+
+
+def _fit_together(
+    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, storage: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Several workers, side by side under Ray Train's controller."""
+    close_workers()
+    trainer = TorchTrainer(
+        loop,  # type: ignore[arg-type]  # Ray's type has no return value; its Result has.
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
+        ),
+        run_config=RunConfig(name="run", storage_path=str(storage), checkpoint_config=CheckpointConfig(num_to_keep=1)),
+    )
+    result = _fit(trainer)
+    assert result.checkpoint is not None, "the first evaluation always keeps a checkpoint"
+    return Path(result.checkpoint.path), result.return_value
 
 
 def _fit(trainer: TorchTrainer) -> Any:

@@ -106,6 +106,11 @@ def experiment_id(client: MlflowClient) -> str:
     return str(found.experiment_id) if found else str(client.create_experiment(name))
 
 
+def prepare_store() -> None:
+    """Make the tracking store and the experiment, where they are not there."""
+    experiment_id(MlflowClient(tracking_uri()))
+
+
 def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, or a SQLite file in the current folder (absolute, for workers)."""
     return str(mlflow.get_tracking_uri())

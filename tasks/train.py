@@ -126,7 +126,9 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
         tie = -scores["dev_nll"]
         return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
 
-    reporter = Reporter(address, settings["meter"], model.write_files, better, place.rank, model.reader.count)
+    reporter = Reporter(
+        address, settings["meter"], model.write_files, better, place.rank, model.reader.count, settings["alone"]
+    )
     hooks = Hooks(
         log=reporter.log,
         evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config),

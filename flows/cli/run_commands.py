@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.prefect_server import with_server
+from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_pages, print_pipeline
 
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
@@ -16,7 +16,7 @@ DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     for command in (pipeline, demo):
-        app.command(rich_help_panel="Whole runs")(with_server(command))
+        app.command(rich_help_panel="Whole runs")(with_services(command, ray=True))
 
 
 def pipeline(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.prefect_server import with_server
+from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_scores, print_stage
 
 Out = Annotated[Path, typer.Option("--out", help="Folder that is written. It appears whole or not at all.")]
@@ -23,8 +23,9 @@ Questions = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
+    on_ray = (embed, pretrain, train, infer)
     for command in (corpus, embed, index, pretrain, train, infer, evaluate):
-        app.command(rich_help_panel="Stages")(with_server(command))
+        app.command(rich_help_panel="Stages")(with_services(command, ray=command in on_ray))
 
 
 def corpus(
