@@ -10,7 +10,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -151,10 +151,19 @@ class Pairs(BaseModel):
 
 def alternate(ours: Side, peer: Side, pairs: int, warmup: int = 1) -> Pairs:
     """Run both sides in turn; the warm-up is not counted."""
-    for _ in range(warmup):
-        ours.run(), peer.run()
-    counted = [(ours.run(), peer.run()) for _ in range(pairs)]
-    return Pairs(ours=[mine for mine, _ in counted], peer=[theirs for _, theirs in counted])
+    return in_turn({"ours": ours}, peer, pairs, warmup)["ours"]
+
+
+def in_turn(ours: Mapping[str, Side], peer: Side, rounds: int, warmup: int = 1) -> dict[str, Pairs]:
+    """Run several sides of ours and the peer in turn; each of ours is paired with the peer's run of its round."""
+    sides = {**ours, "peer": peer}
+    runs: dict[str, list[Run]] = {name: [] for name in sides}
+    for number in range(-warmup, rounds):
+        for name, side in sides.items():
+            run = side.run()
+            if number >= 0:
+                runs[name].append(run)
+    return {name: Pairs(ours=runs[name], peer=runs["peer"]) for name in ours}
 
 
 def matmul_rate(precision: Precision, size: int = 2048, repeats: int = 8) -> float:

@@ -8,17 +8,19 @@ Legend: B questions, K passages per question, S context tokens, T answer tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DTYPES, Line, Precision, Side, Size, alternate, limit_share, main
+from benchmarks.harness import DTYPES, Line, Pairs, Precision, Side, Size, in_turn, limit_share, main
 from benchmarks.models import IGNORE, PAD, START, answers, bart, contexts, operations
 from rag_core.likelihood import Variant, rag_nll
 from tests.hf_rag import hf_rag
 
 RATE = 1e-5
+TARGETS: dict[Precision, float] = {"float32": 1.6, "bfloat16": 3.2}
 
 
 def _step(generator: Any, loss: Callable[[], Tensor]) -> Callable[[], float]:
@@ -81,26 +83,28 @@ def measure(size: Size) -> list[Line]:
     useful = 3 * operations(generator, int(mask_BKS.sum()), K * tokens, K * tokens)
     del generator
     for variant in variants:
-        for precision, target in (("float32", 1.6), ("bfloat16", 3.2)):
-            with Side(prepare_ours, size, variant, precision) as ours, Side(prepare_peer, size, variant) as peer:
-                pairs = alternate(ours, peer, 3 if size == "full" else 1)
-            mine, theirs = pairs.ours[-1].result, pairs.peer[-1].result
-            apart = abs(mine / theirs - 1)
-            lines.append(
-                Line(
-                    path=f"training step, RAG-{variant.capitalize()}, {precision}",
-                    peer=f"Rag{variant.capitalize()}ForGeneration, float32",
-                    value=pairs.speedup,
-                    target=target,
-                    limit_share=limit_share(useful, pairs.seconds, precision),  # type: ignore[arg-type]
-                    memory=pairs.peak_ratio,
-                    memory_target=0.5,
-                    outputs=f"loss after {1 + len(pairs.ours)} steps {mine:.4f} and {theirs:.4f}",
-                    outputs_equal=apart < (1e-4 if precision == "float32" else 2e-2),
-                    details=pairs.details(),
-                )
-            )
+        with ExitStack() as stack:
+            ours = {one: stack.enter_context(Side(prepare_ours, size, variant, one)) for one in TARGETS}
+            peer = stack.enter_context(Side(prepare_peer, size, variant))
+            found = in_turn(ours, peer, 3 if size == "full" else 1)
+        lines += [_line(variant, precision, found[precision], useful) for precision in TARGETS]
     return lines
+
+
+def _line(variant: Variant, precision: Precision, pairs: Pairs, useful: float) -> Line:
+    mine, theirs = pairs.ours[-1].result, pairs.peer[-1].result
+    return Line(
+        path=f"training step, RAG-{variant.capitalize()}, {precision}",
+        peer=f"Rag{variant.capitalize()}ForGeneration, float32",
+        value=pairs.speedup,
+        target=TARGETS[precision],
+        limit_share=limit_share(useful, pairs.seconds, precision),
+        memory=pairs.peak_ratio,
+        memory_target=0.5,
+        outputs=f"loss after {1 + len(pairs.ours)} steps {mine:.4f} and {theirs:.4f}",
+        outputs_equal=abs(mine / theirs - 1) < (1e-4 if precision == "float32" else 2e-2),
+        details=pairs.details() | {"rise_ratio": pairs.rise_ratio},
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ DECODING, INVARIANCE = "tests/test_decoding.py", "tests/test_decoding_invariance
 FAMILIES, HF = "tests/test_generator_families.py", "tests/test_hf_equality.py"
 LOSS, SEARCH = "rag_core/likelihood.py", "rag_core/decoding/beam_search.py"
 DECODER, SEQUENCE = "rag_core/decoding/passage_decoder.py", "rag_core/decoding/sequence.py"
+SCORING = "rag_core/decoding/candidate_scoring.py"
 SHARED, GROUPS = "rag_core/decoding/shared_attention.py", "rag_core/context_encoder.py"
 TOKENS, CONTEXTS = "rag_core/generation_tokens.py", "rag_core/contexts.py"
 ENCODER, HF_RAG = "rag_core/text_encoder.py", "rag_core/hf_rag.py"
@@ -247,7 +248,7 @@ MUTANTS = (
     ),
     Mutant(
         "candidates scored under other contexts",
-        SEQUENCE,
+        SCORING,
         "decoder.restart(contexts_N)",
         "decoder.restart(contexts_N * 0)",
         DECODING,
@@ -269,9 +270,8 @@ MUTANTS = (
     ),
     # RAG-Sequence
     Mutant("fast taken for thorough", SEQUENCE, 'if mode == "thorough":', "if True:", DECODING),
-    Mutant(
-        "a candidate's token taken for another's", SEQUENCE, "[tree.levels[t - 1][one[:-1]] for", "[0 for", DECODING
-    ),
+    Mutant("a candidate's beginning taken for another's", SCORING, "[before[one[:-1]] for", "[0 for", DECODING),
+    Mutant("candidates dropped that may win", SCORING, "threshold - _MARGIN", "threshold + 1", DECODING),
     Mutant("contexts of a group left in its order", GROUPS, "[order_N.argsort()]", "[order_N.argsort() * 0]", DECODING),
     Mutant(
         "a hypothesis does not see its own token", SHARED, "torch.eye(W, dtype", "torch.zeros(W, W, dtype", DECODING
