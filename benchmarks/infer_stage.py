@@ -60,7 +60,7 @@ def measure(size: Size) -> list[Line]:
     )
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        make_inputs(home, questions, cities=1500 if size == "full" else 20)
+        make_inputs(home, questions, cities=1500 if size == "full" else 40)
         lines = []
         for variant, sample in samples.items():
             peer = time_peer(home, variant, sample)
@@ -100,7 +100,7 @@ def letters(text: str) -> str:
 
 def make_inputs(home: Path, questions: int, cities: int) -> None:
     """Questions, index and model below `home`: all facts of a place in one passage, MiniLM, a generator of random weights."""
-    facts = make_passages(GeonamesConfig(num_cities=cities, test_cities=1))
+    facts = make_passages(GeonamesConfig(num_cities=cities, dev_cities=1, test_cities=1))
     places = [list(group) for _, group in groupby(facts, key=lambda one: one.id.rpartition(":")[0])]
     source = home / "passages.jsonl"
     rows = [

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,10 @@ class QuestionAnswerer:
     def __call__(self, number: int) -> ContextCount:
         size = self._config.shard_questions
         mine = self._questions[number * size : (number + 1) * size]
-        answers: list[Answer] = []
         with self._model.reader.counting() as count:
-            for part in batches_of(mine, self._config.decoding.batch_size):
-                answers += answer_questions(self._model, self._index, part, self._config)
-                self._meter.advance.remote(len(part))
+            answers = answer_questions(
+                self._model, self._index, mine, self._config, lambda done: self._meter.advance.remote(done)
+            )
         rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
         write_part(rows, self._parts / part_name(number))
         return count
@@ -144,38 +144,54 @@ def part_name(number: int) -> str:
 
 
 def answer_questions(
-    model: RagModel, index: PassageIndex, questions: Sequence[Question], config: InferConfig
+    model: RagModel,
+    index: PassageIndex,
+    questions: Sequence[Question],
+    config: InferConfig,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Answers of one batch: closed-book, over the file's own contexts, or over what the index finds."""
-    texts = [question.question for question in questions]
+    """Answers in the questions' order, closed-book, over the file's own contexts, or over what the index finds.
+
+    Questions with equally many contexts of like length are decoded together, the longest first, so that little padding
+    is read and memory that does not suffice is found out at once. `on_progress` gets the questions done of each batch.
+    """
     variant = model.variant_or(config.variant)
+    passages, scores = _what_to_read(model, index, questions, config)
+    lengths = [max(len(one.title) + len(one.text) for one in passages_K) for passages_K in passages]
+    order = sorted(range(len(questions)), key=lambda place: (len(passages[place]), lengths[place]), reverse=True)
+    answers: dict[int, Answer] = {}
+    for _, alike in groupby(order, key=lambda place: len(passages[place])):
+        for batch in batches_of(list(alike), config.decoding.batch_size):
+            found = model.reader.answer_from(
+                [questions[place].question for place in batch],
+                [passages[place] for place in batch],
+                torch.tensor([scores[place] for place in batch], dtype=torch.float32, device=model.device),
+                variant=variant,
+                decoding=config.decoding,
+            )
+            answers.update(zip(batch, found, strict=True))
+            on_progress(len(batch))
+    return [answers[place] for place in range(len(questions))]
+
+
+def _what_to_read(
+    model: RagModel, index: PassageIndex, questions: Sequence[Question], config: InferConfig
+) -> tuple[list[list[Passage]], list[list[float]]]:
+    """Passages of every question and their scores; files may bring a different number of them for each question."""
+    num_docs = config.num_docs or model.settings.num_docs
     if config.closed_book:
-        nothing = torch.zeros(len(texts), 1, device=model.device)
-        return model.reader.answer_from(
-            texts, [[NO_PASSAGE]] * len(texts), nothing, variant=variant, decoding=config.decoding
-        )
-    if all(question.contexts for question in questions):
-        return [_answer_from_contexts(model, question, config) for question in questions]
-    if any(question.contexts for question in questions):
+        return [[NO_PASSAGE]] * len(questions), [[0.0]] * len(questions)
+    if not any(question.contexts for question in questions):
+        texts = [question.question for question in questions]
+        found = index.search(model.question_encoder.encode(texts, precision=config.decoding.precision), num_docs)
+        return index.passages_of(found.rows_BK), (model.settings.score_scale * found.scores_BK).tolist()
+    own = [list(question.contexts or ())[:num_docs] for question in questions]
+    if not all(own):
         raise ConfigError(
             "Some questions of the file bring their own contexts (ctxs) and some do not. Put them into separate files."
         )
-    return model.answer(texts, index, variant=variant, num_docs=config.num_docs, decoding=config.decoding)
-
-
-def _answer_from_contexts(model: RagModel, question: Question, config: InferConfig) -> Answer:
-    """Files may bring a different number of contexts for each question, so these go one by one."""
-    contexts = list(question.contexts or ())
-    scores = question.context_scores or (0.0,) * len(contexts)
-    num_docs = config.num_docs or model.settings.num_docs
-    doc_scores_1K = torch.tensor([scores[:num_docs]], dtype=torch.float32, device=model.device)
-    return model.reader.answer_from(
-        [question.question],
-        [contexts[:num_docs]],
-        doc_scores_1K,
-        variant=model.variant_or(config.variant),
-        decoding=config.decoding,
-    )[0]
+    given = [question.context_scores or (0.0,) * num_docs for question in questions]
+    return own, [list(scores[: len(contexts)]) for contexts, scores in zip(own, given, strict=True)]
 
 
 def _answer_on_ray(

@@ -85,6 +85,24 @@ def test_closed_book_answers_read_no_passage(system: tuple[RagModel, PassageInde
     assert all(read.passage.text == "" for answer in answers for read in answer.passages)
 
 
+@pytest.mark.parametrize("own_contexts", [True, False])
+def test_answers_are_in_the_files_order_and_the_same_however_they_are_batched(
+    system: tuple[RagModel, PassageIndex], tmp_path: Path, own_contexts: bool
+) -> None:
+    file = fid_file(tmp_path) if own_contexts else write_questions_jsonl(tmp_path / "questions.jsonl")
+    questions = read_questions(file) * 3
+    config = CONFIG.model_copy(update={"decoding": CONFIG.decoding.model_copy(update={"batch_size": 3})})
+    done: list[int] = []
+    together = answer_questions(*system, questions, config, done.append)
+    alone = [answer_questions(*system, [question], config)[0] for question in questions]
+    assert sum(done) == len(questions) > max(done)
+    assert [one.text for one in together] == [one.text for one in alone]
+    assert [one.log_prob for one in together] == pytest.approx([one.log_prob for one in alone], abs=1e-4)
+    assert [[read.passage for read in one.passages] for one in together] == [
+        [read.passage for read in one.passages] for one in alone
+    ]
+
+
 def _result(contexts: int, cut: int) -> StageResult:
     counts = {"contexts": contexts, "contexts_cut": cut}
     return StageResult(stage="batch-infer", path=Path("x"), fingerprint="0", counts=counts, run_id="r")
