@@ -37,7 +37,7 @@ def texts_of(corpus: str, size: Size) -> tuple[list[str], list[str], list[int]]:
         asked = [one for one in read_questions(XQUAD) if one.gold_passage_ids[0] in place]
         gold = [place[one.gold_passage_ids[0]] for one in asked]
         return [passages[row].text for row in place.values()], [one.question for one in asked], gold
-    passages = geonames_passages(100 if few else 4000)
+    passages = geonames_passages(100 if few else 2000)
     rows = range(0, len(passages), 4)
     return (
         [one.text for one in passages],

@@ -38,7 +38,7 @@ class EmbedConfig(BaseModel):
     batch_tokens: int | None = Field(
         None,
         ge=64,
-        description="tokens in a batch, padding included; null: 1,024 on a processor, 16,384 on an accelerator",
+        description="tokens in a batch, padding included; null: 512 on a processor, 16,384 on an accelerator",
     )
     num_workers: int = Field(
         0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"

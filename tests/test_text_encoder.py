@@ -188,7 +188,7 @@ def test_dpr_vectors_do_not_depend_on_the_batch_and_survive_saving(
     encoder.save_pretrained(tmp_path / "again")
     again = TextEncoder.from_pretrained(tmp_path / "again")
     assert type(again.model) is model_class
-    np.testing.assert_array_equal(again.encode(texts, precision="float32"), together_ND)
+    np.testing.assert_array_equal(again.encode(texts, batch_tokens=8192, precision="float32"), together_ND)
 
 
 def test_a_dpr_reader_is_refused_as_text_encoder(tmp_path: Path, folder: Path) -> None:

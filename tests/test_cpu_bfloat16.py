@@ -1,4 +1,4 @@
-"""Attention in bfloat16 equals a float64 computation to bfloat16's own precision, and leaves the model as it was."""
+"""Encoding in bfloat16 on a processor: equal to float64 to bf16's own precision, and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
-from rag_core.matmul_attention import MOST_TOKENS, additive_mask, attention, matmul_attention
-from rag_core.text_encoder import TextEncoder
+from rag_core.cpu_bfloat16 import MOST_TOKENS, additive_mask, attention, cpu_bfloat16
+from rag_core.text_encoder import PACK_FROM, TextEncoder
 from tests.conftest import MINILM
 
 LENGTHS = (7, 3, 1)
@@ -54,9 +54,11 @@ def test_the_model_has_its_own_attention_again_afterwards() -> None:
     model: Any = RobertaModel(
         RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     )
-    with matmul_attention(model):
+    with cpu_bfloat16(model):
         assert model.config._attn_implementation == "rag_matmul"
+        assert model.embeddings.LayerNorm(torch.ones(2, 8)).dtype == torch.bfloat16
     assert model.config._attn_implementation == "sdpa"
+    assert model.embeddings.LayerNorm(torch.ones(2, 8)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["roberta", "mpnet"])
@@ -84,7 +86,9 @@ def test_bfloat16_keeps_directions_in_families_with_and_without_the_interface(fa
 def test_embedding_many_texts_leaves_weights_gradients_and_fingerprint_alone(precision: Any) -> None:
     encoder = TextEncoder.from_pretrained(MINILM)
     fingerprint, before_BD = encoder.fingerprint(), encoder.embed(TEXTS[:3])
-    many_ND = encoder.encode(TEXTS * 5, precision=precision)
+    # Enough of them for packed weights and for several batches at a time.
+    assert sum(map(len, TEXTS)) > PACK_FROM
+    many_ND = encoder.encode(TEXTS, precision=precision)
     assert encoder.fingerprint() == fingerprint
     after_BD = encoder.embed(TEXTS[:3])
     torch.testing.assert_close(after_BD, before_BD, rtol=0, atol=0)
@@ -95,4 +99,4 @@ def test_embedding_many_texts_leaves_weights_gradients_and_fingerprint_alone(pre
     # Weights that change are seen by the next call.
     with torch.no_grad():
         next(encoder.parameters()).mul_(1.5)
-    assert np.abs(encoder.encode(TEXTS * 5, precision=precision)[:3] - many_ND[:3]).max() > 1e-3
+    assert np.abs(encoder.encode(TEXTS, precision=precision)[:3] - many_ND[:3]).max() > 1e-3
