@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants lint format lock mlflow prefect clean
+.PHONY: help setup demo test bench bench-smoke mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,18 @@ demo: setup ## train and compare both variants on an embedded example (about 14 
 
 test: setup ## run all tests (under 12 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (25 minutes on two cores); OPTIONS="index --mlflow"
+	$(BIN)/python -m benchmarks $(OPTIONS)
+
+bench-smoke: setup $(VENV)/autofaiss ## every benchmark once at a tiny size: fails if one breaks, never because of a ratio
+	$(BIN)/python -m benchmarks --size smoke --json runs/bench/smoke.json $(OPTIONS)
+
+# The index's peer asks for packages older than ours, so it has a place of its own.
+$(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/autofaiss.txt
+	@touch $@
 
 mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 6 minutes)
 	$(BIN)/python -m tests.mutants

@@ -22,13 +22,11 @@ from rag_core.artefact import Manifest, open_artefact, publish
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
-from rag_core.index_factory import choose_factory, make_faiss_index, tune_recall
+from rag_core.index_factory import choose_factory, make_faiss_index, refine_factor, tune_recall
 from rag_core.passage_store import PassageStore, write_passage_store
 from rag_core.passages import Passage
 
 KIND = "index"
-# A compressed index proposes this many times more rows than asked for; exact inner products choose among them.
-REFINE_FACTOR = 4
 
 
 class IndexConfig(BaseModel):
@@ -61,8 +59,10 @@ def index_inputs(embeddings: Embeddings, corpus: Corpus) -> dict[str, str]:
     return {"embeddings": embeddings.manifest.fingerprint, "corpus": corpus.manifest.fingerprint}
 
 
-def build_index(embeddings: Embeddings, corpus: Corpus, out: Path, config: IndexConfig) -> Manifest:
-    """Build and publish an index.
+def build_index(
+    embeddings: Embeddings, corpus: Corpus, out: Path, config: IndexConfig, queries_QD: np.ndarray | None = None
+) -> Manifest:
+    """Build and publish an index; with vectors of questions `queries_QD`, its recall is tuned on them.
 
     Raises:
         ArtefactError: the embeddings were made from another corpus.
@@ -82,7 +82,9 @@ def build_index(embeddings: Embeddings, corpus: Corpus, out: Path, config: Index
             )
         factory = choose_factory(len(vectors_ND), embeddings.dim) if config.factory == "auto" else config.factory
         faiss_index = make_faiss_index(vectors_ND, factory, config.seed)
-        measured = tune_recall(faiss_index, vectors_ND, config.target_recall, config.seed, REFINE_FACTOR)
+        measured = tune_recall(
+            faiss_index, vectors_ND, config.target_recall, config.seed, refine_factor(factory), queries_QD
+        )
         faiss.write_index(faiss_index, str(draft.folder / "index.faiss"))
         draft.counts["passages"] = stored
         draft.details = {
@@ -107,7 +109,9 @@ class PassageIndex:
         self.passages = PassageStore(path / "passages.arrow")
         self._vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
         self._faiss = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP)
-        self._is_exact = isinstance(self._faiss, faiss.IndexFlat)
+        self._refine_factor = (
+            1 if isinstance(self._faiss, faiss.IndexFlat) else refine_factor(manifest.details["factory"])
+        )
         parameter, value = manifest.details["search_parameter"], manifest.details["search_value"]
         if parameter:
             faiss.ParameterSpace().set_index_parameter(self._faiss, parameter, value)
@@ -133,11 +137,9 @@ class PassageIndex:
         """
         self.check_width(queries_BD.shape[-1])
         self.check_num_docs(k)
-        proposed = k if self._is_exact else min(len(self), k * REFINE_FACTOR)
-        _, rows_BP = self._faiss.search(np.ascontiguousarray(queries_BD, dtype=np.float32), proposed)
-        vectors_BPD = self._vectors_ND[np.maximum(rows_BP, 0)].astype(np.float32)
-        scores_BP = np.einsum("bd,bpd->bp", queries_BD, vectors_BPD, dtype=np.float32)
-        scores_BP = np.where(rows_BP < 0, -np.inf, scores_BP)
+        queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
+        _, rows_BP = self._faiss.search(queries_BD, min(len(self), k * self._refine_factor))
+        scores_BP = self._inner_products(queries_BD, rows_BP)
         best_BK = np.argsort(-scores_BP, axis=1, kind="stable")[:, :k]
         scores_BK = np.take_along_axis(scores_BP, best_BK, axis=1)
         if np.isneginf(scores_BK).any():
@@ -145,11 +147,21 @@ class PassageIndex:
                 f"The index {self.path} found fewer than {k} passages for a question: it probes too few lists. "
                 "Build it with another factory string (or 'auto'), or ask for fewer passages."
             )
-        return Retrieved(
-            rows_BK=np.take_along_axis(rows_BP, best_BK, axis=1),
-            vectors_BKD=np.take_along_axis(vectors_BPD, best_BK[..., None], axis=1),
-            scores_BK=scores_BK,
-        )
+        rows_BK = np.take_along_axis(rows_BP, best_BK, axis=1)
+        return Retrieved(rows_BK, self._vectors_ND[rows_BK].astype(np.float32, copy=False), scores_BK)
+
+    def _inner_products(self, queries_BD: np.ndarray, rows_BP: np.ndarray) -> np.ndarray:
+        """Inner products (B, P) with stored vectors, −inf where the row is −1 (FAISS found fewer)."""
+        scores_BP = np.full(rows_BP.shape, -np.inf, dtype=np.float32)
+        if self._vectors_ND.dtype == np.float32:  # FAISS reads them where they lie, with all cores.
+            sizes = self.dim, *rows_BP.shape
+            pointers = (faiss.swig_ptr(array) for array in (scores_BP, queries_BD, self._vectors_ND, rows_BP))
+            faiss.fvec_inner_products_by_idx(*pointers, *sizes)
+        else:
+            for query_D, rows_P, scores_P in zip(queries_BD, rows_BP, scores_BP, strict=True):
+                scores_P[:] = self._vectors_ND[np.maximum(rows_P, 0)].astype(np.float32) @ query_D
+        scores_BP[rows_BP < 0] = -np.inf
+        return scores_BP
 
     def passages_of(self, rows_BK: np.ndarray) -> list[list[Passage]]:
         """The passages at rows (B, K)."""

@@ -42,6 +42,8 @@ class PassageStore:
         batches = self._reader.num_record_batches
         last = self._reader.get_batch(batches - 1).num_rows if batches else 0
         self._rows = max(batches - 1, 0) * BATCH_ROWS + last
+        # Columns of the record batches met so far: views of the map. Finding them again costs more than reading a row.
+        self._columns: dict[int, list[pa.Array]] = {}
 
     def __len__(self) -> int:
         return self._rows
@@ -50,9 +52,12 @@ class PassageStore:
         """The passage at a row; raises IndexError outside 0 … len − 1."""
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows} passages")
-        batch = self._reader.get_batch(row // BATCH_ROWS)
-        place = row % BATCH_ROWS
-        return Passage(*(batch.column(name)[place].as_py() for name in SCHEMA.names))
+        number, place = divmod(row, BATCH_ROWS)
+        columns = self._columns.get(number)
+        if columns is None:
+            batch = self._reader.get_batch(number)
+            columns = self._columns[number] = [batch.column(name) for name in SCHEMA.names]
+        return Passage(*(column[place].as_py() for column in columns))
 
     def take(self, rows: Sequence[int]) -> list[Passage]:
         """The passages at some rows, in the order asked for."""
