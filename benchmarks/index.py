@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 
 from benchmarks.geonames import ALL, MINILM, bench_cache, geonames_embeddings
-from benchmarks.harness import Line, Side, Size, alternate, main
+from benchmarks.harness import Line, Pairs, Side, Size, main
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.index import IndexConfig, PassageIndex, build_index
@@ -28,6 +28,7 @@ from rag_core.index_factory import tune_recall
 from rag_core.text_encoder import TextEncoder
 
 K, RECALL, TUNED_RECALL = 10, 0.95, 0.955
+SINGLES = 100
 SMALL_FACTORY = "OPQ96,IVF64,PQ96x4fs"
 AUTOFAISS = Path(os.environ.get("RAG_BENCH_AUTOFAISS") or Path(sys.prefix) / "autofaiss/bin/python")
 QUESTIONS = ("Which country is {} in?", "How many inhabitants has {}?", "Where is {}?", "What is the population of {}?")
@@ -43,6 +44,7 @@ print(facts["index_key"], facts["index_param"])
 
 def measure(size: Size) -> list[Line]:
     """Batches against exact search and autofaiss; single questions, build times and bytes as details."""
+    bench_cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bench_cache()) as scratch:
         return _compare(Path(scratch), *((ALL, 2000, 7, "auto") if size == "full" else (3000, 100, 2, SMALL_FACTORY)))
 
@@ -69,73 +71,78 @@ def _compare(scratch: Path, passages: int, count: int, pairs: int, factory: str)
     facts = {"passages": len(corpus), "factory": ours["factory"], "search_value": ours["search_value"], "bytes": sizes}
     facts |= {"build_seconds": built, "questions": count, "recall_tuned": ours["recall_at_10"], "bound_bytes": bound}
     facts |= {"recall_curve": ours["recall_curve"]}
-    lines = []
-    with Side(search_ours, out, count) as mine, Side(search_exact, out, count) as exact:
-        found = alternate(mine, exact, pairs)
-        recall = _recall(found.ours[0].result, found.peer[0].result)
-        with Side(search_ours, out, 1) as mine_single, Side(search_exact, out, 1) as exact_single:
-            single = alternate(mine_single, exact_single, 3 * pairs, warmup=10)
-        lines.append(
-            Line(
-                path="index search, batch, float32",
-                peer="FAISS IndexFlatIP, batch",
-                value=found.speedup,
-                target=8,
-                outputs=f"recall@10 {recall:.4f} of questions",
-                outputs_equal=recall >= RECALL,
-                details=found.details()
-                | facts
-                | {"queries_per_second": count / found.seconds, "recall_at_10": recall}
-                | {"milliseconds_single": 1000 * single.seconds, "single_speedup": single.speedup.model_dump()},
-            )
-        )
-        truth = found.peer[0].result
-    with Side(search_ours, out, count) as mine, Side(search_autofaiss, out, count) as peer:
-        found = alternate(mine, peer, pairs)
-        peer_recall = _recall(found.peer[0].result, truth)
-        with Side(search_ours, out, 1) as mine_single, Side(search_autofaiss, out, 1) as peer_single:
-            single = alternate(mine_single, peer_single, 3 * pairs, warmup=10)
-    lines.append(
+    with (
+        Side(search_ours, out, pairs) as mine,
+        Side(search_exact, out, pairs) as flat,
+        Side(search_peer, out, pairs) as peer,
+    ):
+        runs = [(mine.run(), flat.run(), peer.run()) for _ in range(1 + 2 * pairs)]
+    ours_runs, flat_runs, peer_runs = zip(*runs[1 : pairs + 1], strict=True)
+    exact, autofaiss = (Pairs(ours=list(ours_runs), peer=list(them)) for them in (flat_runs, peer_runs))
+    single = [[run.seconds / SINGLES for run in side] for side in zip(*runs[pairs + 1 :], strict=True)]
+    milliseconds = {name: 1000 * min(times) for name, times in zip(("ours", "exact", "peer"), single, strict=True)}
+    truth = flat_runs[0].result
+    recall, peer_recall = (_recall(them[0].result, truth) for them in (ours_runs, peer_runs))
+    facts |= {"queries_per_second": count / exact.seconds, "recall_at_10": recall, "milliseconds_single": milliseconds}
+    facts |= {"peer_bytes": peer_bytes, "peer_build_seconds": peer_built, "peer_recall_at_10": peer_recall}
+    return [
+        Line(
+            path="index search, batch, float32",
+            peer="FAISS IndexFlatIP, batch",
+            value=exact.speedup,
+            target=8,
+            outputs=f"recall@10 {recall:.4f} of questions",
+            outputs_equal=recall >= RECALL,
+            details=exact.details() | facts,
+        ),
         Line(
             path="index search at the same recall and memory bound, float32",
             peer=f"autofaiss ({peer_key})",
-            value=found.speedup,
+            value=autofaiss.speedup,
             target=1,
             memory=bound / peer_bytes,
             outputs=f"recall@10 {recall:.4f}, peer {peer_recall:.4f}; built in {built:.0f} s, peer {peer_built:.0f} s",
             outputs_equal=recall >= RECALL,
-            details=found.details()
-            | {"peer_bytes": peer_bytes, "peer_build_seconds": peer_built, "peer_recall_at_10": peer_recall}
-            | {"build_seconds": built, "single_speedup": single.speedup.model_dump()},
-        )
-    )
-    return lines
+            details=autofaiss.details(),
+        ),
+    ]
 
 
-def search_ours(index: Path, count: int) -> Callable[[], np.ndarray]:
+def search_ours(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
     """All of `PassageIndex.search`: rows (Q, K)."""
-    opened, queries_QD = PassageIndex.open(index, check_content=False), _queries(index, count)
-    return lambda: opened.search(queries_QD, K).rows_BK
+    opened = PassageIndex.open(index, check_content=False)
+    return _work(index, pairs, lambda queries_QD: opened.search(queries_QD, K).rows_BK)
 
 
-def search_exact(index: Path, count: int) -> Callable[[], np.ndarray]:
+def search_exact(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
     """FAISS over all vectors in memory."""
-    queries_QD, vectors_ND = _queries(index, count), np.load(index / "vectors.npy")
+    vectors_ND = np.load(index / "vectors.npy")
     flat = faiss.IndexFlatIP(vectors_ND.shape[1])
     flat.add(vectors_ND)
-    return lambda: flat.search(queries_QD, K)[1]
+    return _work(index, pairs, lambda queries_QD: flat.search(queries_QD, K)[1])
 
 
-def search_autofaiss(index: Path, count: int) -> Callable[[], np.ndarray]:
+def search_peer(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
     """What autofaiss built, at the cheapest setting that has the recall on the questions that ours was tuned on."""
-    queries_QD, vectors_ND = _queries(index, count), np.load(index / "vectors.npy", mmap_mode="r")
+    vectors_ND = np.load(index / "vectors.npy", mmap_mode="r")
     peer = faiss.read_index(str(index / "autofaiss.index"))
     tune_recall(peer, vectors_ND, TUNED_RECALL, 0, 1, np.load(index.parent / "tuning.npy"))
-    return lambda: peer.search(queries_QD, K)[1]
+    return _work(index, pairs, lambda queries_QD: peer.search(queries_QD, K)[1])
 
 
-def _queries(index: Path, count: int) -> np.ndarray:
-    return np.ascontiguousarray(np.load(index.parent / "queries.npy")[:count])
+def _work(index: Path, pairs: int, search: Callable[[np.ndarray], np.ndarray]) -> Callable[[], np.ndarray | None]:
+    """The whole batch in each of the first calls (a warm-up and the pairs), then some questions one at a time."""
+    queries_QD = np.load(index.parent / "queries.npy")
+    calls = iter(range(1 + 2 * pairs))
+
+    def work() -> np.ndarray | None:
+        if next(calls) <= pairs:
+            return search(queries_QD)
+        for query_D in queries_QD[:SINGLES]:
+            search(query_D[None])
+        return None
+
+    return work
 
 
 def _questions(corpus: Corpus, count: int) -> tuple[np.ndarray, np.ndarray]:
