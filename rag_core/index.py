@@ -156,7 +156,7 @@ class PassageIndex:
         if self._vectors_ND.dtype == np.float32:  # FAISS reads them where they lie, with all cores.
             sizes = self.dim, *rows_BP.shape
             pointers = (faiss.swig_ptr(array) for array in (scores_BP, queries_BD, self._vectors_ND, rows_BP))
-            faiss.fvec_inner_products_by_idx(*pointers, *sizes)
+            faiss.fvec_inner_products_by_idx(*pointers, *sizes)  # type: ignore[attr-defined]
         else:
             for query_D, rows_P, scores_P in zip(queries_BD, rows_BP, scores_BP, strict=True):
                 scores_P[:] = self._vectors_ND[np.maximum(rows_P, 0)].astype(np.float32) @ query_D
