@@ -162,7 +162,7 @@ def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
     """
     if not isinstance(index, faiss.IndexPreTransform):
         return
-    rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+    rotation = faiss.downcast_VectorTransform(index.chain.at(0))  # type: ignore[attr-defined]
     if not isinstance(rotation, faiss.OPQMatrix) or rotation.d_in != rotation.d_out:
         return
     sample_nD = _sample(vectors_ND, ROTATION_ROWS, seed)
