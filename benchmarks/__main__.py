@@ -23,7 +23,18 @@ from rich.table import Table
 
 from benchmarks.harness import Line, Size, matmul_rate
 
-MODULES = ("loss", "training", "decoding", "embedding", "embed_stage", "growth", "index", "infer_stage", "fixed_cost")
+MODULES = (
+    "loss",
+    "training",
+    "retrieval",
+    "decoding",
+    "embedding",
+    "embed_stage",
+    "growth",
+    "index",
+    "infer_stage",
+    "fixed_cost",
+)
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "ray", "prefect", "mlflow", "faiss-cpu", "numpy")
 
 

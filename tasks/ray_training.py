@@ -23,6 +23,7 @@ from ray.train.torch import TorchTrainer
 
 from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
+from rag_core.heap import keep_freed_blocks
 from rag_core.training import Place, sum_over_workers
 from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
 from tasks.ray_workers import close_workers, run_on_worker
@@ -138,6 +139,7 @@ def this_device() -> torch.device:
 def this_place(cpus: int) -> Place:
     """Called in a worker: its rank, its threads, and how its module is wrapped for data-parallel training."""
     limit_threads(cpus)
+    keep_freed_blocks()
     context = ray.train.get_context()
 
     def wrap(module: Any) -> Any:

@@ -50,7 +50,9 @@ def embed(
     out: Out,
     dtype: Annotated[str, typer.Option(help="float32 | float16: how vectors are stored.")] = "float32",
     precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the encoder's arithmetic.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in a batch, padding included; default: what suits the device.")
+    ] = None,
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
 ) -> None:
     """Embed a corpus with a frozen document encoder on Ray."""

@@ -105,7 +105,8 @@ def _score_chunk(decoder: PassageDecoder, questions: Sequence[CandidateScores], 
         left = [n for n, level in enumerate(beginnings) if level]
         if 4 * len(left) <= 3 * len(trees):
             decoder.select(torch.tensor(left, device=decoder.device))
-            trees, beginnings, parents = ([those[n] for n in left] for those in (trees, beginnings, parents))
+            trees = [trees[n] for n in left]
+            beginnings, parents = [beginnings[n] for n in left], [parents[n] for n in left]
         places = [{one: place for place, one in enumerate(level)} for level in beginnings]
         tokens = [[one[-1] for one in level] for level in beginnings]
         logits_NWV = decoder.step(_padded(tokens, decoder.device), _padded(parents, decoder.device))
