@@ -37,9 +37,7 @@ TARGETS: dict[Variant, dict[Precision, float]] = {
 
 def _inputs(size: Size, variant: Variant) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
     generator = bart(size)
-    head = torch.nn.Linear(generator.config.d_model, generator.config.vocab_size, bias=False)
-    torch.nn.init.normal_(head.weight, std=HEAD_STD[size], generator=torch.Generator().manual_seed(5))
-    generator.set_output_embeddings(head)
+    _give_head(size, generator)
     generator.config.tie_word_embeddings = False
     ids_BKS, mask_BKS, doc_scores_BK = contexts(size, generator)
     if variant == "sequence":
@@ -53,6 +51,12 @@ def _inputs(size: Size, variant: Variant) -> tuple[Any, tuple[Tensor, Tensor, Te
     generator.generation_config.suppress_tokens = [1]
     generator.generation_config.begin_suppress_tokens = [0, 2]
     return generator, (ids_BKS, mask_BKS, doc_scores_BK)
+
+
+def _give_head(size: Size, generator: Any) -> None:
+    V, D = generator.config.vocab_size, generator.config.d_model
+    weight_VD = torch.normal(0.0, HEAD_STD[size], (V, D), generator=torch.Generator().manual_seed(5))
+    generator.get_output_embeddings().weight = torch.nn.Parameter(weight_VD)
 
 
 def prepare_ours(size: Size, variant: Variant, precision: Precision) -> Callable[[], list[tuple[list[int], float]]]:
@@ -71,6 +75,7 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], list[list[int]]]:
     """Their best sequence of every question, without start, end and padding."""
     generator, inputs = _inputs(size, variant)
     model = hf_rag(generator, variant)
+    _give_head(size, generator)  # their class initialises it anew
     # Their RAG-Token does not read max_new_tokens, but the maximum length, start token included.
     limit = {"max_new_tokens": TOKENS} if variant == "sequence" else {"max_length": 1 + TOKENS}
 
