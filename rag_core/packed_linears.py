@@ -51,7 +51,7 @@ def trainable_linears(module: nn.Module) -> Iterator[None]:
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         yield
         return
-    with _forward_replaced(module, lambda layer: lambda rows: _Linear.apply(rows, layer.weight, layer.bias)):
+    with _forward_replaced(module, _trainable_forward):
         yield
 
 
@@ -70,27 +70,34 @@ def _forward_replaced(
             del layer.forward  # the class's own is seen again
 
 
+def _trainable_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        # Shaped out here: what a function of our own returns as a view could not be changed in place (LED does).
+        outputs_NO: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), layer.weight, layer.bias)
+        return outputs_NO.view(*input.shape[:-1], -1)
+
+    return forward
+
+
 class _Linear(torch.autograd.Function):
     """x Wᵀ + b, differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        input_NI = input.reshape(-1, input.shape[-1])
+    def forward(ctx: Any, input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(input_NI, weight_OI)
-        ctx.shape, ctx.has_bias = input.shape, bias_O is not None
-        return _multiply(input_NI, weight_OI, bias_O).view(*input.shape[:-1], -1)
+        return _multiply(input_NI, weight_OI, bias_O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input_NI, weight_OI = ctx.saved_tensors
-        grad_NO = grad_outputs[0].reshape(-1, len(weight_OI))
+        grad_NO = grad_outputs[0]
         of_input, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _multiply(grad_NO, weight_OI.t(), None).view(ctx.shape) if of_input else None,
+            _multiply(grad_NO, weight_OI.t(), None) if of_input else None,
             # MKL's product is the faster one here, where the rows are summed out.
             grad_NO.t() @ input_NI if of_weight else None,
-            grad_NO.sum(0) if of_bias and ctx.has_bias else None,
+            grad_NO.sum(0) if of_bias else None,
         )
 
 

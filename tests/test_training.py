@@ -335,7 +335,7 @@ def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last
     objective = EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=0, generator=1e-3))
     config = optimizer(5, batch_size=2, log_every=2, eval_every=1, accumulation=2)
     ear = _Ear()
-    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count)
+    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count, alone=None)
     shares: list[float] = []
 
     def evaluate(_: int) -> dict[str, float]:
@@ -371,7 +371,7 @@ def test_two_workers_add_up_the_contexts_they_cut_and_the_curves_go_on_after_the
     model = model_config(parts[0], parts[1]).model_copy(update={"prompt": SHORT})
     settings = optimizer(6, log_every=2, eval_every=2)
     # A rate at which the likelihood of dev answers falls from the start: the first evaluation is the best one.
-    rates = EndToEndRates(question_encoder=0, generator=0.5)
+    rates = EndToEndRates(question_encoder=0, generator=3.0)
     config = tasks.train.TrainConfig(optimizer=settings, rates=rates, best_by="nll", num_workers=2)
     result = train_token(parts[2].path, questions, questions, tmp_path / "out", model, config)
     steps = [sum(cut[example.id] for example in batch) for batch in islice(global_batches(EXAMPLES, settings), 6)]
