@@ -25,7 +25,7 @@ from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.model_source import absolute_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
-from rag_core.text_encoder import Pooling, TextEncoder, autocast, fingerprint_of_weights
+from rag_core.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
 
 KIND = "rag-model"
 SETTINGS_FILE = "rag_model.json"
@@ -176,15 +176,15 @@ class RagModel(nn.Module):
         self.check_index(index)
         variant, decoding = self.variant_or(variant), decoding or DecodingConfig()
         answers: list[Answer] = []
-        for batch in batches_of(questions, decoding.batch_size):
-            with torch.inference_mode(), autocast(self.device, decoding.precision):
+        with self.reader.many_batches(decoding):
+            for batch in batches_of(questions, decoding.batch_size):
                 vectors_BD = self.question_encoder.embed(batch)
-            found = index.search(vectors_BD.float().cpu().numpy(), num_docs or self.settings.num_docs)
-            doc_scores_BK = self.settings.score_scale * torch.from_numpy(found.scores_BK).to(self.device)
-            passages_BK = index.passages_of(found.rows_BK)
-            answers += self.reader.answer_from(batch, passages_BK, doc_scores_BK, variant=variant, decoding=decoding)
-            if on_progress:
-                on_progress(len(batch))
+                found = index.search(vectors_BD.float().cpu().numpy(), num_docs or self.settings.num_docs)
+                scores_BK = self.settings.score_scale * torch.from_numpy(found.scores_BK).to(self.device)
+                passages_BK = index.passages_of(found.rows_BK)
+                answers += self.reader.answer_from(batch, passages_BK, scores_BK, variant=variant, decoding=decoding)
+                if on_progress:
+                    on_progress(len(batch))
         return answers
 
     def check_index(self, index: PassageIndex) -> None:

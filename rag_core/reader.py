@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from rag_core.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import Variant, rag_nll
@@ -117,6 +118,12 @@ class GeneratorReader:
             yield self.count
         finally:
             self.count = outside
+
+    @contextlib.contextmanager
+    def many_batches(self, decoding: DecodingConfig) -> Iterator[None]:
+        """Around the `answer_from` calls of several batches: the generator's weights are laid out once for all."""
+        with autocast(self.device, decoding.precision), decoding_mode(self.generator):
+            yield
 
     def nll(
         self,

@@ -160,17 +160,18 @@ def answer_questions(
     lengths = [max(len(one.title) + len(one.text) for one in passages_K) for passages_K in passages]
     order = sorted(range(len(questions)), key=lambda place: (len(passages[place]), lengths[place]), reverse=True)
     answers: dict[int, Answer] = {}
-    for _, alike in groupby(order, key=lambda place: len(passages[place])):
-        for batch in batches_of(list(alike), config.decoding.batch_size):
-            found = model.reader.answer_from(
-                [questions[place].question for place in batch],
-                [passages[place] for place in batch],
-                torch.tensor([scores[place] for place in batch], dtype=torch.float32, device=model.device),
-                variant=variant,
-                decoding=config.decoding,
-            )
-            answers.update(zip(batch, found, strict=True))
-            on_progress(len(batch))
+    with model.reader.many_batches(config.decoding):
+        for _, alike in groupby(order, key=lambda place: len(passages[place])):
+            for batch in batches_of(list(alike), config.decoding.batch_size):
+                found = model.reader.answer_from(
+                    [questions[place].question for place in batch],
+                    [passages[place] for place in batch],
+                    torch.tensor([scores[place] for place in batch], dtype=torch.float32, device=model.device),
+                    variant=variant,
+                    decoding=config.decoding,
+                )
+                answers.update(zip(batch, found, strict=True))
+                on_progress(len(batch))
     return [answers[place] for place in range(len(questions))]
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import ray
 
 from rag_core.errors import RagError
+from rag_core.heap import keep_freed_blocks, return_freed_blocks
 from tasks.ray_runtime import CLUSTER, Share, ensure_ray, job, limit_threads, share_of_cluster
 
 Item = TypeVar("Item")
@@ -38,6 +39,7 @@ class Worker:
 
     def __init__(self, cpus: int) -> None:
         limit_threads(cpus)
+        keep_freed_blocks()
         # The seconds are paid here, while the driver does something else.
         for module in ("tasks.embed_corpus", "tasks.pretrain_generator", "tasks.train", "tasks.batch_infer"):
             importlib.import_module(module)
@@ -56,6 +58,7 @@ class Worker:
         """Give back the memory of what `prepare` made."""
         self.__dict__.pop("_function", None)
         gc.collect()
+        return_freed_blocks()
 
 
 def workers_for(share: Share) -> list[Any]:

@@ -203,6 +203,13 @@ MUTANTS = (
     Mutant("early stopping ignored", SEARCH, "settings.early_stopping is True or H == 1", "False", HF),
     Mutant('"never" taken for False', SEARCH, 'settings.early_stopping == "never" and penalty > 0', "False", HF),
     Mutant(
+        "the bound of a longer answer ignores its length",
+        SEARCH,
+        "settings.max_new_tokens if penalty > 0 else length) **",
+        "length) **",
+        "tests/test_fast_paths.py",
+    ),
+    Mutant(
         "normaliser of the softmax left out",
         SEARCH,
         " - normalisers_AKW[rows_A1, :, beam_AC]",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rag_core.context_encoder import encode_contexts, groups_by_width
-from rag_core.decoding import decode_rag_sequence
+from rag_core.decoding import decode_rag_sequence, decode_rag_token
 from rag_core.decoding.beam_search import _best_of
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.decoding.shared_attention import can_share
@@ -36,7 +36,33 @@ def test_fewer_answers_of_rag_sequence_are_the_first_of_more() -> None:
     assert fewer_candidates > 60, "there must be other answers to leave out"
 
 
-def test_candidates_that_cannot_win_are_not_read_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0])
+def test_fewer_answers_of_rag_token_are_the_first_of_more(length_penalty: float, early_stopping: Any) -> None:
+    several_answers = 0
+    for seed in range(12):
+        model = tiny_bart(vocab_size=12, seed=seed)
+        contexts = random_contexts(B=3, K=4, S=7, seed=seed, vocab_size=12)
+        settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+        found = {
+            wanted: decode_rag_token(
+                model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=wanted, **settings
+            )
+            for wanted in (1, 2, 4)
+        }
+        for one, two, four in zip(*found.values(), strict=True):
+            assert [hypothesis.token_ids for hypothesis in (*one, *two)] == [
+                hypothesis.token_ids for hypothesis in (*four[:1], *four[:2])
+            ]
+            for some, all_of_them in zip((*one, *two), (*four[:1], *four[:2]), strict=True):
+                assert some.log_prob == pytest.approx(all_of_them.log_prob, abs=1e-9)
+                torch.testing.assert_close(some.doc_log_posterior, all_of_them.doc_log_posterior)
+            several_answers += len(four) > 1
+    assert several_answers > 24, "there must be other answers to leave out"
+
+
+@pytest.mark.parametrize("decode", [decode_rag_sequence, decode_rag_token])
+def test_answers_that_cannot_win_are_not_read_to_their_end(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     usual = PassageDecoder.step
 
@@ -50,9 +76,9 @@ def test_candidates_that_cannot_win_are_not_read_to_their_end(monkeypatch: pytes
         rows.clear()
         for seed in range(10):
             model, contexts = tiny_bart(vocab_size=12, seed=seed), random_contexts(3, 4, 7, seed, vocab_size=12)
-            decode_rag_sequence(model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=wanted)
+            decode(model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=wanted)
         read.append(sum(rows))
-    assert read[0] < 0.95 * read[1]
+    assert read[0] < 0.95 * read[1], f"decoder rows for one answer and for four: {read}"
 
 
 def test_only_led_copies_its_contexts_for_every_hypothesis() -> None:

@@ -156,6 +156,7 @@ def infer(
     mode: Annotated[str, typer.Option(help="RAG-Sequence: thorough | fast.")] = "thorough",
     num_return_sequences: Annotated[int, typer.Option(help="Candidates kept for each question.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Questions decoded at once.")] = 16,
+    precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the generator's arithmetic.")] = "auto",
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
 ) -> None:
     """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
@@ -169,6 +170,7 @@ def infer(
         "mode": mode,
         "num_return_sequences": num_return_sequences,
         "batch_size": batch_size,
+        "precision": precision,
     }
     settings = {"variant": variant, "num_docs": num_docs, "decoding": decoding, "num_workers": num_workers}
     print_stage(batch_infer(model, index, questions, out, parse(InferConfig, settings, "infer options")))

@@ -7,7 +7,8 @@ question of its own, K = 1.
 The rules are those of `transformers` (generation/utils.py, `_beam_search`): of the best 2·H continuations, ended ones
 join the pool of finished hypotheses if they are among the best H, the others fill the next beam; `early_stopping` says
 when a question is done. Differences: the beam starts with one hypothesis and grows to H, so that no step works on dead
-rows, and questions that are done leave the batch once they are a quarter of it.
+rows, and questions that are done leave the batch once they are a quarter of it. A hypothesis that cannot end better than the answers that are wanted
+is not continued, and a question without others is done: those answers are the same, and often found in half the steps.
 
 The vocabulary is large, so a step passes over it as rarely as it can: the mixture is summed as probabilities, not as
 logarithms, to choose the candidates; what is kept of the few chosen ones is computed anew from their logits, exactly.
@@ -110,13 +111,16 @@ def check_decoding(
         raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")
 
 
-def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: BeamSettings) -> Beams:
+def beam_search(
+    decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: BeamSettings, wanted: int | None = None
+) -> Beams:
     """The best answers found for each question under the mixture of its passages.
 
     Args:
         decoder: holds B·K contexts, passages of a question next to each other, at the prompt.
         doc_log_probs_BK: log p(z|q), floating point; −inf for an absent passage.
         settings: how to search.
+        wanted: so many of the best are exact, the others may be missing; default: all H.
 
     Returns:
         Beams of B questions. Log-probabilities are the model's own: tokens that must not be generated are left out
@@ -130,6 +134,9 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
     suppressed = torch.tensor(sorted(set(tokens.suppressed)), dtype=torch.long, device=device)
     suppressed_first = torch.tensor(sorted({*tokens.suppressed, *tokens.suppressed_first}), device=device).long()
     candidates_max = (1 + len(tokens.ends)) * H
+    wanted = min(wanted or H, H)
+    # Other rules stop a search by how many answers have ended, poor ones included.
+    prune = settings.early_stopping == "never" or (settings.early_stopping is False and penalty <= 0)
 
     logits_AKWV = decoder.first_logits_NV.view(B, K, 1, -1)
     V = logits_AKWV.shape[-1]
@@ -216,9 +223,17 @@ def beam_search(decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: Bea
             searching_A &= pool.scores_BH[:, -1] == neg_inf
         at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
         searching_A &= running_AW[:, 0] / at_length**penalty > pool.scores_BH[:, -1]
-        left = int(searching_A.sum())  # the step's one wait for the device
+        # A longer answer is not more probable: what it can still score at most, against the last that is wanted.
+        bound_AW = running_AW / (settings.max_new_tokens if penalty > 0 else length) ** penalty
+        hopeful_AW = (bound_AW >= pool.scores_BH[:, wanted - 1 : wanted]) & (running_AW > neg_inf)
+        searching_A &= hopeful_AW[:, 0]
+        most = (hopeful_AW & searching_A.unsqueeze(1)).sum(1).amax()
+        left, width = torch.stack((searching_A.sum(), most)).tolist()  # the step's one wait for the device
         if left == 0:
             break
+        if prune:
+            running_AW, parent_AW = running_AW[:, :width], parent_AW[:, :width]
+            tokens_AWT, posteriors_AWTK = tokens_AWT[:, :width], posteriors_AWTK[:, :width]
         if 4 * left <= 3 * A:
             done.append((questions_A[~searching_A], pool.select(~searching_A)))
             keep = searching_A.nonzero().squeeze(1)

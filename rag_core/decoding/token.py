@@ -54,7 +54,9 @@ def decode_rag_token(
     with decoding_mode(generator):
         contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
         decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
-        beams = beam_search(decoder, doc_log_probs(doc_scores_BK), settings)
+        # Two end tokens may end one answer, so that so many more sequences may be needed for as many answers.
+        wanted = num_return_sequences * len(decoder.tokens.ends)
+        beams = beam_search(decoder, doc_log_probs(doc_scores_BK), settings, wanted)
         return _hypotheses(beams, decoder.tokens, num_return_sequences)
 
 
