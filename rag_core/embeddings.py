@@ -109,7 +109,7 @@ class Embeddings:
             ArtefactError: a shard's vectors have another width than the manifest says.
         """
         for shard in self.shards:
-            for batch in pq.ParquetFile(shard).iter_batches(batch_size=10_000):
+            for batch in pq.ParquetFile(shard, buffer_size=2**20).iter_batches(batch_size=4096):
                 column = batch.column("embedding")
                 if column.type.list_size != self.dim:
                     raise ArtefactError(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.lib.format import open_memmap
+from numpy.lib.format import write_array_header_1_0
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, open_artefact, publish
@@ -186,13 +187,14 @@ class PassageIndex:
 
 def _write_vectors(embeddings: Embeddings, out_file: Path) -> np.ndarray:
     """Copy the vectors of all shards into one row-addressable file and map it."""
-    shape = (len(embeddings), embeddings.dim)
-    vectors_ND = open_memmap(out_file, mode="w+", dtype=np.dtype(embeddings.dtype), shape=shape)
-    start = 0
-    for ids, vectors_nD in embeddings.iter_vectors():
-        vectors_ND[start : start + len(ids)] = vectors_nD
-        start += len(ids)
-    vectors_ND.flush()
-    if start != shape[0]:
-        raise ArtefactError(f"{embeddings.path} holds {start} vectors, its manifest says {shape[0]}. Embed again.")
+    rows, dtype = 0, np.dtype(embeddings.dtype)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (len(embeddings), embeddings.dim)}
+    with out_file.open("wb") as file:  # written, not mapped: pages that wait to be written would count as ours
+        write_array_header_1_0(file, header)
+        for ids, vectors_nD in embeddings.iter_vectors():
+            file.write(np.ascontiguousarray(vectors_nD, dtype=dtype).data)
+            rows += len(ids)
+    pa.default_memory_pool().release_unused()
+    if rows != len(embeddings):
+        raise ArtefactError(f"{embeddings.path} holds {rows} vectors, its manifest says {len(embeddings)}. Embed again.")
     return np.load(out_file, mmap_mode="r", allow_pickle=False)

@@ -12,7 +12,9 @@ Shapes: N passages, Q sample queries, D embedding.
 
 from __future__ import annotations
 
+import mmap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import faiss
@@ -22,7 +24,7 @@ from rag_core.errors import ConfigError
 
 EXACT_UP_TO = 50_000
 SCALAR_UP_TO = 5_000_000
-ADD_ROWS = 50_000
+SLICE_ROWS = 16_384
 TRAIN_ROWS_PER_LIST = 64
 ROTATION_ROWS = 65_536
 SAMPLE_QUERIES = 200
@@ -85,8 +87,8 @@ def make_faiss_index(vectors_ND: np.ndarray, factory: str, seed: int) -> faiss.I
         if not index.is_trained:
             _rotate(index, vectors_ND, seed)
             index.train(_sample(vectors_ND, _training_rows(index), seed))
-        for start in range(0, len(vectors_ND), ADD_ROWS):
-            index.add(np.ascontiguousarray(vectors_ND[start : start + ADD_ROWS], dtype=np.float32))
+        for _, part_nD in _slices(vectors_ND):
+            index.add(part_nD)
     except RuntimeError as error:
         raise ConfigError(
             f"FAISS could not build {factory!r} from {len(vectors_ND)} vectors of {dim} dimensions. It may need more "
@@ -165,8 +167,7 @@ def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))  # type: ignore[attr-defined]
     if not isinstance(rotation, faiss.OPQMatrix) or rotation.d_in != rotation.d_out:
         return
-    sample_nD = _sample(vectors_ND, ROTATION_ROWS, seed)
-    variances_D, axes_DD = np.linalg.eigh(np.cov(sample_nD, rowvar=False).astype(np.float64))
+    variances_D, axes_DD = np.linalg.eigh(_covariance(_sample(vectors_ND, ROTATION_ROWS, seed)))
     width = rotation.d_out // rotation.M
     parts: list[list[int]] = [[] for _ in range(rotation.M)]
     volumes = np.zeros(rotation.M)
@@ -186,16 +187,44 @@ def _training_rows(index: faiss.Index) -> int:
 
 
 def _sample(vectors_ND: np.ndarray, rows: int, seed: int) -> np.ndarray:
+    """Random rows (float32, copied), in their order."""
     chosen = np.random.default_rng(seed).choice(len(vectors_ND), size=min(rows, len(vectors_ND)), replace=False)
-    return np.ascontiguousarray(vectors_ND[np.sort(chosen)], dtype=np.float32)
+    return _rows(vectors_ND, np.sort(chosen))
+
+
+def _rows(vectors_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
+    """Copies (n, D), float32, of rows in ascending order."""
+    found_nD = np.empty((len(rows_n), vectors_ND.shape[1]), dtype=np.float32)
+    for start, part_nD in _slices(vectors_ND):
+        first, last = np.searchsorted(rows_n, (start, start + len(part_nD)))
+        found_nD[first:last] = part_nD[rows_n[first:last] - start]
+    return found_nD
+
+
+def _slices(vectors_ND: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and float32 rows, slice by slice; the pages of a mapped file are let go after each."""
+    for start in range(0, len(vectors_ND), SLICE_ROWS):
+        yield start, np.ascontiguousarray(vectors_ND[start : start + SLICE_ROWS], dtype=np.float32)
+        mapped = vectors_ND.base
+        if isinstance(mapped, mmap.mmap) and not vectors_ND.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _covariance(sample_nD: np.ndarray) -> np.ndarray:
+    """Float64, without a float64 copy of the sample."""
+    D = sample_nD.shape[1]
+    mean_D, products_DD = sample_nD.mean(axis=0, dtype=np.float64), np.zeros((D, D))
+    for _, part_nD in _slices(sample_nD):
+        centred_nD = part_nD - mean_D
+        products_DD += centred_nD.T @ centred_nD
+    return products_DD / len(sample_nD)
 
 
 def _exact_top(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
     """Rows (Q, k) of the largest inner products, from slices of the mapped vectors."""
     heap = faiss.ResultHeap(len(queries_QD), k, keep_max=True)
-    for start in range(0, len(vectors_ND), ADD_ROWS):
-        part = np.ascontiguousarray(vectors_ND[start : start + ADD_ROWS], dtype=np.float32)
-        scores, rows = faiss.knn(queries_QD, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
+    for start, part_nD in _slices(vectors_ND):
+        scores, rows = faiss.knn(queries_QD, part_nD, min(k, len(part_nD)), metric=faiss.METRIC_INNER_PRODUCT)
         heap.add_result(scores, rows + start)
     heap.finalize()
     return heap.I
@@ -203,10 +232,12 @@ def _exact_top(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.nda
 
 def _recall(queries_QD: np.ndarray, vectors_ND: np.ndarray, found_QP: np.ndarray, truth_QK: np.ndarray) -> float:
     """Share of the true neighbours among the best K of what was found after exact re-scoring."""
+    needed_n = np.unique(found_QP[found_QP >= 0])
+    needed_nD = _rows(vectors_ND, needed_n)
     hits = 0
     for query_D, found_P, truth_K in zip(queries_QD, found_QP, truth_QK, strict=True):
         found_P = found_P[found_P >= 0]
-        scores_P = vectors_ND[found_P].astype(np.float32) @ query_D
+        scores_P = needed_nD[np.searchsorted(needed_n, found_P)] @ query_D
         best = found_P[np.argsort(-scores_P, kind="stable")[: len(truth_K)]]
         hits += len(np.intersect1d(best, truth_K))
     return hits / truth_QK.size
