@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.harness import DTYPES, Line, Precision, Side, Size, in_turn, limit_share, main
 from benchmarks.models import bart, contexts, operations
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+from rag_core.heap import keep_freed_blocks
 from rag_core.likelihood import Variant
 from tests.hf_rag import hf_generate, hf_rag
 
@@ -61,6 +62,7 @@ def _give_head(size: Size, generator: Any) -> None:
 
 def prepare_ours(size: Size, variant: Variant, precision: Precision) -> Callable[[], list[tuple[list[int], float]]]:
     """The best answer of every question and its log-probability."""
+    keep_freed_blocks()  # as a worker of `rag infer` does
     generator, inputs = _inputs(size, variant)
 
     def work() -> list[tuple[list[int], float]]:

@@ -196,5 +196,7 @@ def _write_vectors(embeddings: Embeddings, out_file: Path) -> np.ndarray:
             rows += len(ids)
     pa.default_memory_pool().release_unused()
     if rows != len(embeddings):
-        raise ArtefactError(f"{embeddings.path} holds {rows} vectors, its manifest says {len(embeddings)}. Embed again.")
+        raise ArtefactError(
+            f"{embeddings.path} holds {rows} vectors, its manifest says {len(embeddings)}. Embed again."
+        )
     return np.load(out_file, mmap_mode="r", allow_pickle=False)

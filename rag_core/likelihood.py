@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rag_core.context_encoder import encode_contexts
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
-from rag_core.packed_linears import trainable_linears
+from rag_core.packed_linears import folded_logits_bias, trainable_linears
 
 Variant = Literal["sequence", "token"]
 
@@ -235,7 +235,7 @@ def _answer_log_probs(
     labelled_NT = labels_NT != IGNORE_INDEX
     # The prompt's positions but the last predict nothing that is asked for.
     asked_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
-    with trainable_linears(generator), _projected_only_at(generator, asked_NT):
+    with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, asked_NT):
         states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
         logits_MV = generator(
             encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),

@@ -43,6 +43,39 @@ def packed_linears(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
+    """Inside, a BART-like generator's `final_logits_bias` is added by its head, without a pass over the logits.
+
+    It is mostly zero, but adding it makes a second tensor of that size, in float32 even where logits are bfloat16.
+    Others are left as they are. Blocks may be nested.
+    """
+    head = generator.get_output_embeddings() if hasattr(generator, "get_output_embeddings") else None
+    if "final_logits_bias" not in generator._buffers or type(head) is not nn.Linear or head.bias is not None:
+        yield
+        return
+    bias_1V = generator._buffers.pop("final_logits_bias")
+    assert bias_1V is not None
+    generator.__dict__["final_logits_bias"] = _AddsNothing()
+    head.bias = nn.Parameter(bias_1V.flatten(), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.bias = None  # type: ignore[assignment]
+        del generator.__dict__["final_logits_bias"]
+        generator._buffers["final_logits_bias"] = bias_1V
+
+
+class _AddsNothing:
+    """Stands for a tensor in `logits + bias.to(device)`."""
+
+    def to(self, *_: Any) -> _AddsNothing:
+        return self
+
+    def __radd__(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+@contextmanager
 def trainable_linears(module: nn.Module) -> Iterator[None]:
     """Inside, every float32 `nn.Linear` of `module` on the CPU multiplies with oneDNN, and so will its gradients.
 

@@ -264,12 +264,13 @@ def _next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, T
         log_probs_AWV = torch.log_softmax(logits_AKWV.squeeze(1), dim=2, dtype=dtype)
         normalisers_AKW = top_AKW - log_probs_AWV.amax(dim=2).unsqueeze(1)
         return log_probs_AWV.add_(log_docs_AK.unsqueeze(2)), normalisers_AKW
-    probs_AKWV = torch.softmax(logits_AKWV, dim=3, dtype=dtype)
     docs_AK11 = log_docs_AK.exp()[:, :, None, None]
-    mixture_AWV = probs_AKWV[:, 0] * docs_AK11[:, 0]
-    for k in range(1, K):
-        mixture_AWV.addcmul_(probs_AKWV[:, k], docs_AK11[:, k])
-    return mixture_AWV.clamp_(min=torch.finfo(dtype).tiny).log_(), top_AKW - probs_AKWV.amax(dim=3).log_()
+    mixture_AWV, most_AKW = logits_AKWV.new_zeros(()), torch.empty_like(top_AKW)
+    for k in range(K):  # one passage at a time: what is made of its logits stays in the cache
+        probs_AWV = torch.softmax(logits_AKWV[:, k], dim=2, dtype=dtype)
+        most_AKW[:, k] = probs_AWV.amax(dim=2)
+        mixture_AWV = mixture_AWV.addcmul_(probs_AWV, docs_AK11[:, k]) if k else probs_AWV.mul_(docs_AK11[:, k])
+    return mixture_AWV.clamp_(min=torch.finfo(dtype).tiny).log_(), top_AKW - most_AKW.log_()
 
 
 def _best_of(ranked_AF: Tensor, C: int) -> tuple[Tensor, Tensor]:

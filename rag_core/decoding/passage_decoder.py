@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rag_core.context_encoder import encode_contexts
 from rag_core.decoding.shared_attention import SharedCache, can_share
 from rag_core.generation_tokens import GenerationTokens
-from rag_core.packed_linears import packed_linears
+from rag_core.packed_linears import folded_logits_bias, packed_linears
 
 
 class PassageDecoder:
@@ -178,7 +178,7 @@ def decoding_mode(generator: Any) -> Iterator[None]:
     was_training = [(module, module.training) for module in generator.modules()]
     generator.eval()
     try:
-        with torch.inference_mode(), packed_linears(generator):
+        with torch.inference_mode(), folded_logits_bias(generator), packed_linears(generator):
             yield
     finally:
         for module, training in was_training:
