@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.geonames import MINILM, geonames_passages
-from benchmarks.harness import Line, Precision, Side, Size, alternate, limit_share, main
+from benchmarks.harness import Line, Precision, Side, Size, in_turn, limit_share, main
 from rag_core.model_source import resolve_model_source
 from rag_core.questions import read_questions
 from rag_core.readers import read_rows
@@ -96,30 +97,31 @@ def measure(size: Size) -> list[Line]:
         texts, questions, gold = texts_of(corpus, size)
         operations = operations_of(texts)
         asked_QD = {one: prepare_ours(questions, one)() for one in TARGETS}
-        with Side(prepare_peer, texts) as peer:
-            for precision, target in TARGETS.items():
-                with Side(prepare_ours, texts, precision) as ours:
-                    pairs = alternate(ours, peer, pairs=1 if size == "smoke" else 3, warmup=0)
-                vectors_ND, reference_ND = pairs.ours[0].result, pairs.peer[0].result["vectors"]
-                apart = float(np.abs(vectors_ND - reference_ND).max())
-                cosine = float((vectors_ND * reference_ND).sum(axis=1).min())
-                recall = recall_at_10(vectors_ND, asked_QD[precision], gold)
-                expected = recall_at_10(reference_ND, asked_QD["float32"], gold)
-                equal = apart <= 1e-5 if precision == "float32" else cosine >= 0.999 and abs(recall - expected) <= 0.002
-                lines.append(
-                    Line(
-                        path=f"embedding, {len(texts)} passages of {corpus}, {precision}",
-                        peer=f"SentenceTransformer.encode, float32, batches of {pairs.peer[0].result['batch_size']}",
-                        value=pairs.speedup,
-                        target=target,
-                        limit_share=limit_share(operations, pairs.seconds, precision),
-                        memory=pairs.peak_ratio,
-                        outputs=f"at most {apart:.0e} apart; smallest cosine {cosine:.5f}; recall@10 {recall:.2%} and "
-                        f"{expected:.2%}",
-                        outputs_equal=equal,
-                        details=pairs.details() | {"texts_per_second": round(len(texts) / pairs.seconds, 1)},
-                    )
+        with ExitStack() as stack:
+            ours = {one: stack.enter_context(Side(prepare_ours, texts, one)) for one in TARGETS}
+            peer = stack.enter_context(Side(prepare_peer, texts))
+            found = in_turn(ours, peer, 1 if size == "smoke" else 3, warmup=0)
+        for precision, pairs in found.items():
+            vectors_ND, reference_ND = pairs.ours[0].result, pairs.peer[0].result["vectors"]
+            apart = float(np.abs(vectors_ND - reference_ND).max())
+            cosine = float((vectors_ND * reference_ND).sum(axis=1).min())
+            recall = recall_at_10(vectors_ND, asked_QD[precision], gold)
+            expected = recall_at_10(reference_ND, asked_QD["float32"], gold)
+            equal = apart <= 1e-5 if precision == "float32" else cosine >= 0.999 and abs(recall - expected) <= 0.002
+            lines.append(
+                Line(
+                    path=f"embedding, {len(texts)} passages of {corpus}, {precision}",
+                    peer=f"SentenceTransformer.encode, float32, batches of {pairs.peer[0].result['batch_size']}",
+                    value=pairs.speedup,
+                    target=TARGETS[precision],
+                    limit_share=limit_share(operations, pairs.seconds, precision),
+                    memory=pairs.peak_ratio,
+                    outputs=f"at most {apart:.0e} apart; smallest cosine {cosine:.5f}; recall@10 {recall:.2%} and "
+                    f"{expected:.2%}",
+                    outputs_equal=equal,
+                    details=pairs.details() | {"texts_per_second": round(len(texts) / pairs.seconds, 1)},
                 )
+            )
     return lines
 
 

@@ -35,13 +35,11 @@ def measure(size: Size) -> list[Line]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         config = write_config(home / "inputs", every_stage=size == "full")
-        cold = [run_pipeline(config, home / f"cold-{number}", {}) for number in range(2 if size == "full" else 1)]
-        lines = [cold_line(cold)]
+        lines = [cold_line([run_pipeline(config, home / "cold", {})])]
         if size == "full":
             with services(home / "services") as environment:
                 run_pipeline(config, home / "warm-up", environment)
-                warm = [run_pipeline(config, home / f"warm-{number}", environment) for number in range(2)]
-            lines.append(warm_line(warm))
+                lines.append(warm_line([run_pipeline(config, home / "warm", environment)]))
     return lines
 
 

@@ -48,7 +48,7 @@ SPREAD, END_BIAS = 5.0, 16.0
 TARGETS: dict[Precision, float] = {"float32": 5.0, "bfloat16": 8.0}
 ASKED = ("which country is {} in?", "how many people live in {}?", "which time zone is used in {}?")
 # Of which so many are asked: the peer's two samples, and ours; FEW gives what our command needs before any question.
-SAMPLES = {"token": ((32, 160), QUESTIONS), "sequence": ((4, 20), 200)}
+SAMPLES = {"token": ((16, 96), QUESTIONS), "sequence": ((4, 16), 120)}
 FEW = 4
 PEER_IMPORTS = "import faiss, torch; from transformers import AutoTokenizer, BertModel, RagTokenForGeneration"
 # Of MiniLM's vocabulary: [CLS], [SEP], and a word piece that no text has, as padding of answers.

@@ -76,7 +76,6 @@ def attention(
     """As Transformers' interface wants it: states (B, S, H, F), and no weights."""
     if (
         query_BHSF.dtype != torch.bfloat16
-        or query_BHSF.shape != key_BHSF.shape
         or key_BHSF.shape[2] > MOST_TOKENS
         or options.get("position_bias") is not None
     ):
@@ -94,7 +93,8 @@ def attention(
 
 def additive_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
     """The mask that is added to the scores, made once a batch; None where nothing is hidden."""
-    allowed = sdpa_mask(*arguments, **options)
+    # Without a mask a decoder's attention would have to hide later tokens by itself.
+    allowed = sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
     if allowed is None:
         return None
     return torch.zeros_like(allowed, dtype=torch.bfloat16).masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)

@@ -19,7 +19,7 @@ Legend: B questions, K passages per question, N contexts (B·K), S context token
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from rag_core.context_encoder import encode_contexts
+from rag_core.cpu_bfloat16 import matmul_attention
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
 from rag_core.packed_linears import folded_logits_bias, trainable_linears
@@ -237,12 +238,14 @@ def _answer_log_probs(
     asked_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
     with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, asked_NT):
         states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
-        logits_MV = generator(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),
-            attention_mask=attention_mask_NS,
-            decoder_input_ids=decoder_input_ids,
-            use_cache=False,
-        ).logits
+        in_bf16 = states_NSD.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        with matmul_attention(generator.get_decoder()) if in_bf16 else nullcontext():
+            logits_MV = generator(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),
+                attention_mask=attention_mask_NS,
+                decoder_input_ids=decoder_input_ids,
+                use_cache=False,
+            ).logits
     log_probs_M = token_log_probs(logits_MV, labels_NT[labelled_NT])
     log_probs_NT = log_probs_M.new_zeros(labels_NT.shape).masked_scatter(labelled_NT, log_probs_M)
     return log_probs_NT, logits_MV.dtype
