@@ -107,7 +107,7 @@ def measure(size: Size) -> list[Line]:
                 precision: stack.enter_context(Side(prepare_ours, size, variant, precision)) for precision in targets
             }
             peer = stack.enter_context(Side(prepare_peer, size, variant))
-            for side in ours.values():
+            for side in ours.values() if not warmup else ():
                 side.run()
             found = in_turn(ours, peer, rounds, warmup)
         lines += [_line(variant, precision, targets[precision], found[precision], useful) for precision in targets]

@@ -49,7 +49,7 @@ def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
     It is mostly zero, but adding it makes a second tensor of that size, in float32 even where logits are bfloat16.
     Others are left as they are. Blocks may be nested.
     """
-    head = generator.get_output_embeddings() if hasattr(generator, "get_output_embeddings") else None
+    head: Any = getattr(generator, "get_output_embeddings", lambda: None)()
     if "final_logits_bias" not in generator._buffers or type(head) is not nn.Linear or head.bias is not None:
         yield
         return
@@ -60,7 +60,7 @@ def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        head.bias = None  # type: ignore[assignment]
+        head.bias = None
         del generator.__dict__["final_logits_bias"]
         generator._buffers["final_logits_bias"] = bias_1V
 

@@ -16,7 +16,7 @@ from rag_core.decoding.beam_search import _best_of
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.decoding.shared_attention import can_share
 from rag_core.likelihood import rag_nll
-from rag_core.packed_linears import packed_linears, trainable_linears
+from rag_core.packed_linears import folded_logits_bias, packed_linears, trainable_linears
 from tests.tiny_models import ALL_FAMILIES, random_contexts, tiny_bart, tiny_model
 
 
@@ -132,6 +132,23 @@ def test_gradients_with_onednn_equal_those_without(family: str, variant: Any, mo
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_a_logits_bias_added_by_the_head_gives_the_same_logits_and_goes_back_to_its_place(family: str) -> None:
+    model = tiny_model(family, vocab_size=12)
+    model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    with folded_logits_bias(model), folded_logits_bias(model):
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
+    with pytest.raises(IndexError), folded_logits_bias(model):
+        model(input_ids=ids, decoder_input_ids=ids + 12)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
