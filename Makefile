@@ -30,7 +30,7 @@ demo: setup ## train and compare both variants on an embedded example (about 14 
 test: setup ## run all tests (under 12 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (25 minutes on two cores); OPTIONS="index --mlflow"
+bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"
 	$(BIN)/python -m benchmarks $(OPTIONS)
 
 bench-smoke: setup $(VENV)/autofaiss ## every benchmark once at a tiny size: fails if one breaks, never because of a ratio
