@@ -2,7 +2,9 @@
 
 A reader never sees half an artefact: everything is written into a hidden draft folder beside the target, flushed
 to disk, described in `manifest.json` (counts, bytes and SHA-256 of every file, what it was made from), and only
-then renamed. `open_artefact` checks what it reads. This module knows nothing about what the files mean: each kind
+then renamed. `open_artefact` checks what it reads. Work that is made of parts goes on where a killed run stopped:
+`publish(..., resume=True)` keeps the draft of unfinished work, `finished_file` puts only whole parts into it. One process
+at a time writes at a place. This module knows nothing about what the files mean: each kind
 of artefact (corpus, embeddings, index, model, predictions) has one owner module that does.
 """
 
@@ -10,14 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -25,6 +30,8 @@ from rag_core.errors import ArtefactError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# How names of parts begin while they are written.
+_UNFINISHED = ".unfinished-"
 
 
 class FileEntry(BaseModel):
@@ -55,7 +62,10 @@ class Manifest(BaseModel):
 
 
 class Draft:
-    """A folder being written. Put files into `folder`; what is set in `counts` and `details` goes to the manifest."""
+    """A folder being written. Put files into `folder`; what is set in `counts` and `details` goes to the manifest.
+
+    Resumed work finds in `folder` what `finished_file` put there before.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,28 +108,54 @@ def find_finished(out: Path, kind: str, config: dict[str, Any], made_from: dict[
 
 @contextlib.contextmanager
 def publish(
-    out: Path, kind: str, *, config: dict[str, Any] | None = None, made_from: dict[str, str] | None = None
+    out: Path,
+    kind: str,
+    *,
+    config: dict[str, Any] | None = None,
+    made_from: dict[str, str] | None = None,
+    resume: bool = False,
 ) -> Iterator[Draft]:
     """Write an artefact: yields a `Draft`; on a clean exit the folder appears at `out`, whole, replacing an older one.
 
-    After an exception (Ctrl-C included) nothing is left behind and an artefact that stood at `out` still stands.
+    After an exception (Ctrl-C included) an artefact that stood at `out` still stands, and nothing else is left behind,
+    unless `resume` is set: then the draft stays, and the next call for the same kind, config and made_from goes on with
+    it. A draft of other work for `out` is deleted.
 
     Raises:
-        ArtefactError: `out` is a file, or a folder with content that no stage of ours published.
+        ArtefactError: `out` is a file, or a folder with content that no stage of ours published, or another process
+            is writing there.
     """
     config, made_from = config or {}, made_from or {}
     out = Path(os.path.abspath(out))
     refuse_foreign_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Draft(out.parent / f".{out.name}.draft-{uuid.uuid4().hex[:8]}")
-    draft.folder.mkdir()
+    with _only_writer(out):
+        draft = Draft(out.parent / f".{out.name}.draft-{stage_key(kind, config, made_from)[:16]}")
+        _clear_up(out, kept=draft.folder if resume else None)
+        draft.folder.mkdir(exist_ok=True)
+        published = False
+        try:
+            yield draft
+            manifest = _describe(draft, kind, config, made_from)
+            _write_synced(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+            _swap_into_place(draft.folder, out)
+            published = True
+        finally:
+            if published or not resume:
+                shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def finished_file(file: Path) -> Iterator[Path]:
+    """Yields a path to write to; on a clean exit it is flushed to disk and becomes `file`, so that `file` is whole."""
+    unfinished = file.parent / f"{_UNFINISHED}{uuid.uuid4().hex[:8]}{file.suffix}"
     try:
-        yield draft
-        manifest = _describe(draft, kind, config, made_from)
-        _write_synced(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-        _swap_into_place(draft.folder, out)
+        yield unfinished
+        _sync(unfinished)
+        unfinished.rename(file)
+        _sync(file.parent)
     finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def refuse_foreign_folder(out: Path) -> None:
@@ -190,7 +226,7 @@ def _describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[s
         files[name] = FileEntry(bytes=file.stat().st_size, sha256=sha256_of_file(file))
     return Manifest(
         kind=kind,
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_at=_now(),
         key=stage_key(kind, config, made_from),
         fingerprint=fingerprint_of_json({name: entry.sha256 for name, entry in files.items()}),
         config=config,
@@ -199,6 +235,53 @@ def _describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[s
         details=draft.details,
         files=files,
     )
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """This process alone writes at `out`. The system ends the hold with the process, however that ends."""
+    lock = out.parent / f".{out.name}.lock"
+    with _held(lock, out) as file:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(lock: Path, out: Path) -> Iterator[IO[str]]:
+    while True:
+        with lock.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ArtefactError(
+                    f"{out} is being written by another run ({file.read() or 'it has just begun'}). Wait until it has "
+                    "ended, or give another --out."
+                ) from error
+            # The former holder deletes the file that it holds: a lock on a deleted one keeps nobody out.
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                file.truncate(0)
+                yield file
+                return
+
+
+def _clear_up(out: Path, kept: Path | None) -> None:
+    """What killed runs left beside `out`: drafts go but for `kept`, and in that one the parts that were not finished."""
+    name = glob.escape(out.name)
+    for old in out.parent.glob(f".{name}.old-*"):  # killed between the two renames of a swap, or after them
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+    for draft in out.parent.glob(f".{name}.draft-*"):
+        if draft != kept:
+            shutil.rmtree(draft)
+    for part in kept.rglob(f"{_UNFINISHED}*") if kept else ():
+        part.unlink()
 
 
 def _swap_into_place(folder: Path, out: Path) -> None:
@@ -228,6 +311,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _first_line(error: Exception) -> str:

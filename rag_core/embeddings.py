@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, open_artefact
+from rag_core.artefact import Manifest, finished_file, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.text_encoder import Precision, TextEncoder, passage_text
 
@@ -78,9 +78,9 @@ def embed_shard(
             f"finite as {config.dtype}. Check the encoder's weights, or store float32."
         )
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), encoder.dim)
-    pq.write_table(
-        pa.table({"id": table["id"], "embedding": embedding}), out_file, compression="zstd", row_group_size=10_000
-    )
+    shard = pa.table({"id": table["id"], "embedding": embedding})
+    with finished_file(out_file) as unfinished:
+        pq.write_table(shard, unfinished, compression="zstd", row_group_size=10_000)
     return table.num_rows
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefact import open_artefact
+from rag_core.artefact import finished_file, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.questions import Question
 from rag_core.reader import Answer
@@ -69,8 +69,8 @@ def prediction_row(question: Question, answer: Answer) -> dict[str, Any]:
 
 
 def write_part(rows: Sequence[dict[str, Any]], out_file: Path) -> None:
-    """Write one shard of rows as JSON lines."""
-    with out_file.open("w", encoding="utf-8") as file:
+    """Write one shard of rows as JSON lines; the file appears whole or not at all."""
+    with finished_file(out_file) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -7,6 +7,7 @@ its own contexts) and decode; parts are joined in the order of the file.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import torch
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, open_artefact, publish
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
@@ -34,6 +35,8 @@ from tasks.results import StageResult
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
 
+# Beside each part: how many contexts were read for it.
+COUNT = ".count"
 NO_PASSAGE = Passage(id="", title="", text="")
 
 
@@ -76,7 +79,10 @@ class QuestionAnswerer:
                 self._model, self._index, mine, self._config, lambda done: self._meter.advance.remote(done)
             )
         rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
-        write_part(rows, self._parts / part_name(number))
+        part = self._parts / part_name(number, size)
+        with finished_file(part.with_suffix(COUNT)) as file:
+            file.write_text(json.dumps(asdict(count)), encoding="utf-8")
+        write_part(rows, part)
         return count
 
 
@@ -106,13 +112,13 @@ def batch_infer(
     settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
 
     def work(run: StageRun) -> Manifest:
-        with publish(out, KIND, config=settings, made_from=made_from) as draft:
+        with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             parts = draft.folder / "parts"
-            parts.mkdir()
+            parts.mkdir(exist_ok=True)
             source = model.with_absolute_sources() if isinstance(model, ModelConfig) else str(Path(model).resolve())
             count = _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
             run.log_metrics({"contexts_cut_share": count.cut_share})
-            draft.counts["questions"] = join_parts(sorted(parts.iterdir()), draft.folder)
+            draft.counts["questions"] = join_parts(sorted(parts.glob("*.jsonl")), draft.folder)
             draft.counts |= asdict(count)
             shutil.rmtree(parts)
             draft.details["model"] = str(model)
@@ -138,9 +144,9 @@ def load_model(model: str | ModelConfig) -> RagModel:
     return RagModel.from_parts(model) if isinstance(model, ModelConfig) else RagModel.from_pretrained(model)
 
 
-def part_name(number: int) -> str:
-    """File name of one shard of predictions; names sort in the order of the questions."""
-    return f"part-{number:08d}.jsonl"
+def part_name(number: int, size: int) -> str:
+    """File name of one shard of predictions, of so many questions; names sort in the order of the questions."""
+    return f"part-{number:08d}-of-{size}.jsonl"
 
 
 def answer_questions(
@@ -199,10 +205,17 @@ def _answer_on_ray(
     model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, total: int, stage: str
 ) -> ContextCount:
     ensure_ray()
-    share = share_of_cluster(config.num_workers)
-    shards = range(-(-total // config.shard_questions))
+    share, size = share_of_cluster(config.num_workers), config.shard_questions
+    names = [part_name(number, size) for number in range(-(-total // size))]
+    for file in parts.iterdir():  # a former run may have cut the questions otherwise
+        if file.with_suffix(".jsonl").name not in names:
+            file.unlink()
+    finished = [number for number, name in enumerate(names) if (parts / name).is_file()]
+    shards = [number for number in range(len(names)) if number not in set(finished)]
+    done = sum(min(size, total - number * size) for number in finished)
     folders = str(Path(index).resolve()), str(Path(questions).resolve()), str(parts)
-    with progress(stage, total) as meter:
+    with progress(stage, total, done=done) as meter:
         arguments = (model, *folders, config, share.gpus > 0, meter)
         counts = map_on_workers(share, QuestionAnswerer, arguments, shards)
+    counts += [ContextCount(**json.loads((parts / names[one]).with_suffix(COUNT).read_bytes())) for one in finished]
     return ContextCount(**{name: sum(getattr(one, name) for one in counts) for name in ("contexts", "contexts_cut")})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from prefect import task
 
 from rag_core.artefact import Manifest, open_artefact, publish
@@ -63,9 +64,8 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"encoder": config.encoder, "encoder_settings": encoder.settings.model_dump()})
-        with publish(
-            out, KIND, config=settings, made_from={"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
-        ) as draft:
+        made_from = {"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
+        with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             rows = embed_on_ray(opened, draft.folder, config)
             if rows != len(opened):
                 raise ArtefactError(f"{rows} of {len(opened)} passages of {corpus} were embedded. Run the stage again.")
@@ -92,10 +92,15 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
 
 
 def embed_on_ray(corpus: Corpus, folder: Path, config: EmbedConfig) -> int:
-    """Every shard of the corpus into a shard of embeddings in `folder`; returns the number of rows."""
+    """Every shard of the corpus into a shard of embeddings in `folder`; returns the number of rows.
+
+    Shards that a former run finished stay as they are.
+    """
     ensure_ray()
     share = share_of_cluster(config.num_workers)
-    shards = [(number, str(path.resolve())) for number, path in enumerate(corpus.shards)]
+    finished = {number: file for number in range(len(corpus.shards)) if (file := folder / shard_name(number)).is_file()}
+    shards = [(number, str(path.resolve())) for number, path in enumerate(corpus.shards) if number not in finished]
+    rows = sum(pq.read_metadata(file).num_rows for file in finished.values())
     found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
-    with progress("embed-corpus", len(corpus)) as meter:
-        return sum(map_on_workers(share, ShardEmbedder, (found, str(folder), share.gpus > 0, meter), shards))
+    with progress("embed-corpus", len(corpus), done=rows) as meter:
+        return rows + sum(map_on_workers(share, ShardEmbedder, (found, str(folder), share.gpus > 0, meter), shards))

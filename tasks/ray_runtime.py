@@ -107,8 +107,8 @@ class ProgressMeter:
     def __init__(self) -> None:
         self.reset()
 
-    def reset(self) -> None:
-        self._done = 0
+    def reset(self, done: int = 0) -> None:
+        self._done = done
         self._note = ""
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -120,13 +120,16 @@ class ProgressMeter:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int) -> Iterator[Any]:
+def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
     """A progress bar that workers advance: yields a `ProgressMeter` handle to pass to them.
 
-    On a terminal it is a live bar; in a log it is one line at each tenth.
+    On a terminal it is a live bar; in a log it is one line at each tenth. `done` is what a former run has finished.
     """
     meter = _meter()
-    meter.reset.remote()
+    meter.reset.remote(done)
+    if done:
+        text = f"{description}: {done} of {total} were finished by a run that was stopped; going on with the others"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(meter, description, total, stop), daemon=True)
     watcher.start()
