@@ -24,7 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 	  || $(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
-demo: setup ## train and compare both variants on an embedded example (about 14 minutes on two cores)
+demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
 test: setup ## run all tests (under 12 minutes on two cores)
