@@ -15,7 +15,7 @@ from rag_core.decoding import decode_rag_sequence, decode_rag_token
 from rag_core.decoding.beam_search import _best_of
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.decoding.shared_attention import can_share
-from rag_core.likelihood import rag_nll
+from rag_core.likelihood import _answer_log_probs, rag_nll
 from rag_core.packed_linears import folded_logits_bias, packed_linears, trainable_linears
 from tests.tiny_models import ALL_FAMILIES, random_contexts, tiny_bart, tiny_model
 
@@ -132,6 +132,21 @@ def test_gradients_with_onednn_equal_those_without(family: str, variant: Any, mo
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_in_bfloat16_too_a_token_is_scored_without_seeing_later_ones(family: str) -> None:
+    model = tiny_model(family, vocab_size=12, dtype=torch.float32)
+    ids_BKS, mask_BKS, _ = random_contexts(B=3, K=1, S=7, seed=1, vocab_size=12)
+    labels_NT = torch.tensor([[5, 6, 7, 8, 9, 10]] * 3)
+    others_NT = labels_NT.clone()
+    others_NT[:, 3] = 4
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        one_NT, other_NT = (
+            _answer_log_probs(model, ids_BKS[:, 0], mask_BKS[:, 0], labels)[0] for labels in (labels_NT, others_NT)
+        )
+    assert torch.equal(one_NT[:, :3], other_NT[:, :3])
+    assert not torch.equal(one_NT[:, 3:], other_NT[:, 3:])
 
 
 @pytest.mark.parametrize("family", ["bart", "marian"])
