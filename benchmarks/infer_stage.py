@@ -2,7 +2,8 @@
 
 Ours: the command in an empty folder; it starts Prefect's server, Ray and MLflow's database, answers and publishes. The
 peer: imports, loading, and then batches of eight. RAG-Token in float32: ours answers all 2,000 questions, the peer's
-seconds follow from the line through two samples. Elsewhere both follow from samples. Contexts are cut to one length, because Hugging Face's RAG-Sequence reads padding as if it were text.
+seconds follow from the line through two samples. Elsewhere both follow from samples. Contexts are cut to one length, because
+Hugging Face's RAG-Sequence reads padding as if it were text.
 
 Legend: B questions, K passages per question, S context tokens.
 """

@@ -145,7 +145,8 @@ class _Fixed(CacheLayerMixin):
         """Nothing to do."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a context's keys and values do not change")
+        # Transformers asks for this method; a decoder that calls it would read other contexts than those it was given.
+        raise RuntimeError("the generator's decoder tried to change the keys and values of contexts, which are fixed")
 
     def get_seq_length(self) -> int:
         return int(self.keys.shape[2])  # type: ignore[union-attr]
