@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-smoke mutants lint format lock mlflow prefect clean
+.PHONY: help setup demo test bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,12 @@ $(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
 
 mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 6 minutes)
 	$(BIN)/python -m tests.mutants
+
+chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (up to 20 minutes on two cores)
+	$(BIN)/python -m pytest -m chaos --timeout 900
+
+chaos-smoke: setup ## the same in short (in CI)
+	CHAOS=smoke $(BIN)/python -m pytest -m chaos --timeout 900
 
 lint: setup ## formatting, lint, types, and the direction of imports
 	$(BIN)/ruff format --check .
