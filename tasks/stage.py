@@ -1,7 +1,8 @@
 """What every stage does around its own work: skip what is already there, open the MLflow run, leave a summary.
 
 A stage is skipped when its output folder holds a whole artefact that was made by the same work: same settings, same
-input contents (names do not count). A skipped stage still gets a child run, tagged with the run that did the work, so
+input contents (names do not count). The output is held against other runs from before that is known until the work is
+done. A skipped stage still gets a child run, tagged with the run that did the work, so
 that a pipeline's page shows all of its stages.
 """
 
@@ -17,6 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from rag_core.artefact import Manifest, find_finished
+from rag_core.writer_lock import reserved
 from tasks.results import StageResult
 from tasks.tracking import StageRun, open_run, run_link
 
@@ -60,9 +62,14 @@ def run_stage(
         manifest = find_finished(out, kind, dict(config), keys)
         skipped = manifest is not None
         if manifest is None:
-            manifest = work(run)
-            _remember_run(out, run.run_id)
-        else:
+            with reserved(out):
+                # Who had to wait for another run finds its work done.
+                manifest = find_finished(out, kind, dict(config), keys)
+                skipped = manifest is not None
+                if manifest is None:
+                    manifest = work(run)
+                    _remember_run(out, run.run_id)
+        if skipped:
             get_run_logger().info("%s: %s is up to date, nothing to do", stage, out)
             run.set_tags({"skipped": "true", "made_by_run": _remembered_run(out)})
         run.log_metrics({f"count_{name}": count for name, count in manifest.counts.items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from flows.cli import exchange_commands, inspect_commands, run_commands, stage_commands
 from rag_core.errors import RagError
+from rag_core.writer_lock import WAIT_SETTING, wait_setting
 
 app = typer.Typer(
     name="rag",
@@ -30,6 +31,23 @@ stage_commands.add_to(app)
 run_commands.add_to(app)
 inspect_commands.add_to(app)
 exchange_commands.add_to(app)
+
+
+@app.callback()
+def settings(
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long to wait for another run that writes at the same place; 0 fails at once. Default: "
+            "RAG_WAIT_SECONDS, else 0.",
+        ),
+    ] = None,
+) -> None:
+    """What holds for every command."""
+    if wait is not None:
+        os.environ[WAIT_SETTING] = str(wait)
+    wait_setting()
 
 
 def run() -> NoReturn:

@@ -1,0 +1,200 @@
+"""What an artefact's `manifest.json` says, and whether the files beside it are those that it describes.
+
+The manifest names every file with its size and SHA-256, so a reader can tell a missing, cut, changed or foreign file from
+a good one without knowing what the files mean. This module only looks; who writes is `artefact.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from rag_core.errors import ArtefactError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+# Kinds of which `rag verify --repair` can make single files again.
+REPAIRABLE = ("corpus", "embeddings", "index", "predictions")
+
+
+class FileEntry(BaseModel):
+    """Size and SHA-256 of one file of an artefact."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What `manifest.json` says of the folder it lies in.
+
+    `fingerprint` identifies the content (it is made from the files' names and checksums); `key` identifies the work
+    (it is made from the kind, the settings and the fingerprints of the inputs), so that a stage whose key is
+    already on disk need not run again.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    created_at: str
+    key: str
+    fingerprint: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    made_from: dict[str, str] = Field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
+    details: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileEntry]
+
+
+State = Literal["missing", "size", "content", "outside", "foreign", "unreadable", "manifest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with an artefact: which file, what was expected of it, and what was found instead."""
+
+    file: str
+    state: State
+    expected: str
+    found: str
+
+    def sentence(self, folder: Path) -> str:
+        """The finding in words, with the file's whole path."""
+        file = folder / self.file
+        return {
+            "missing": f"{file} is missing, the manifest says {self.expected}.",
+            "size": f"{file} has {self.found}, the manifest says {self.expected}.",
+            "content": f"{file} was changed since it was published: its SHA-256 is {self.found}, the manifest says "
+            f"{self.expected}.",
+            "outside": f"{file} lies outside the folder ({self.found}); {self.expected} was expected. Do not trust this "
+            "artefact.",
+            "foreign": f"{file} is no part of the artefact: {self.found}, {self.expected} was expected.",
+        }.get(self.state, f"{file}: {self.found}; {self.expected} was expected.")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of several files, in the order given. Names do not count, so a renamed file is the same."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(bytes.fromhex(sha256_of_file(path)))
+    return digest.hexdigest()
+
+
+def fingerprint_of_json(value: Any) -> str:
+    """SHA-256 of a JSON-like value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint_of_content(files: dict[str, FileEntry]) -> str:
+    """Identity of an artefact's content, from the files' names and checksums."""
+    return fingerprint_of_json({name: entry.sha256 for name, entry in files.items()})
+
+
+def stage_key(kind: str, config: dict[str, Any], made_from: dict[str, str]) -> str:
+    """Identity of a piece of work: what is made, with which settings, from which contents."""
+    return fingerprint_of_json([SCHEMA_VERSION, kind, config, made_from])
+
+
+def parse_manifest(content: bytes, place: str) -> Manifest:
+    """A manifest from the bytes of its file; `place` is how messages call it.
+
+    Raises:
+        ArtefactError: not JSON, not a manifest, of another schema version, or changed since it was written.
+    """
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtefactError(
+            f"{place} cannot be read ({str(error).splitlines()[0]}); a JSON object with schema_version {SCHEMA_VERSION} "
+            "was expected. Make the artefact again."
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{place} has schema version {manifest.schema_version}; this program reads version "
+            f"{SCHEMA_VERSION}. Use the release that wrote it, or make the artefact again."
+        )
+    return manifest
+
+
+def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
+    """The manifest of an artefact's folder; the files that it names are not looked at.
+
+    Raises:
+        ArtefactError: no such folder, no manifest, one that cannot be read, or (with `kind`) of another kind.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        found = f"it has no {MANIFEST}" if folder.exists() else "no such folder"
+        raise ArtefactError(f"{folder} is not {_a(kind)} artefact: {found}. Make one first, or correct the path.")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"{file} cannot be read ({error.strerror}). Check the permissions and the disk.") from error
+    manifest = parse_manifest(content, str(file))
+    if kind is not None and manifest.kind != kind:
+        raise ArtefactError(f"{folder} holds {manifest.kind!r}, but {kind!r} was expected here. Correct the path.")
+    return manifest
+
+
+def _a(kind: str | None) -> str:
+    return "an" if kind is None else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def examine_files(folder: Path, manifest: Manifest, *, check_content: bool) -> Iterator[Finding]:
+    """What is wrong with the files that the manifest names (presence, place, size and, if asked for, SHA-256), and with
+    the manifest's own fingerprint of them."""
+    for name, entry in manifest.files.items():
+        finding = examine_file(folder, name, entry, check_content=check_content)
+        if finding:
+            yield finding
+    fingerprint = fingerprint_of_content(manifest.files)
+    if fingerprint != manifest.fingerprint:
+        yield Finding(
+            MANIFEST, "manifest", f"fingerprint {fingerprint}, that of its files", f"fingerprint {manifest.fingerprint}"
+        )
+
+
+def examine_file(folder: Path, name: str, entry: FileEntry, *, check_content: bool) -> Finding | None:
+    """What is wrong with one file of an artefact; None if it is as the manifest says."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        return Finding(name, "outside", "a file within the folder", f"it leads to {file.resolve()}")
+    if not file.is_file():
+        return Finding(name, "missing", f"{entry.bytes} bytes", "no such file")
+    size = file.stat().st_size
+    if size != entry.bytes:
+        return Finding(name, "size", f"{entry.bytes} bytes", f"{size} bytes")
+    try:
+        if check_content and (found := sha256_of_file(file)) != entry.sha256:
+            return Finding(name, "content", entry.sha256, found)
+    except OSError as error:  # no permission, or a disk that has begun to fail
+        return Finding(name, "unreadable", f"{entry.bytes} readable bytes", str(error.strerror))
+    return None
+
+
+def foreign_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    """Files and links in the folder that the manifest does not name."""
+    known = {MANIFEST, *manifest.files}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            yield Finding(name, "foreign", "no such file", "the manifest does not name it")
+
+
+def remedy(folder: Path, kind: str, finding: Finding) -> str:
+    """What to do about a finding."""
+    if finding.state == "foreign":
+        return "Move it elsewhere."
+    if kind in REPAIRABLE and finding.state not in ("outside", "manifest"):
+        return f"Run `rag verify --repair {folder}`, or make the artefact again."
+    return f"Make the artefact again; `rag verify {folder}` tells all that is wrong with it."

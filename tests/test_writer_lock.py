@@ -1,0 +1,113 @@
+"""Two writers at one place: the second waits or fails, by choice, and what is made is made once and whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rag_core.artefact import open_artefact, publish
+from rag_core.errors import ArtefactError, ConfigError
+from rag_core.writer_lock import lock_file, only_writer, reserved, wait_setting
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a stage does around its work (`run_stage`), with work that takes a second.
+STAGE = """
+import os, sys, time
+from pathlib import Path
+from rag_core.artefact import find_finished, publish
+from rag_core.errors import ArtefactError
+from rag_core.writer_lock import reserved
+
+out, go = Path(sys.argv[1]), Path(sys.argv[2])
+while not go.exists():
+    time.sleep(0.001)
+try:
+    with reserved(out):
+        if find_finished(out, "thing", {}, {}) is None:
+            with publish(out, "thing") as draft:
+                for number in range(10):
+                    (draft.folder / f"part-{number}").write_text(str(os.getpid()))
+                    time.sleep(0.1)
+            print("made")
+        else:
+            print("skipped")
+except ArtefactError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def two_at_once(folder: Path, wait: str) -> list[tuple[int, str, str]]:
+    """Exit code, output and messages of two processes that begin at the same moment."""
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "RAG_WAIT_SECONDS": wait}
+    command = [sys.executable, "-c", STAGE, str(folder / "out"), str(folder / "go")]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    time.sleep(1.5)
+    (folder / "go").touch()
+    said = [one.communicate(timeout=60) for one in both]
+    return [(one.returncode, out.strip(), err) for one, (out, err) in zip(both, said, strict=True)]
+
+
+def writers_of(out: Path) -> set[str]:
+    open_artefact(out, "thing")
+    return {(out / f"part-{number}").read_text() for number in range(10)}
+
+
+def test_of_two_runs_at_once_the_one_that_waits_finds_the_work_done(tmp_path: Path) -> None:
+    ends = two_at_once(tmp_path, "60")
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert sorted(said for _, said, _ in ends) == ["made", "skipped"]
+    assert len(writers_of(tmp_path / "out")) == 1
+    (waited,) = [err for _, said, err in ends if said == "skipped"]
+    assert "is being written by another run (process " in waited
+    assert "of at most 60 s" in waited
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "out"]
+
+
+def test_of_two_runs_at_once_the_one_that_may_not_wait_is_told_who_writes_and_since_when(tmp_path: Path) -> None:
+    ends = two_at_once(tmp_path, "0")
+    assert sorted(code for code, _, _ in ends) == [0, 2], ends
+    (refused,) = [said for code, said, _ in ends if code == 2]
+    assert "being written by another run (process " in refused
+    assert "s ago)" in refused
+    assert "rag --wait" in refused
+    assert len(writers_of(tmp_path / "out")) == 1
+
+
+def test_waiting_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(ArtefactError, match="still after 0 s of waiting"),
+        only_writer(tmp_path / "out", wait_seconds=0.3),
+    ):
+        pass
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+def test_one_publish_at_a_time_uses_a_stages_hold(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with reserved(out):
+        for text in ("one", "two"):
+            with publish(out, "thing") as draft:
+                (draft.folder / "data.txt").write_text(text)
+                with pytest.raises(ArtefactError, match="being written"), publish(out, "thing"):
+                    pass
+        assert lock_file(out).exists(), "the stage holds it still"
+    assert not lock_file(out).exists()
+    assert (out / "data.txt").read_text() == "two"
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan"])
+def test_a_wait_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAG_WAIT_SECONDS", text)
+    with pytest.raises(ConfigError, match=f"RAG_WAIT_SECONDS is '{text}'"):
+        wait_setting()
