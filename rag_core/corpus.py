@@ -28,6 +28,7 @@ from rag_core.artefact import (
     publish,
     sha256_of_file,
 )
+from rag_core.artefact_inputs import input_paths
 from rag_core.errors import ArtefactError, InputError
 from rag_core.passages import Passage
 from rag_core.readers import CorpusFormat, Reject, Row, expand_sources, read_rows
@@ -88,6 +89,7 @@ def write_corpus(
     rows = read_rows(sources, config.format, words_per_passage=config.words_per_passage)
     with publish(Path(out), KIND, config=config.model_dump(mode="json"), made_from=made_from) as draft:
         _fill(draft, rows, config.shard_rows, ", ".join(str(source) for source in sources), on_progress)
+        draft.details["inputs"] = input_paths(sources=list(sources))
     return open_artefact(Path(out), KIND, check_content=False)
 
 

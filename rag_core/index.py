@@ -20,6 +20,7 @@ from numpy.lib.format import write_array_header_1_0
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, open_artefact, publish
+from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
@@ -95,6 +96,7 @@ def build_index(
             "search_parameter": measured.chosen.parameter,
             "search_value": measured.chosen.value,
             "recall_curve": [asdict(point) for point in measured.curve],
+            "inputs": input_paths(embeddings=embeddings.path, corpus=corpus.path),
         }
     return open_artefact(out, KIND, check_content=False)
 

@@ -8,7 +8,8 @@ posterior p(z|q,a)). A part is one shard of questions, written by one worker; pa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def write_part(rows: Sequence[dict[str, Any]], out_file: Path) -> None:
     """Write one shard of rows as JSON lines; the file appears whole or not at all."""
     with finished_file(out_file) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
 
 
 def join_parts(parts: Sequence[Path], folder: Path) -> int:
@@ -87,6 +88,24 @@ def join_parts(parts: Sequence[Path], folder: Path) -> int:
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
             count += len(rows)
     return count
+
+
+def write_jsonl(rows: Iterable[dict[str, Any]], out_file: Path) -> None:
+    """Rows as `predictions.jsonl`, the same bytes as those that `join_parts` wrote from them."""
+    with out_file.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(_line(row))
+
+
+def write_parquet(jsonl: Path, out_file: Path, shard_questions: int) -> None:
+    """`predictions.parquet` from `predictions.jsonl`, with row groups of one part's size, as `join_parts` writes them."""
+    with jsonl.open(encoding="utf-8", newline="\n") as lines, pq.ParquetWriter(out_file, SCHEMA) as writer:
+        while rows := [json.loads(line) for line in islice(lines, shard_questions)]:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, open_artefact, publish
+from rag_core.artefact_inputs import input_paths
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
@@ -121,7 +122,11 @@ def batch_infer(
             draft.counts["questions"] = join_parts(sorted(parts.glob("*.jsonl")), draft.folder)
             draft.counts |= asdict(count)
             shutil.rmtree(parts)
-            draft.details["model"] = str(model)
+            draft.details |= {
+                "model": str(model),
+                "shard_questions": config.shard_questions,
+                "inputs": input_paths(index=index, questions=questions),
+            }
         return open_artefact(out, KIND, check_content=False)
 
     inputs = {"index": Input(index, made_from["index"]), "questions": Input(questions, made_from["questions"])}

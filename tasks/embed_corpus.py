@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from prefect import task
 
 from rag_core.artefact import Manifest, open_artefact, publish
+from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, embed_shard, shard_name
 from rag_core.errors import ArtefactError
@@ -76,6 +77,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
                 "encoder_settings": encoder.settings.model_dump(),
                 "dim": encoder.dim,
                 "dtype": config.dtype,
+                "inputs": input_paths(corpus=corpus),
             }
         return open_artefact(out, KIND, check_content=False)
 

@@ -14,6 +14,7 @@ import torch
 from prefect import task
 
 from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
 from rag_core.model_source import absolute_source
@@ -76,7 +77,7 @@ def pretrain_generator(
             with publish(out, KIND, config=settings, made_from=made_from) as draft:
                 trained.copy_to(draft.folder)
                 draft.counts |= trained.counts()
-                draft.details["encoder"] = config.encoder
+                draft.details |= {"encoder": config.encoder, "inputs": input_paths(**paths)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(

@@ -10,6 +10,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.artefact_inputs import input_paths
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
@@ -92,6 +93,7 @@ def train(
             with publish(out, KIND, config=settings, made_from=made_from) as draft:
                 trained.copy_to(draft.folder)
                 draft.counts |= trained.counts()
+                draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
         register_model(run, Path(out), Path(index), variant)
         return open_artefact(out, KIND, check_content=False)
 

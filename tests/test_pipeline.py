@@ -248,3 +248,31 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
     predictions = out / "predictions" / "rag-token"
     told = json.loads(rag("evaluate", "--predictions", predictions, "--questions", questions, "--k", "1,3", "--json"))
     assert told["em"] == result.scores["RAG-Token"]["overall"]["em"]
+
+
+def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = ran
+    from rag_core.verification import artefacts_below, verify
+
+    reports = [verify(path) for path in artefacts_below(out)]
+    assert [one for report in reports for one in (*report.findings, *report.notes)] == []
+    kinds = {report.manifest.kind for report in reports if report.manifest}
+    assert kinds == {"corpus", "embeddings", "index", "generator", "rag-model", "predictions"}
+
+
+def test_damaged_files_of_every_stage_are_made_again_byte_for_byte(ran) -> None:  # type: ignore[no-untyped-def]
+    _, out, _ = ran
+    from rag_core.repair import repair
+
+    for name in (
+        "corpus/passages-00001.parquet",
+        "embeddings/embeddings-00001.parquet",
+        "index/index.faiss",
+        "predictions/rag-token/predictions.parquet",
+        "predictions/rag-token/predictions.jsonl",
+    ):
+        file = out / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        assert repair(file.parent) == [file.name]
+        assert file.read_bytes() == whole

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.cli import exchange_commands, inspect_commands, run_commands, stage_commands
+from flows.cli import artefact_commands, exchange_commands, inspect_commands, run_commands, stage_commands
 from rag_core.errors import RagError
 from rag_core.writer_lock import WAIT_SETTING, wait_setting
 
@@ -31,6 +31,7 @@ stage_commands.add_to(app)
 run_commands.add_to(app)
 inspect_commands.add_to(app)
 exchange_commands.add_to(app)
+artefact_commands.add_to(app)
 
 
 @app.callback()
