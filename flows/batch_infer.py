@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
+from rag_core.places import ArtefactPath
 from rag_core.rag_model import ModelConfig
 from tasks.batch_infer import InferConfig
 from tasks.batch_infer import batch_infer as run_task
@@ -14,10 +13,10 @@ from tasks.results import StageResult
 
 @flow(name="batch-infer")
 def batch_infer(
-    model: Path | ModelConfig,
-    index: Path,
-    questions: Path,
-    out: Path,
+    model: ArtefactPath | ModelConfig,
+    index: ArtefactPath,
+    questions: ArtefactPath,
+    out: ArtefactPath,
     config: InferConfig,
     parent_run_id: str | None = None,
     stage: str = "batch-infer",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
 from rag_core.index import IndexConfig
+from rag_core.places import ArtefactPath
 from tasks.build_index import build_index as run_task
 from tasks.results import StageResult
 
 
 @flow(name="build-index")
 def build_index(
-    embeddings: Path, corpus: Path, out: Path, config: IndexConfig, parent_run_id: str | None = None
+    embeddings: ArtefactPath,
+    corpus: ArtefactPath,
+    out: ArtefactPath,
+    config: IndexConfig,
+    parent_run_id: str | None = None,
 ) -> StageResult:
     """Build a FAISS index and measure how well it finds."""
     return run_task(embeddings, corpus, out, config, parent_run_id)

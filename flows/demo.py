@@ -8,7 +8,9 @@ from prefect import flow
 from pydantic import Field
 
 from flows.pipeline import PipelineConfig, PipelineResult, QuestionFiles, pipeline
+from rag_core.errors import ConfigError
 from rag_core.geonames.config import GeonamesConfig
+from rag_core.places import ObjectPath, as_place
 from tasks.make_demo_data import make_demo_data
 
 
@@ -23,6 +25,10 @@ class DemoConfig(PipelineConfig):
 @flow(name="demo")
 def demo(config: DemoConfig, out: Path = Path("runs/demo")) -> PipelineResult:
     """Make the corpus and the questions, then run the pipeline on them."""
+    if isinstance(as_place(out), ObjectPath):
+        raise ConfigError(
+            f"The demo writes its files below {out}, and needs a local folder for that. Give another --out."
+        )
     data = make_demo_data(config.geonames, out / "data")
     files = QuestionFiles(train=data / "train.jsonl", dev=data / "dev.jsonl", test=data / "test.jsonl")
     settings = config.model_dump(exclude={"geonames", "sources", "questions"})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
 from rag_core.embeddings import EmbedConfig
+from rag_core.places import ArtefactPath
 from tasks.embed_corpus import embed_corpus as run_task
 from tasks.results import StageResult
 
 
 @flow(name="embed-corpus")
-def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
+def embed_corpus(
+    corpus: ArtefactPath, out: ArtefactPath, config: EmbedConfig, parent_run_id: str | None = None
+) -> StageResult:
     """Embed every passage with the frozen document encoder."""
     return run_task(corpus, out, config, parent_run_id)

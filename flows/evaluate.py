@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
 from rag_core.evaluation import Scores
+from rag_core.places import ArtefactPath
 from tasks.evaluate import evaluate as run_task
 from tasks.results import StageResult
 
 
 @flow(name="evaluate")
 def evaluate(
-    predictions: Path,
-    questions: Path,
+    predictions: ArtefactPath,
+    questions: ArtefactPath,
     ks: list[int] = [1, 5],  # noqa: B006 (Prefect shows the default in its form)
     parent_run_id: str | None = None,
     stage: str = "evaluate",

@@ -23,6 +23,7 @@ from rag_core.embeddings import EmbedConfig
 from rag_core.evaluation import Scores
 from rag_core.index import IndexConfig
 from rag_core.likelihood import Variant
+from rag_core.places import ArtefactPath
 from rag_core.pretraining import PretrainConfig
 from rag_core.rag_model import ModelConfig
 from tasks.batch_infer import InferConfig
@@ -39,9 +40,9 @@ class QuestionFiles(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: Path
-    dev: Path
-    test: Path
+    train: ArtefactPath
+    dev: ArtefactPath
+    test: ArtefactPath
 
 
 class PipelineConfig(BaseModel):
@@ -50,7 +51,7 @@ class PipelineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field("pipeline", description="name of the parent MLflow run")
-    sources: list[Path] = Field(description="files or folders that the corpus is read from")
+    sources: list[ArtefactPath] = Field(description="files or folders that the corpus is read from")
     corpus: CorpusConfig
     questions: QuestionFiles
     embed: EmbedConfig
@@ -73,7 +74,7 @@ class PipelineResult(BaseModel):
 
 
 @flow(name="pipeline")
-def pipeline(config: PipelineConfig, out: Path = Path("runs/pipeline")) -> PipelineResult:
+def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) -> PipelineResult:
     """Run every stage into folders below `out` and compare the trained variants on the test questions."""
     files = config.questions
     stages: list[StageResult] = []

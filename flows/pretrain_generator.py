@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
+from rag_core.places import ArtefactPath
 from rag_core.pretraining import PretrainConfig
 from tasks.pretrain_generator import pretrain_generator as run_task
 from tasks.results import StageResult
@@ -13,10 +12,10 @@ from tasks.results import StageResult
 
 @flow(name="pretrain-generator")
 def pretrain_generator(
-    corpus: Path,
-    questions: Path,
-    dev: Path,
-    out: Path,
+    corpus: ArtefactPath,
+    questions: ArtefactPath,
+    dev: ArtefactPath,
+    out: ArtefactPath,
     config: PretrainConfig,
     num_workers: int = 0,
     parent_run_id: str | None = None,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect import flow
 
+from rag_core.places import ArtefactPath
 from rag_core.rag_model import ModelConfig
 from tasks.results import StageResult
 from tasks.train import TrainConfig
@@ -14,10 +13,10 @@ from tasks.train import train as run_task
 
 @flow(name="train-sequence")
 def train_sequence(
-    index: Path,
-    questions: Path,
-    dev: Path,
-    out: Path,
+    index: ArtefactPath,
+    questions: ArtefactPath,
+    dev: ArtefactPath,
+    out: ArtefactPath,
     model: ModelConfig,
     config: TrainConfig,
     parent_run_id: str | None = None,

@@ -41,6 +41,7 @@ from rag_core.manifest import (
     sha256_of_file,
     stage_key,
 )
+from rag_core.places import ObjectPath, as_place
 from rag_core.writer_lock import only_writer
 
 __all__ = [
@@ -52,23 +53,86 @@ __all__ = [
     "find_finished",
     "fingerprint_of_files",
     "fingerprint_of_json",
+    "finish_publishing",
     "finished_file",
+    "local_copy",
+    "local_file",
+    "manifest_at",
     "open_artefact",
     "publish",
     "refuse_foreign_folder",
     "sha256_of_file",
     "stage_key",
+    "working_place",
 ]
 
 
 def find_finished(out: Path, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
     """The manifest of `out` if it is whole and was made by the same work, else None (so the stage has to run)."""
     try:
-        if read_manifest(Path(out), kind).key != stage_key(kind, config, made_from):
+        if manifest_at(out, kind).key != stage_key(kind, config, made_from):
             return None  # before all its files are read for nothing
         return open_artefact(out, kind)
     except ArtefactError:
         return None
+
+
+def manifest_at(path: Path, kind: str | None = None) -> Manifest:
+    """The manifest of an artefact, here or in an object store; the files that it names are not looked at.
+
+    Raises:
+        ArtefactError: there is none, it cannot be read, or (with `kind`) it is of another kind.
+    """
+    place = as_place(path)
+    if not isinstance(place, ObjectPath):
+        return read_manifest(place, kind)
+    from rag_core.stored_artefact import needed_manifest
+
+    return needed_manifest(place, kind).manifest
+
+
+def local_copy(path: Path) -> Path:
+    """A folder to read an artefact from: `path` itself, or what was fetched from an object store into the cache.
+
+    Raises:
+        ArtefactError: the store has no artefact there, or a file of it is missing or changed.
+    """
+    place = as_place(path)
+    if not isinstance(place, ObjectPath):
+        return place
+    from rag_core.stored_artefact import fetch
+
+    return fetch(place)
+
+
+def local_file(path: Path) -> Path:
+    """A file (or a folder of files) to read that is no artefact: `path` itself, or a copy from an object store."""
+    place = as_place(path)
+    if not isinstance(place, ObjectPath):
+        return place
+    from rag_core.stored_artefact import fetch_file
+
+    return fetch_file(place)
+
+
+def finish_publishing(out: Path, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
+    """Upload what a run of the same work had made for an object store when it was stopped; None if there is nothing."""
+    place = as_place(out)
+    if not isinstance(place, ObjectPath):
+        return None
+    from rag_core.stored_artefact import finish_upload
+
+    return finish_upload(place, kind, config, made_from)
+
+
+def working_place(out: Path) -> Path:
+    """The local folder beside which drafts, locks and notes of an artefact are: its own, or one in the cache."""
+    place = as_place(out)
+    if not isinstance(place, ObjectPath):
+        return place
+    from rag_core.stored_artefact import work_folder
+
+    return work_folder(place)
 
 
 @contextlib.contextmanager
@@ -88,7 +152,7 @@ def publish(
     it. A draft of other work for `out` is deleted. Where `out` is a link to a folder, the artefact is written there.
 
     Args:
-        out: folder of the artefact.
+        out: folder of the artefact, or `s3://bucket/prefix`.
         kind: what it is.
         config: settings that decide the content; part of the key.
         made_from: fingerprints of the inputs; part of the key.
@@ -99,6 +163,14 @@ def publish(
         ArtefactError: `out` is a file, or a folder with content that no stage of ours published; another process
             is writing there; the disk is full or refuses; or a link in the draft leads out of it.
     """
+    place = as_place(out)
+    if isinstance(place, ObjectPath):
+        from rag_core.stored_artefact import publish_to_store  # which is built on this module
+
+        options: dict[str, Any] = {"config": config, "made_from": made_from, "wait_seconds": wait_seconds}
+        with publish_to_store(place, kind, resume=resume, **options) as draft:
+            yield draft
+        return
     config, made_from = config or {}, made_from or {}
     out = Path(os.path.realpath(out))
     refuse_foreign_folder(out)
@@ -136,14 +208,14 @@ def open_artefact(path: Path, kind: str, *, check_content: bool = True) -> Manif
     """Read and check the manifest of an artefact.
 
     Args:
-        path: the artefact's folder.
+        path: the artefact's folder, or its place in an object store.
         kind: what it must be ("corpus", "embeddings", "index", "generator", "rag-model", "predictions").
         check_content: compare the SHA-256 of every file (default), or only presence and size.
 
     Raises:
         ArtefactError: nothing there, another kind or schema version, or a file missing, cut or changed.
     """
-    path = Path(path)
+    path = local_copy(path)
     manifest = read_manifest(path, kind)
     for finding in examine_files(path, manifest, check_content=check_content):
         raise ArtefactError(f"{finding.sentence(path)} {remedy(path, kind, finding)}")

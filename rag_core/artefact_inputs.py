@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rag_core.artefact import manifest_at
 from rag_core.errors import ArtefactError
-from rag_core.manifest import Manifest, read_manifest
+from rag_core.manifest import Manifest
+from rag_core.places import absolute
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,13 @@ class GivenInputs:
     sources: tuple[Path, ...] = ()
     corpus: Path | None = None
     embeddings: Path | None = None
+    beside: Path | None = None  # where neighbours of the artefact are looked for; None: in its parent folder
 
 
 def input_paths(**paths: object) -> dict[str, Any]:
     """`inputs` for a manifest's details: absolute paths, or lists of them."""
     return {
-        name: [str(Path(one).resolve()) for one in path]
-        if isinstance(path, (list, tuple))
-        else str(Path(str(path)).resolve())
+        name: [absolute(one) for one in path] if isinstance(path, (list, tuple)) else absolute(str(path))
         for name, path in paths.items()
     }
 
@@ -43,9 +44,9 @@ def find_input(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) 
     """
     wanted = manifest.made_from.get(kind)
     named = getattr(given, kind)
-    for place in _places(folder, manifest, kind, named):
+    for place in _places(folder, manifest, kind, given):
         try:
-            found = read_manifest(place, kind).fingerprint
+            found = manifest_at(place, kind).fingerprint
         except ArtefactError:
             if place == named:
                 raise
@@ -60,14 +61,15 @@ def find_input(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) 
     return None
 
 
-def _places(folder: Path, manifest: Manifest, kind: str, named: Path | None) -> Iterator[Path]:
+def _places(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) -> Iterator[Path]:
+    named = getattr(given, kind)
     if named is not None:
         yield named
         return
     recorded = manifest.details.get("inputs", {}).get(kind)
     if recorded:
         yield Path(recorded)
-    yield folder.parent / kind  # as `rag pipeline` lays them out
+    yield (given.beside or folder.parent) / kind  # as `rag pipeline` lays them out
 
 
 def command_for(folder: Path, manifest: Manifest) -> str:

@@ -24,6 +24,7 @@ from rag_core.artefact import (
     Manifest,
     fingerprint_of_files,
     fingerprint_of_json,
+    local_copy,
     open_artefact,
     publish,
     sha256_of_file,
@@ -31,6 +32,7 @@ from rag_core.artefact import (
 from rag_core.artefact_inputs import input_paths
 from rag_core.errors import ArtefactError, InputError
 from rag_core.passages import Passage
+from rag_core.places import as_place
 from rag_core.readers import CorpusFormat, Reject, Row, expand_sources, read_rows
 from rag_core.readers.rows import check_row
 
@@ -120,6 +122,7 @@ class Corpus:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
+        self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
         self.manifest = manifest
         names = [name for name in manifest.files if name.startswith("passages-")]
         # By length first: from the 100,000th shard on, the number is wider than its five digits.
@@ -136,7 +139,10 @@ class Corpus:
         Raises:
             ArtefactError: not a corpus, or damaged.
         """
-        return cls(Path(path), open_artefact(Path(path), KIND, check_content=check_content))
+        local = local_copy(path)
+        corpus = cls(local, open_artefact(local, KIND, check_content=check_content))
+        corpus.place = as_place(path)
+        return corpus
 
     def __len__(self) -> int:
         return self.manifest.counts["passages"]

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, finished_file, open_artefact
+from rag_core.artefact import Manifest, finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
+from rag_core.places import as_place
 from rag_core.text_encoder import Precision, TextEncoder, passage_text
 
 KIND = "embeddings"
@@ -89,6 +90,7 @@ class Embeddings:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
+        self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
         self.manifest = manifest
         self.dim: int = manifest.details["dim"]
         self.dtype: VectorDtype = manifest.details["dtype"]
@@ -97,7 +99,10 @@ class Embeddings:
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> Embeddings:
         """Open an artefact; raises ArtefactError if it is missing or damaged."""
-        return cls(Path(path), open_artefact(path, KIND, check_content=check_content))
+        local = local_copy(path)
+        embeddings = cls(local, open_artefact(local, KIND, check_content=check_content))
+        embeddings.place = as_place(path)
+        return embeddings
 
     def __len__(self) -> int:
         return self.manifest.counts["passages"]

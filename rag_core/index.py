@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.lib.format import write_array_header_1_0
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, open_artefact, publish
+from rag_core.artefact import Manifest, local_copy, open_artefact, publish
 from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
@@ -96,7 +96,7 @@ def build_index(
             "search_parameter": measured.chosen.parameter,
             "search_value": measured.chosen.value,
             "recall_curve": [asdict(point) for point in measured.curve],
-            "inputs": input_paths(embeddings=embeddings.path, corpus=corpus.path),
+            "inputs": input_paths(embeddings=embeddings.place, corpus=corpus.place),
         }
     return open_artefact(out, KIND, check_content=False)
 
@@ -122,7 +122,7 @@ class PassageIndex:
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> PassageIndex:
         """Open an index; raises ArtefactError if it is missing or damaged."""
-        path = Path(path)
+        path = local_copy(path)
         return cls(path, open_artefact(path, KIND, check_content=check_content))
 
     def __len__(self) -> int:

@@ -17,13 +17,15 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from rag_core.artefact import local_copy
 from rag_core.errors import ConfigError
+from rag_core.places import ObjectPath, as_place
 
 PACKAGE_PREFIX = "package:"
 
 
 def resolve_model_source(name_or_folder: str | Path) -> str:
-    """The folder or hub name that Transformers should load.
+    """The folder or hub name that Transformers should load; a generator artefact in an object store is fetched.
 
     Raises:
         ConfigError: a `package:` source that is not installed, or a local path that is no model folder.
@@ -31,7 +33,7 @@ def resolve_model_source(name_or_folder: str | Path) -> str:
     name = str(name_or_folder)
     if name.startswith(PACKAGE_PREFIX):
         return str(_package_folder(name.removeprefix(PACKAGE_PREFIX)))
-    path = Path(name)
+    path = local_copy(Path(name))
     if path.is_dir():
         if not _is_model_folder(path):
             raise ConfigError(f"{path} has no config.json, so it is not a model folder. Give the folder that holds it.")
@@ -45,7 +47,8 @@ def resolve_model_source(name_or_folder: str | Path) -> str:
 
 def absolute_source(name_or_folder: str) -> str:
     """The same source, with a local folder's path made absolute, for workers whose current folder is another one."""
-    return str(Path(name_or_folder).resolve()) if Path(name_or_folder).is_dir() else name_or_folder
+    place = as_place(name_or_folder)
+    return str(place.resolve()) if isinstance(place, ObjectPath) or place.is_dir() else name_or_folder
 
 
 def load_from_source(load: Callable[..., Any], source: str, **options: Any) -> Any:

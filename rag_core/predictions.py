@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefact import finished_file, open_artefact
+from rag_core.artefact import finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.questions import Question
 from rag_core.reader import Answer
@@ -114,10 +114,11 @@ def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ArtefactError: missing, damaged, or a line that is not a row.
     """
+    folder = local_copy(folder)
     open_artefact(folder, KIND)
-    with (Path(folder) / JSONL).open(encoding="utf-8") as file:
+    with (folder / JSONL).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             row = json.loads(line)
             if not {"id", "question", "answer", "passages"} <= row.keys():
-                raise ArtefactError(f"{Path(folder) / JSONL} line {number} is not a prediction. Run `rag infer` again.")
+                raise ArtefactError(f"{folder / JSONL} line {number} is not a prediction. Run `rag infer` again.")
             yield row

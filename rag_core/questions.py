@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rag_core.artefact import local_file
 from rag_core.errors import InputError
 from rag_core.passages import Passage
 from rag_core.readers.rows import MAX_LINE_BYTES, Reject, decode_line, excerpt, field_fault, id_as_text
@@ -61,7 +62,7 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         InputError: missing or empty file, unknown format, a bad row, an id that occurs twice.
     """
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         found = "it is a folder" if path.is_dir() else "it does not exist"
         raise InputError(

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from rag_core.artefact import open_artefact, publish
+from rag_core.artefact import local_copy, open_artefact, publish
 from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import PassageIndex
@@ -95,7 +95,7 @@ class RagModel(nn.Module):
         Raises:
             ArtefactError: the folder is not a RAG model, or it is damaged.
         """
-        folder = Path(folder)
+        folder = local_copy(Path(folder))
         open_artefact(folder, KIND)
         settings = ModelSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
         question_encoder = TextEncoder.from_pretrained(folder / "question_encoder")

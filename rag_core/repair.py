@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,7 +24,9 @@ from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name
 from rag_core.errors import ArtefactError
 from rag_core.index import IndexConfig, build_index
 from rag_core.manifest import REPAIRABLE, Manifest, examine_files, read_manifest
+from rag_core.places import ObjectPath, as_place
 from rag_core.predictions import JSONL, PARQUET, write_jsonl, write_parquet
+from rag_core.stored_verification import replace_damaged
 from rag_core.text_encoder import TextEncoder
 from rag_core.verification import NOT_REPAIRED
 from rag_core.writer_lock import only_writer
@@ -36,7 +39,7 @@ def repair(path: Path, given: GivenInputs | None = None) -> list[str]:
     """Make the damaged files of the artefact at `path` again; returns their names.
 
     Args:
-        path: the artefact.
+        path: the artefact's folder, or its place in an object store.
         given: inputs that are not where the manifest says.
 
     Raises:
@@ -44,6 +47,10 @@ def repair(path: Path, given: GivenInputs | None = None) -> list[str]:
             made differs from what was published, another run writes there, or the disk refuses. The message says which
             command makes the artefact again.
     """
+    place = as_place(path)
+    if isinstance(place, ObjectPath):
+        given = replace(given or GivenInputs(), beside=place.parent)
+        return replace_damaged(place, lambda copy: repair(copy, given))
     path = Path(os.path.realpath(path))
     manifest = read_manifest(path)
     with disk_errors_named(path), only_writer(path):

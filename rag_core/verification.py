@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rag_core.artefact import local_copy, manifest_at
 from rag_core.artefact_contents import content_findings
 from rag_core.artefact_inputs import GivenInputs, command_for, find_input
 from rag_core.errors import ArtefactError
-from rag_core.manifest import MANIFEST, REPAIRABLE, Finding, Manifest, examine_files, foreign_files, read_manifest
+from rag_core.manifest import MANIFEST, REPAIRABLE, Finding, Manifest, examine_files, foreign_files
+from rag_core.places import ObjectPath, as_place
+from rag_core.stored_verification import stored_artefacts_below, stored_findings
 
 # In the order in which they are made: what is repaired first may be needed for what follows.
 ORDER = ("corpus", "embeddings", "index", "generator", "rag-model", "predictions")
@@ -47,6 +50,12 @@ def artefacts_below(path: Path) -> list[Path]:
     Raises:
         ArtefactError: there is none.
     """
+    place = as_place(path)
+    if isinstance(place, ObjectPath):
+        stored = stored_artefacts_below(place)
+        if not stored:
+            raise ArtefactError(f"{place} holds no artefact: no {MANIFEST} there or below. Correct the place.")
+        return sorted(stored, key=_stage)
     if not path.is_dir():
         raise ArtefactError(f"There is no folder {path}. Give an artefact's folder, or one that holds artefacts.")
     found: list[Path] = []
@@ -65,7 +74,7 @@ def artefacts_below(path: Path) -> list[Path]:
 
 def _stage(path: Path) -> int:
     try:
-        return ORDER.index(read_manifest(path).kind)
+        return ORDER.index(manifest_at(path).kind)
     except (ArtefactError, ValueError):
         return len(ORDER)
 
@@ -78,19 +87,22 @@ def verify(path: Path, given: GivenInputs | None = None) -> Report:
     Raises:
         ArtefactError: `given` names a corpus or embeddings that the artefact was not made from.
     """
+    place = as_place(path)
     try:
-        manifest = read_manifest(path)
+        manifest = manifest_at(place)
     except ArtefactError as error:
         return Report(path, None, [Finding(MANIFEST, "manifest", "a manifest of schema version 1", str(error))])
-    report = Report(path, manifest, list(examine_files(path, manifest, check_content=True)))
-    damaged = bool(report.findings)
-    report.findings += foreign_files(path, manifest)
-    if damaged:
+    if isinstance(place, ObjectPath):
+        found = list(stored_findings(place, manifest))
+    else:
+        found = [*examine_files(place, manifest, check_content=True), *foreign_files(place, manifest)]
+    report = Report(place, manifest, found)
+    if any(one.state != "foreign" for one in found):
         return report
     inputs: dict[str, Path | None] = {}
     for kind in ("corpus", "embeddings"):
-        inputs[kind] = find_input(path, manifest, kind, given or GivenInputs()) if kind in manifest.made_from else None
+        inputs[kind] = find_input(place, manifest, kind, given or GivenInputs()) if kind in manifest.made_from else None
         if manifest.kind in ("embeddings", "index") and kind == "corpus" and inputs[kind] is None:
             report.notes.append(f"the {kind} that it was made from was not found, so ids were not compared with it")
-    report.findings += content_findings(path, manifest, inputs["corpus"], inputs["embeddings"])
+    report.findings += content_findings(local_copy(place), manifest, inputs["corpus"], inputs["embeddings"])
     return report

@@ -19,13 +19,14 @@ import torch
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, open_artefact, publish
+from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, local_file, open_artefact, publish
 from rag_core.artefact_inputs import input_paths
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.passages import Passage
+from rag_core.places import absolute
 from rag_core.predictions import KIND, join_parts, prediction_row, write_part
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import ModelConfig, RagModel, batches_of
@@ -108,7 +109,7 @@ def batch_infer(
         "model": loaded.fingerprint(),
         "model_settings": settings_print,
         "index": opened_index.manifest.fingerprint,
-        "questions": fingerprint_of_files([questions]),
+        "questions": fingerprint_of_files([local_file(questions)]),
     }
     settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
 
@@ -116,7 +117,7 @@ def batch_infer(
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             parts = draft.folder / "parts"
             parts.mkdir(exist_ok=True)
-            source = model.with_absolute_sources() if isinstance(model, ModelConfig) else str(Path(model).resolve())
+            source = model.with_absolute_sources() if isinstance(model, ModelConfig) else absolute(model)
             count = _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
             run.log_metrics({"contexts_cut_share": count.cut_share})
             draft.counts["questions"] = join_parts(sorted(parts.glob("*.jsonl")), draft.folder)
@@ -218,7 +219,7 @@ def _answer_on_ray(
     finished = [number for number, name in enumerate(names) if (parts / name).is_file()]
     shards = [number for number in range(len(names)) if number not in set(finished)]
     done = sum(min(size, total - number * size) for number in finished)
-    folders = str(Path(index).resolve()), str(Path(questions).resolve()), str(parts)
+    folders = absolute(index), absolute(questions), str(parts)
     with progress(stage, total, done=done) as meter:
         arguments = (model, *folders, config, share.gpus > 0, meter)
         counts = map_on_workers(share, QuestionAnswerer, arguments, shards)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from prefect import task
 
-from rag_core.artefact import fingerprint_of_files, open_artefact
+from rag_core.artefact import fingerprint_of_files, local_file, open_artefact
 from rag_core.evaluation import Scores, evaluate_predictions
+from rag_core.places import as_place
 from rag_core.predictions import KIND as PREDICTIONS
 from rag_core.questions import read_questions
 from tasks.plots import recall_curve, scores_by_type
@@ -31,7 +32,7 @@ def evaluate(
     manifest = open_artefact(predictions, PREDICTIONS)
     with open_run(stage, parent_run_id) as run:
         run.log_input("predictions", predictions, manifest.fingerprint)
-        run.log_input("questions", questions, fingerprint_of_files([questions]))
+        run.log_input("questions", questions, fingerprint_of_files([local_file(questions)]))
         scores = evaluate_predictions(predictions, read_questions(questions), ks)
         run.log_metrics(scores["overall"])
         for kind, values in scores.items():
@@ -47,7 +48,7 @@ def evaluate(
         publish_table(stage, rows)
         result = StageResult(
             stage=stage,
-            path=Path(predictions).resolve(),
+            path=as_place(predictions).resolve(),
             fingerprint=manifest.fingerprint,
             metrics=run.metrics,
             run_id=run.run_id,

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.logging import get_run_logger
 
-from rag_core.artefact import Manifest
+from rag_core.artefact import Manifest, local_file
 from rag_core.corpus import KIND, CorpusConfig, source_files, source_fingerprint, write_corpus
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
@@ -20,7 +20,7 @@ def make_corpus(
     sources: Sequence[Path], out: Path, config: CorpusConfig, parent_run_id: str | None = None
 ) -> StageResult:
     """Read passages, reject what is not one, publish canonical Parquet shards."""
-    sources = [Path(source) for source in sources]
+    named, sources = sources, [local_file(source) for source in sources]
     fingerprint = source_fingerprint(sources, config.format)
     files = source_files(sources, config.format)
 
@@ -38,7 +38,7 @@ def make_corpus(
         KIND,
         out,
         config=config.model_dump(mode="json"),
-        inputs={"sources": Input(sources[0], fingerprint)},
+        inputs={"sources": Input(named[0], fingerprint)},
         parent_run_id=parent_run_id,
         work=work,
     )

@@ -11,6 +11,8 @@ from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
+from rag_core.artefact import local_copy
+from rag_core.places import absolute
 from tasks.tracking import StageRun
 
 SIGNATURE = ModelSignature(
@@ -29,8 +31,8 @@ def register_model(run: StageRun, model: Path, index: Path, variant: str) -> Non
         mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("answering_model.py")),
-            artifacts={"model": str(Path(model).resolve())},
-            model_config={"index": str(Path(index).resolve())},
+            artifacts={"model": str(local_copy(model).resolve())},
+            model_config={"index": absolute(index)},
             signature=SIGNATURE,
             pip_requirements=["rag-pipeline"],
             registered_model_name=f"rag-{variant}",

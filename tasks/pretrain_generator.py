@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from prefect import task
 
-from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.artefact import Manifest, fingerprint_of_files, local_file, open_artefact, publish, working_place
 from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
 from rag_core.model_source import absolute_source
 from rag_core.passages import Passage
+from rag_core.places import absolute
 from rag_core.pretraining import (
     PretrainConfig,
     build_generator,
@@ -55,8 +56,8 @@ def pretrain_generator(
     opened = Corpus.open(corpus)
     made_from = {
         "corpus": opened.manifest.fingerprint,
-        "questions": fingerprint_of_files([questions]),
-        "dev": fingerprint_of_files([dev]),
+        "questions": fingerprint_of_files([local_file(questions)]),
+        "dev": fingerprint_of_files([local_file(dev)]),
         "encoder": TextEncoder.from_pretrained(config.encoder).fingerprint(),
     }
     settings = config.model_dump(mode="json", exclude={"encoder"})
@@ -65,11 +66,16 @@ def pretrain_generator(
         paths = {"corpus": corpus, "questions": questions, "dev": dev}
         found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
         loop_settings = {"config": found, "address": run.address} | {
-            name: str(Path(path).resolve()) for name, path in paths.items()
+            name: absolute(path) for name, path in paths.items()
         }
         steps = config.optimizer.steps
         with train_on_ray(
-            "pretrain-generator", pretraining_loop, loop_settings, steps=steps, num_workers=num_workers, near=out
+            "pretrain-generator",
+            pretraining_loop,
+            loop_settings,
+            steps=steps,
+            num_workers=num_workers,
+            near=working_place(out),
         ) as trained:
             for name, figure in training_curves(trained.history, trained.dev):
                 run.log_figure(figure, name)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import BaseModel
+
+from rag_core.places import ArtefactPath
 
 
 class StageResult(BaseModel):
     """Where a stage's artefact is, what it holds, and where its MLflow run is."""
 
     stage: str
-    path: Path
+    path: ArtefactPath
     fingerprint: str
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}

@@ -17,7 +17,8 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
-from rag_core.artefact import Manifest, find_finished
+from rag_core.artefact import Manifest, find_finished, finish_publishing, working_place
+from rag_core.places import absolute, as_place
 from rag_core.writer_lock import reserved
 from tasks.results import StageResult
 from tasks.tracking import StageRun, open_run, run_link
@@ -53,18 +54,19 @@ def run_stage(
         work: does it and returns the manifest; it may log to the run.
         made_from: fingerprints in the artefact's key, where they are not those of `inputs`.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), as_place(out)
     keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
-    with open_run(stage, parent_run_id, tags={"artefact": str(Path(out).resolve()), "kind": kind}) as run:
+    with open_run(stage, parent_run_id, tags={"artefact": absolute(out), "kind": kind}) as run:
         run.log_params(config)
         for name, one in inputs.items():
             run.log_input(name, one.path, one.fingerprint)
         manifest = find_finished(out, kind, dict(config), keys)
         skipped = manifest is not None
         if manifest is None:
-            with reserved(out):
-                # Who had to wait for another run finds its work done.
-                manifest = find_finished(out, kind, dict(config), keys)
+            with reserved(working_place(out)):
+                # Who had to wait for another run finds its work done; a run that was killed may have left it not uploaded.
+                work_done = out, kind, dict(config), keys
+                manifest = find_finished(*work_done) or finish_publishing(*work_done)
                 skipped = manifest is not None
                 if manifest is None:
                     manifest = work(run)
@@ -79,7 +81,7 @@ def run_stage(
         run.log_metrics({"seconds": seconds})
         result = StageResult(
             stage=stage,
-            path=Path(out).resolve(),
+            path=out.resolve(),
             fingerprint=manifest.fingerprint,
             counts=manifest.counts,
             metrics=run.metrics,
@@ -108,7 +110,8 @@ def publish_table(stage: str, rows: Mapping[str, str], note: str = "") -> None:
 
 def _run_file(out: Path) -> Path:
     # Beside the artefact, not in it: which run made it is no part of its content.
-    return Path(out).parent / f".{Path(out).name}.mlflow-run"
+    beside = working_place(out)
+    return beside.parent / f".{beside.name}.mlflow-run"
 
 
 def _remember_run(out: Path, run_id: str) -> None:

@@ -22,6 +22,8 @@ from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
+from rag_core.places import absolute
+
 EXPERIMENT = "rag"
 
 
@@ -72,7 +74,7 @@ class StageRun:
 
     def log_input(self, name: str, path: Path, fingerprint: str) -> None:
         """Lineage: this stage read the artefact or file `path`, whose content is `fingerprint`."""
-        source = LocalArtifactDatasetSource(str(Path(path).resolve()))
+        source = LocalArtifactDatasetSource(absolute(path))
         # MLflow keeps 36 characters of a digest.
         dataset = MetaDataset(source, name=name, digest=fingerprint[:36])  # type: ignore[abstract]
         entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", name)])

@@ -9,13 +9,14 @@ from typing import Any, Literal
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, fingerprint_of_files, open_artefact, publish
+from rag_core.artefact import Manifest, fingerprint_of_files, local_file, open_artefact, publish, working_place
 from rag_core.artefact_inputs import input_paths
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.objectives import EndToEnd, EndToEndRates
+from rag_core.places import absolute
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
@@ -62,8 +63,8 @@ def train(
     trainable_questions(Path(questions))
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
-        "questions": Input(questions, fingerprint_of_files([questions])),
-        "dev": Input(dev, fingerprint_of_files([dev])),
+        "questions": Input(questions, fingerprint_of_files([local_file(questions)])),
+        "dev": Input(dev, fingerprint_of_files([local_file(dev)])),
     }
     made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
     settings = {
@@ -81,12 +82,14 @@ def train(
             "model": model.with_absolute_sources(),
             "config": config,
             "address": run.address,
-            "index": str(Path(index).resolve()),
-            "questions": str(Path(questions).resolve()),
-            "dev": str(Path(dev).resolve()),
+            "index": absolute(index),
+            "questions": absolute(questions),
+            "dev": absolute(dev),
         }
         steps, workers = config.optimizer.steps, config.num_workers
-        with train_on_ray(stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=out) as trained:
+        with train_on_ray(
+            stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=working_place(out)
+        ) as trained:
             for name, figure in training_curves(trained.history, trained.dev):
                 run.log_figure(figure, name)
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
@@ -94,7 +97,7 @@ def train(
                 trained.copy_to(draft.folder)
                 draft.counts |= trained.counts()
                 draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
-        register_model(run, Path(out), Path(index), variant)
+        register_model(run, out, index, variant)
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
