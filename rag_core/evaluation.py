@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rag_core.errors import InputError
+from rag_core.errors import ArtefactError, InputError
 from rag_core.index import PassageIndex
 from rag_core.metrics import exact_match, f1, has_answer, recall_at_k
 from rag_core.passages import Passage
@@ -61,6 +61,17 @@ def evaluate_retrieval(
             for question, rows_K in zip(questions, rows_BK, strict=True)
         ]
     )
+
+
+def check_own_encoder(index: PassageIndex, encoder: TextEncoder) -> None:
+    """Raise ArtefactError if `encoder`, which stands where the index's own one stood, is not that one any more."""
+    found = encoder.fingerprint()
+    if found != index.encoder_fingerprint:
+        raise ArtefactError(
+            f"{index.manifest.details['encoder']} is not the encoder that made the index {index.path} any more (fingerprint "
+            f"{found[:12]}…, {index.encoder_fingerprint[:12]}… was expected), so its vectors do not fit. Put the former "
+            "weights there, name a question encoder that fits (--encoder), or embed and index the corpus again."
+        )
 
 
 def answer_scores(prediction: str, question: Question) -> Scores:

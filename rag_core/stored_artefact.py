@@ -146,7 +146,7 @@ def fetch_file(place: ObjectPath) -> Path:
     """A file, or all files of a folder, that somebody else put into the store, as a local copy of today.
 
     Raises:
-        ArtefactError: there is nothing at the place.
+        ArtefactError: there is nothing at the place, or an object's name would lead out of the local folder.
     """
     names = list_objects(place)
     target = cache_folder(place) / "plain" / place.name
@@ -154,6 +154,10 @@ def fetch_file(place: ObjectPath) -> Path:
         if names:
             shutil.rmtree(target, ignore_errors=True)
             for name in names:
+                if not (target / name).resolve().is_relative_to(target.resolve()):
+                    raise ArtefactError(
+                        f"{place} holds an object {name!r}, whose name leads elsewhere. Rename or remove it."
+                    )
                 download_plain(place / name, target / name)
         else:
             download_plain(place, target)

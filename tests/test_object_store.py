@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from rag_core import object_store, stored_artefact
-from rag_core.artefact import find_finished, finish_publishing, open_artefact, publish
+from rag_core.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
 from rag_core.errors import ArtefactError
 from rag_core.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.questions import read_questions
@@ -254,6 +254,19 @@ def test_question_files_are_read_from_a_store(place: ObjectPath, s3: Any) -> Non
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}.jsonl", Body=b'{"question": "who?"}\n')
     (question,) = read_questions(Path(f"{place}.jsonl"))
     assert question.question == "who?"
+
+
+def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewhere_is_refused(
+    place: ObjectPath, s3: Any, tmp_path: Path
+) -> None:
+    for name in ("a.txt", "deep/b.txt"):
+        s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/{name}", Body=name.encode())
+    folder = local_file(place)
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*.txt")} == {"a.txt", "deep/b.txt"}
+    s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/../../../evil.txt", Body=b"evil")
+    with pytest.raises(ArtefactError, match="whose name leads elsewhere"):
+        local_file(place)
+    assert not list(tmp_path.rglob("evil.txt"))
 
 
 def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(

@@ -58,7 +58,7 @@ def retrieve(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
-    from rag_core.evaluation import evaluate_retrieval
+    from rag_core.evaluation import check_own_encoder, evaluate_retrieval
     from rag_core.index import PassageIndex
     from rag_core.questions import read_questions
     from rag_core.rag_model import RagModel
@@ -68,9 +68,13 @@ def retrieve(
     opened = PassageIndex.open(index)
     asked = read_questions(questions)
     if model:
-        question_encoder = RagModel.from_pretrained(model).question_encoder
+        loaded = RagModel.from_pretrained(model)
+        loaded.check_index(opened)
+        question_encoder = loaded.question_encoder
     else:
         question_encoder = TextEncoder.from_pretrained(encoder or opened.manifest.details["encoder"])
+        if encoder is None:
+            check_own_encoder(opened, question_encoder)
     scores = evaluate_retrieval(opened, question_encoder, asked, ks)
     if as_json:
         typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))

@@ -16,7 +16,6 @@ from rich.markup import escape
 
 from flows.cli import artefact_commands, exchange_commands, inspect_commands, run_commands, stage_commands
 from rag_core.errors import RagError
-from rag_core.writer_lock import WAIT_SETTING, wait_setting
 
 app = typer.Typer(
     name="rag",
@@ -47,8 +46,11 @@ def settings(
 ) -> None:
     """What holds for every command."""
     if wait is not None:
-        os.environ[WAIT_SETTING] = str(wait)
-    wait_setting()
+        os.environ["RAG_WAIT_SECONDS"] = str(wait)
+    if "RAG_WAIT_SECONDS" in os.environ:
+        from rag_core.writer_lock import wait_setting
+
+        wait_setting()
 
 
 def run() -> NoReturn:
