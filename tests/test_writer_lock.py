@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli.main import app
 from rag_core.artefact import open_artefact, publish
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.writer_lock import lock_file, only_writer, reserved, wait_setting
@@ -111,3 +113,11 @@ def test_a_wait_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch: 
     monkeypatch.setenv("RAG_WAIT_SECONDS", text)
     with pytest.raises(ConfigError, match=f"RAG_WAIT_SECONDS is '{text}'"):
         wait_setting()
+
+
+def test_the_commands_option_is_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAG_WAIT_SECONDS", "1")
+    (tmp_path / "manifest.json").write_text("{}")
+    assert CliRunner().invoke(app, ["--wait", "7.5", "verify", str(tmp_path)]).exit_code == 2
+    assert wait_setting() == 7.5
+    assert isinstance(CliRunner().invoke(app, ["--wait", "-3", "verify", str(tmp_path)]).exception, ConfigError)
