@@ -111,14 +111,20 @@ class Embeddings:
         """Ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
 
         Raises:
-            ArtefactError: a shard's vectors have another width than the manifest says.
+            ArtefactError: a shard cannot be read, or its vectors have another width than the manifest says.
         """
         for shard in self.shards:
-            for batch in pq.ParquetFile(shard, buffer_size=2**20).iter_batches(batch_size=4096):
-                column = batch.column("embedding")
-                if column.type.list_size != self.dim:
-                    raise ArtefactError(
-                        f"{shard}: vectors have {column.type.list_size} dimensions, the manifest says {self.dim}. "
-                        "Embed the corpus again."
-                    )
-                yield batch.column("id").to_pylist(), column.flatten().to_numpy().reshape(-1, self.dim)
+            try:
+                for batch in pq.ParquetFile(shard, buffer_size=2**20).iter_batches(batch_size=4096):
+                    column = batch.column("embedding")
+                    if column.type.list_size != self.dim:
+                        raise ArtefactError(
+                            f"{shard}: vectors have {column.type.list_size} dimensions, the manifest says {self.dim}. "
+                            "Embed the corpus again."
+                        )
+                    yield batch.column("id").to_pylist(), column.flatten().to_numpy().reshape(-1, self.dim)
+            except (pa.ArrowException, OSError) as error:
+                raise ArtefactError(
+                    f"{shard} cannot be read ({str(error).splitlines()[0]}); a Parquet file of ids and vectors was "
+                    f"expected. Run `rag verify --repair {self.place}`, or embed the corpus again."
+                ) from error

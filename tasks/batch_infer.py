@@ -34,7 +34,7 @@ from rag_core.reader import Answer, DecodingConfig
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
-from tasks.stage import Input, run_stage
+from tasks.stage import Input, refuse_unseen_parts, run_stage
 from tasks.tracking import StageRun
 
 # Beside each part: how many contexts were read for it.
@@ -112,6 +112,7 @@ def batch_infer(
         "questions": fingerprint_of_files([local_file(questions)]),
     }
     settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
+    size = config.shard_questions
 
     def work(run: StageRun) -> Manifest:
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
@@ -120,6 +121,8 @@ def batch_infer(
             source = model.with_absolute_sources() if isinstance(model, ModelConfig) else absolute(model)
             count = _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
             run.log_metrics({"contexts_cut_share": count.cut_share})
+            names = [part_name(number, size) for number in range(-(-len(opened_questions) // size))]
+            refuse_unseen_parts(parts, names, out)
             draft.counts["questions"] = join_parts(sorted(parts.glob("*.jsonl")), draft.folder)
             draft.counts |= asdict(count)
             shutil.rmtree(parts)

@@ -22,7 +22,7 @@ from rag_core.text_encoder import TextEncoder
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
-from tasks.stage import Input, run_stage
+from tasks.stage import Input, refuse_unseen_parts, run_stage
 from tasks.tracking import StageRun
 
 # Passages between two messages to the progress meter, which another process on the same cores receives.
@@ -70,6 +70,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
             rows = embed_on_ray(opened, draft.folder, config)
             if rows != len(opened):
                 raise ArtefactError(f"{rows} of {len(opened)} passages of {corpus} were embedded. Run the stage again.")
+            refuse_unseen_parts(draft.folder, [shard_name(number) for number in range(len(opened.shards))], out)
             draft.counts["passages"] = rows
             draft.details = {
                 "encoder": config.encoder,

@@ -9,7 +9,7 @@ that a pipeline's page shows all of its stages.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from rag_core.artefact import Manifest, find_finished, finish_publishing, working_place
+from rag_core.errors import ArtefactError
 from rag_core.places import absolute, as_place
 from rag_core.writer_lock import reserved
 from tasks.results import StageResult
@@ -91,6 +92,17 @@ def run_stage(
         )
         summarise(result, manifest, run)
     return result
+
+
+def refuse_unseen_parts(folder: Path, names: Sequence[str], out: Path) -> None:
+    """Raise ArtefactError if parts that workers have finished are not in `folder` as this machine sees it."""
+    unseen = [name for name in names if not (folder / name).is_file()]
+    if unseen:
+        raise ArtefactError(
+            f"{out}: {len(unseen)} of {len(names)} finished parts ({unseen[0]}, …) are not in {folder}; workers wrote them on "
+            "machines of their own. Give an --out (and for s3:// a RAG_CACHE) on storage that every machine mounts at the "
+            "same path."
+        )
 
 
 def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rag_core.artefact import open_artefact
 from rag_core.corpus import Corpus, CorpusConfig
 from rag_core.embeddings import EmbedConfig, Embeddings
+from rag_core.errors import ArtefactError
 from rag_core.index import PassageIndex
 from rag_core.pretraining import PretrainConfig
 from rag_core.rag_model import RagModel
@@ -276,3 +277,19 @@ def test_damaged_files_of_every_stage_are_made_again_byte_for_byte(ran) -> None:
         file.write_bytes(whole[:-1])
         assert repair(file.parent) == [file.name]
         assert file.read_bytes() == whole
+
+
+def test_parts_that_workers_wrote_out_of_sight_are_an_error_and_not_a_shorter_artefact(  # type: ignore[no-untyped-def]
+    ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from flows.batch_infer import batch_infer
+    from flows.embed_corpus import embed_corpus
+    from rag_core.contexts import ContextCount
+
+    config, out, _ = ran
+    monkeypatch.setattr("tasks.embed_corpus.embed_on_ray", lambda corpus, folder, config: len(corpus))
+    with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
+        embed_corpus(out / "corpus", tmp_path / "embeddings", config.embed)
+    monkeypatch.setattr("tasks.batch_infer._answer_on_ray", lambda *arguments: ContextCount())
+    with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
+        batch_infer(out / "rag-token", out / "index", config.questions.test, tmp_path / "predictions", config.infer)

@@ -1,0 +1,39 @@
+"""Two commands started at the same moment on the same output, with their own Prefect and Ray: one works, one waits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rag_core.corpus import CorpusConfig, write_corpus
+from rag_core.verification import verify
+from tests.conftest import MINILM
+from tests.test_resume import EMBED, WAIT_SECONDS, start
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+
+
+@pytest.mark.parametrize("wait", ["300", "0"])
+def test_of_two_flow_runs_at_once_one_makes_the_artefact_and_the_other_waits_or_fails(
+    wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAG_WAIT_SECONDS", wait)
+    source = tmp_path / "passages.jsonl"
+    rows = [{"id": str(n), "text": f"Place {n} lies {n % 97} km from Lyon. " * 4} for n in range(4000)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_corpus([source], tmp_path / "corpus", CorpusConfig(format="jsonl", shard_rows=200))
+    homes = [tmp_path / "first", tmp_path / "second"]
+    for home in homes:
+        home.mkdir()
+    out = tmp_path / "out"
+    both = [start(EMBED % MINILM, home, tmp_path / "corpus", out) for home in homes]
+    codes = [one.wait(2 * WAIT_SECONDS) for one in both]
+    logs = [(home / "log").read_text() for home in homes]
+    held = ["is being written by another run" in log for log in logs]
+    assert sorted(held) == [False, True], logs
+    assert codes[held.index(False)] == 0
+    assert (codes[held.index(True)] == 0) == (wait != "0"), logs
+    assert verify(out).findings == []
+    assert sorted(path.name for path in tmp_path.glob(".out*")) == [".out.mlflow-run"]
