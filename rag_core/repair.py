@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from rag_core.artefact import sha256_of_file
+from rag_core.artefact import local_file, sha256_of_file
 from rag_core.artefact_inputs import GivenInputs, command_for, find_input
 from rag_core.corpus import Corpus, CorpusConfig, source_fingerprint, write_corpus
 from rag_core.draft import disk_errors_named, draft_folder, sync
@@ -101,7 +101,8 @@ def _again(path: Path, manifest: Manifest) -> str:
 
 
 def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs, made: Path) -> None:
-    sources = list(given.sources) or [Path(one) for one in manifest.details.get("inputs", {}).get("sources", [])]
+    named = given.sources or manifest.details.get("inputs", {}).get("sources", [])
+    sources = [local_file(Path(one)) for one in named]
     try:
         config = CorpusConfig.model_validate(manifest.config)
     except ValidationError as error:
