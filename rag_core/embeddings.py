@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.artefact import Manifest, finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.places import as_place
-from rag_core.text_encoder import Precision, TextEncoder, passage_text
+from rag_core.text_encoder import WINDOW, Precision, TextEncoder, passage_text
 
 KIND = "embeddings"
 VectorDtype = Literal["float32", "float16"]
@@ -64,24 +64,29 @@ def embed_shard(
         ArtefactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed).
     """
     table = pq.read_table(corpus_shard, columns=["id", "title", "text"])
-    titles, texts = table["title"].to_pylist(), table["text"].to_pylist()
-    vectors_ND = encoder.encode(
-        [passage_text(title, text, encoder.settings) for title, text in zip(titles, texts, strict=True)],
-        batch_tokens=config.batch_tokens,
-        precision=config.precision,
-        on_progress=on_progress,
-    ).astype(config.dtype)
-    finite_N = np.isfinite(vectors_ND).all(axis=1)
-    if not finite_N.all():
-        row = int(np.argmin(finite_N))
-        raise ArtefactError(
-            f"{corpus_shard} row {row + 1} (id {table['id'][row].as_py()!r}): the encoder gave a vector that is not "
-            f"finite as {config.dtype}. Check the encoder's weights, or store float32."
-        )
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), encoder.dim)
-    shard = pa.table({"id": table["id"], "embedding": embedding})
-    with finished_file(out_file) as unfinished:
-        pq.write_table(shard, unfinished, compression="zstd", row_group_size=10_000)
+    vector = pa.list_(pa.from_numpy_dtype(config.dtype), encoder.dim)
+    schema = pa.schema([("id", table.schema.field("id").type), ("embedding", vector)])
+    with finished_file(out_file) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        # As many rows at a time as the encoder sorts: the vectors of a whole shard, copied and encoded as Parquet, were
+        # half of what a worker took.
+        for start in range(0, table.num_rows, WINDOW):
+            part = table.slice(start, WINDOW)
+            titles, texts = part["title"].to_pylist(), part["text"].to_pylist()
+            vectors_nD = encoder.encode(
+                [passage_text(title, text, encoder.settings) for title, text in zip(titles, texts, strict=True)],
+                batch_tokens=config.batch_tokens,
+                precision=config.precision,
+                on_progress=on_progress,
+            ).astype(config.dtype, copy=False)
+            finite_n = np.isfinite(vectors_nD).all(axis=1)
+            if not finite_n.all():
+                row = int(np.argmin(finite_n))
+                raise ArtefactError(
+                    f"{corpus_shard} row {start + row + 1} (id {part['id'][row].as_py()!r}): the encoder gave a vector that "
+                    f"is not finite as {config.dtype}. Check the encoder's weights, or store float32."
+                )
+            embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_nD.reshape(-1)), encoder.dim)
+            writer.write_table(pa.table([part["id"], embedding], schema=schema), row_group_size=10_000)
     return table.num_rows
 
 

@@ -17,10 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from rag_core.errors import ConfigError
+
 POLL_SECONDS = 0.5
+# Environment variable: how long a stage waits for a machine that can hold its first worker. Default 300.
+CLUSTER_WAIT = "RAG_CLUSTER_WAIT_SECONDS"
+# A worker's start takes seconds; after so many it is worth saying what is waited for.
+NOTICE_SECONDS = 45
 # Held while Ray or what lives in it is started, which may happen in a thread.
 CLUSTER = threading.RLock()
 # Settings of Ray Train on a machine of one's own: it asks its workers at short intervals whether they are done, nobody
@@ -47,7 +54,11 @@ class Share:
 
 
 def ensure_ray() -> None:
-    """Connect to `RAY_ADDRESS`, or start Ray on this machine; does nothing if this process already has it."""
+    """Connect to `RAY_ADDRESS`, or start Ray on this machine; does nothing if this process already has it.
+
+    Raises:
+        ConfigError: the cluster at `RAY_ADDRESS` does not answer or does not know us.
+    """
     with CLUSTER:
         if not ray.is_initialized():
             _start_ray()
@@ -63,8 +74,15 @@ def _start_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What workers print stays in Ray's session folder: failures come back as exceptions, progress through the meter.
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"The Ray cluster at {address} (RAY_ADDRESS) does not answer, or asks for another token than ours. Correct "
+                "the address, give the cluster's token (RAY_AUTH_TOKEN_PATH names a file with it), or unset RAY_ADDRESS to "
+                "work on this machine."
+            ) from error
     else:
         for name, value in TRAIN_ALONE.items():
             os.environ.setdefault(name, value)
@@ -83,12 +101,60 @@ def _start_ray() -> None:
 def share_of_cluster(num_workers: int = 0) -> Share:
     """Resources for `num_workers` equal workers; 0 means one for each GPU, or one for each machine without GPUs.
 
-    One worker with all cores beats several with one core each here: each pays its own imports and model.
+    One worker with all cores beats several with one core each here: each pays its own imports and model. Each gets as
+    many cores as let all of them be placed on the machines that are there; where even one core is too many, those that
+    find no place wait for a machine to join. A machine that gives Ray no processor, such as a cluster's head, counts
+    for nothing.
     """
-    total = ray.cluster_resources()
-    gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 1))
-    workers = num_workers or gpus or sum(1 for node in ray.nodes() if node["Alive"])
-    return Share(workers, cpus=max(1, cpus // workers), gpus=1 if gpus >= workers else 0)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([int(machine.get(kind, 0)) for machine in machines] for kind in ("CPU", "GPU"))
+    workers = num_workers or sum(gpus) or max(1, sum(1 for one in cpus if one))
+    gpu = 1 if sum(gpus) >= workers else 0
+
+    def places(each: int) -> int:
+        return sum(min(own // each, own_gpus if gpu else own) for own, own_gpus in zip(cpus, gpus, strict=True))
+
+    fitting = (each for each in range(max(cpus, default=1), 0, -1) if places(each) >= workers)
+    return Share(workers, cpus=next(fitting, 1), gpus=gpu)
+
+
+class Patience:
+    """How long workers may wait for a machine: a cluster may have to start one, but not for ever."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._limit = float(os.environ.get(CLUSTER_WAIT) or 300)
+        self._since: float | None = None
+        self._told = False
+
+    def check(self, *, waits: bool) -> None:
+        """Called now and then; `waits`: not one worker has a place.
+
+        Raises:
+            ConfigError: that has lasted for `RAG_CLUSTER_WAIT_SECONDS`.
+        """
+        now = time.monotonic()
+        self._since = (self._since or now) if waits else None
+        waited = now - self._since if self._since else 0.0
+        wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in self._share.resources.items())
+        if waited > min(NOTICE_SECONDS, self._limit) and not self._told:
+            self._told = True
+            text = f"No worker runs yet: waiting for a machine with {wanted} ({describe_cluster()})"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        if waited > self._limit:
+            raise ConfigError(
+                f"For {self._limit:g} s no machine of the Ray cluster has had {wanted} free for a worker; "
+                f"{describe_cluster()}. Add machines, end what holds them, ask for more workers with less each "
+                f"(num_workers), or allow more time ({CLUSTER_WAIT})."
+            )
+
+
+def describe_cluster() -> str:
+    """Machines, and what they have and have free, in words."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    machines = sum(1 for node in ray.nodes() if node["Alive"])
+    parts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU")]
+    return f"it has {machines} machine{'s' if machines > 1 else ''}, {parts[0]}, {parts[1]}"
 
 
 def limit_threads(cpus: int) -> None:
@@ -142,7 +208,10 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
 
 @functools.cache
 def _meter_of(job: str) -> Any:
-    return ProgressMeter.remote()  # type: ignore[attr-defined]
+    # Beside the driver: another machine may be taken away, and the stage goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"scheduling_strategy": here, "max_restarts": -1}
+    return ProgressMeter.options(**options).remote()  # type: ignore[attr-defined]
 
 
 def _meter() -> Any:
@@ -170,6 +239,7 @@ def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> N
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
                 logging.getLogger(__name__).debug("progress not read: %s", error)
                 done, note = 0, ""
+            done = min(done, total)  # what a lost worker did is done, and counted, again
             bar.update(task, completed=done, note=note)
             if not console.is_terminal and done * 10 // max(total, 1) > last_tenth:
                 last_tenth = done * 10 // max(total, 1)

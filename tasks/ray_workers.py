@@ -13,21 +13,26 @@ import gc
 import importlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ray
 
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks, return_freed_blocks
-from tasks.ray_runtime import CLUSTER, Share, ensure_ray, job, limit_threads, share_of_cluster
+from tasks.ray_runtime import CLUSTER, POLL_SECONDS, Patience, Share, ensure_ray, job, limit_threads, share_of_cluster
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-# A worker that dies (out of memory, a lost machine) is replaced and its item done again; a job that kills its workers
-# must end all the same.
+# A worker that is lost (out of memory, a machine that was taken away) is replaced and its item done again, however many
+# machines are lost in a stage. An item that loses its worker so many times over is at fault itself.
 REPLACEMENTS = 3
+# How a lost worker, or one that is out of reach, shows in the calls that it was given.
+LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError)
+# The steps of a worker before its first item.
+HERE, PREPARE = "here", "prepare"
 
 _workers: list[Any] = []
 _made_for: tuple[Share, str] | None = None
@@ -43,6 +48,9 @@ class Worker:
         # The seconds are paid here, while the driver does something else.
         for module in ("tasks.embed_corpus", "tasks.pretrain_generator", "tasks.train", "tasks.batch_infer"):
             importlib.import_module(module)
+
+    def here(self) -> None:
+        """Answered once the process runs."""
 
     def prepare(self, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
         """Make the function that `call` calls."""
@@ -112,17 +120,17 @@ def map_on_workers(
     """`make(*arguments)` once in each worker, then its result called on every item; what it found, in the items' order.
 
     Raises:
-        RagError: as an item's call raised it. Other failures of workers come as Ray raises them.
+        RagError: as an item's call raised it.
+        ConfigError: no machine of the cluster has room for a worker. Other failures of workers come as Ray raises them.
     """
     with _closing_on_failure():
-        return _deal(share, make, arguments, items)
+        return _Deal(share, make, arguments, items).results()
 
 
 def run_on_worker(share: Share, function: Callable[..., Found], *arguments: Any) -> Found:
     """`function(*arguments)` in the only worker of `share`; raises as `map_on_workers` does."""
     with _closing_on_failure():
-        (worker,) = workers_for(share)
-        found: Found = ray.get(worker.run.remote(function, *arguments))
+        found: Found = ray.get(_worker_that_is_here(share).run.remote(function, *arguments))
         return found
 
 
@@ -139,45 +147,98 @@ def _closing_on_failure() -> Iterator[None]:
         raise
 
 
-def _deal(
-    share: Share, make: Callable[..., Callable[[Item], Found]], arguments: Sequence[Any], items: Sequence[Item]
-) -> list[Found]:
-    shared = [ray.put(one) for one in arguments]
-    waiting, found, losses = list(range(len(items)))[::-1], {}, 0
-    running: dict[Any, tuple[Any, int]] = {}
+class _Deal(Generic[Item, Found]):
+    """Items dealt out to the workers of a share as these get ready, work, are lost and are replaced.
 
-    def give(worker: Any) -> None:
-        place = waiting.pop()
-        running[worker.call.remote(items[place])] = (worker, place)
+    A worker that cannot be placed holds up nobody: the others do its part.
+    """
 
-    workers = workers_for(share)[: len(items)]
-    ray.get([worker.prepare.remote(make, *shared) for worker in workers])
-    for worker in workers:
-        give(worker)
-    while running:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        worker, place = running.pop(done)
+    def __init__(
+        self,
+        share: Share,
+        make: Callable[..., Callable[[Item], Found]],
+        arguments: Sequence[Any],
+        items: Sequence[Item],
+    ) -> None:
+        self._share, self._make, self._items = share, make, items
+        self._shared = [ray.put(one) for one in arguments]
+        self._waiting = list(range(len(items)))[::-1]
+        self._found: dict[int, Found] = {}
+        self._losses: Counter[str] = Counter()
+        # What each call under way is: the worker, and a place in `items` or one of the two steps before the first.
+        self._running: dict[Any, tuple[Any, int | str]] = {}
+        self._idle: list[Any] = []
+
+    def results(self) -> list[Found]:
+        """What was found for each item, in their order."""
+        for worker in workers_for(self._share)[: len(self._items)]:
+            self._running[worker.here.remote()] = (worker, HERE)
+        patience = Patience(self._share)
+        while len(self._found) < len(self._items):
+            for call in ray.wait(list(self._running), num_returns=1, timeout=POLL_SECONDS)[0]:
+                worker, step = self._running.pop(call)
+                try:
+                    self._go_on(worker, step, ray.get(call))
+                except LOST as error:
+                    self._make_good(worker, step, error)
+            patience.check(waits=all(step == HERE for _, step in self._running.values()))
+        for worker in workers_for(self._share):
+            worker.forget.remote()
+        return [self._found[place] for place in range(len(self._items))]
+
+    def _go_on(self, worker: Any, step: int | str, found: Any) -> None:
+        if step == HERE:
+            self._running[worker.prepare.remote(self._make, *self._shared)] = (worker, PREPARE)
+            return
+        if isinstance(step, int):
+            self._found[step] = found
+        self._idle.append(worker)
+        self._deal_out()
+
+    def _make_good(self, lost: Any, step: int | str, error: Exception) -> None:
+        """Another worker in the place of one that was lost; the item waits again, for whoever is free first."""
+        if isinstance(step, int):
+            self._waiting.append(step)
+        new = _replace(lost, self._share)
+        counted = f"item {step}" if isinstance(step, int) else f"start of worker {_workers.index(new)}"
+        self._losses[counted] += 1
+        if self._losses[counted] > REPLACEMENTS:
+            raise error
+        self._running[new.here.remote()] = (new, HERE)
+        self._deal_out()
+
+    def _deal_out(self) -> None:
+        while self._idle and self._waiting:
+            worker, place = self._idle.pop(), self._waiting.pop()
+            self._running[worker.call.remote(self._items[place])] = (worker, place)
+
+
+def _worker_that_is_here(share: Share) -> Any:
+    """The only worker of `share`, once its process runs. One that was lost since the last stage is replaced."""
+    (worker,) = workers_for(share)
+    patience, losses = Patience(share), 0
+    while True:
+        here = worker.here.remote()
+        while not ray.wait([here], timeout=POLL_SECONDS)[0]:
+            patience.check(waits=True)
         try:
-            found[place] = ray.get(done)
-        except ray.exceptions.RayActorError:
+            ray.get(here)
+            return worker
+        except LOST:
             losses += 1
             if losses > REPLACEMENTS:
                 raise
-            waiting.append(place)
             worker = _replace(worker, share)
-            worker.prepare.remote(make, *shared)
-        if waiting:
-            give(worker)
-    for worker in workers_for(share):
-        worker.forget.remote()
-    return [found[place] for place in range(len(items))]
 
 
 def _start(share: Share) -> Any:
-    options = {"num_cpus": share.cpus, "num_gpus": share.gpus}
+    # Spread: two workers on one machine would share its memory, while another has none to do.
+    options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": "SPREAD"}
     return Worker.options(**options).remote(share.cpus)  # type: ignore[attr-defined]
 
 
 def _replace(lost: Any, share: Share) -> Any:
+    # It may be out of reach only, and would come back to hold cores that its successor needs.
+    ray.kill(lost)
     _workers[_workers.index(lost)] = found = _start(share)
     return found

@@ -80,6 +80,25 @@ def test_a_vector_that_is_not_finite_is_refused_with_file_row_and_id(tmp_path: P
     assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_shard_of_several_windows_has_every_row_once_in_its_order(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, config = (
+        TextEncoder.from_pretrained(make_encoder(tmp_path / "encoder")),
+        EmbedConfig(encoder="e", dtype=dtype),
+    )
+    pq.write_table(_table(0, 23).select(["id", "title", "text"]), tmp_path / "corpus.parquet")
+    assert embed_shard(encoder, tmp_path / "corpus.parquet", tmp_path / "whole.parquet", config) == 23
+    monkeypatch.setattr("rag_core.embeddings.WINDOW", 10)
+    assert embed_shard(encoder, tmp_path / "corpus.parquet", tmp_path / "windows.parquet", config) == 23
+    whole, windows = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "windows"))
+    assert windows.schema == whole.schema
+    assert windows["id"].to_pylist() == [f"p{row}" for row in range(23)]
+    vectors = [torch.tensor(table["embedding"].to_pylist()) for table in (whole, windows)]
+    torch.testing.assert_close(*vectors, atol=1e-3 if dtype == "float16" else 1e-6, rtol=0)
+
+
 def test_damaged_weights_are_noticed_while_embedding(tmp_path: Path) -> None:
     encoder = TextEncoder.from_pretrained(make_encoder(tmp_path / "encoder"))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from rag_core.errors import InputError
+from rag_core.errors import ConfigError, InputError
 from tasks.ray_runtime import Share, share_of_cluster
 from tasks.ray_workers import map_on_workers, run_on_worker, workers_for
 
@@ -81,6 +81,45 @@ def test_an_error_of_the_user_arrives_as_it_was_raised(services: Path) -> None:
     with pytest.raises(InputError, match=r"^item 3 is no question$"):
         map_on_workers(share_of_cluster(1), refusing, (), [3])
     assert map_on_workers(share_of_cluster(1), adding, (1,), [1]) == [2]
+
+
+def test_a_worker_that_was_lost_between_two_stages_is_replaced(services: Path) -> None:
+    share = share_of_cluster(1)
+    first = run_on_worker(share, os.getpid)
+    os.kill(first, signal.SIGKILL)
+    assert run_on_worker(share, os.getpid) != first
+
+
+def test_a_stage_that_no_machine_has_room_for_says_so(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAG_CLUSTER_WAIT_SECONDS", "1")
+    expected = (
+        r"^For 1 s no machine of the Ray cluster has had 64 CPU free for a worker; it has 1 machine, \S+ of \d+ CPU"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        map_on_workers(Share(2, cpus=64, gpus=0), adding, (1,), [1, 2, 3])
+    with pytest.raises(ConfigError, match=expected):
+        run_on_worker(Share(1, cpus=64, gpus=0), os.getpid)
+
+
+MACHINES = {
+    "a head without processors": ([(0, 0), (4, 0), (4, 0)], 0, Share(2, cpus=4, gpus=0)),
+    "machines of unequal size": ([(8, 0), (4, 0)], 0, Share(2, cpus=4, gpus=0)),
+    "three workers on two machines": ([(4, 0), (2, 0)], 3, Share(3, cpus=2, gpus=0)),
+    "one worker on two machines": ([(4, 0), (2, 0)], 1, Share(1, cpus=4, gpus=0)),
+    "one for each GPU": ([(0, 0), (8, 2), (8, 2)], 0, Share(4, cpus=4, gpus=1)),
+    "GPUs where processors are scarce": ([(16, 0), (2, 1)], 1, Share(1, cpus=2, gpus=1)),
+    "more workers than places": ([(2, 0)], 4, Share(4, cpus=1, gpus=0)),
+    "no machine yet": ([(0, 0)], 0, Share(1, cpus=1, gpus=0)),
+}
+
+
+@pytest.mark.parametrize("case", MACHINES)
+def test_every_worker_of_a_share_finds_a_place(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines, num_workers, expected = MACHINES[case]
+    nodes = [{"Alive": True, "Resources": {"CPU": float(cpus), "GPU": float(gpus)}} for cpus, gpus in machines]
+    lost = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, lost])
+    assert share_of_cluster(num_workers) == expected
 
 
 def test_interrupted_work_is_given_up(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,88 @@
+"""The memory of a command and of every process below it, sampled while they live."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SAMPLE_SECONDS = 0.05
+TREE_SECONDS = 0.25
+MEGABYTE = 2**20
+
+
+@dataclass
+class Peak:
+    """Megabytes of one process: the most that was resident (kernel's own high-water mark), and of it what it wrote itself.
+
+    `resident` counts every page that is mapped and in memory, of files and of Ray's object store too, although others
+    share them and the system takes file pages back. `own` is anonymous memory alone.
+    """
+
+    resident: int = 0
+    own: int = 0
+
+
+class MemoryWatch:
+    """`with MemoryWatch(process) as watch:` … `watch.peaks`: role → the largest `Peak` of a process in that role."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._root = psutil.Process(process.pid)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._peaks: dict[int, Peak] = defaultdict(Peak)
+        self._roles: dict[int, str] = {}
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        found: dict[str, Peak] = defaultdict(Peak)
+        for pid, peak in self._peaks.items():
+            role = found[self._roles[pid]]
+            role.resident, role.own = max(role.resident, peak.resident), max(role.own, peak.own)
+        return dict(found)
+
+    def _watch(self) -> None:
+        tree, looked = [self._root.pid], 0.0
+        while not self._stop.is_set():
+            if time.monotonic() - looked > TREE_SECONDS:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    tree = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
+                looked = time.monotonic()
+            for pid in tree:
+                with contextlib.suppress(OSError, KeyError, IndexError):
+                    self._sample(pid)
+            self._stop.wait(SAMPLE_SECONDS)
+
+    def _sample(self, pid: int) -> None:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        resident, own = (int(status[name].split()[0]) // 1024 for name in ("VmHWM", "RssAnon"))
+        peak = self._peaks[pid]
+        peak.resident, peak.own = max(peak.resident, resident), max(peak.own, own)
+        # A worker's title comes after its start.
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        self._roles[pid] = "command" if pid == self._root.pid else role_of(words)
+
+
+def role_of(command: str) -> str:
+    """A short name for what a command line says."""
+    if command.startswith("ray::"):
+        return command.split()[0].partition(".")[0]
+    for word in ("raylet", "gcs_server", "uvicorn"):
+        if word in command:
+            return word
+    return "other"

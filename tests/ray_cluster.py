@@ -1,0 +1,143 @@
+"""A Ray cluster of several nodes on this machine: real `ray start` processes, each in a process tree of its own.
+
+Every node has its own loopback address, so that Ray and PyTorch treat them as different machines. The head has no
+processors: it holds the cluster's state and the drivers, and no work. Token authentication is on, with a token that
+only this cluster knows.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 180
+OBJECT_STORE_BYTES = 100_000_000
+COUNT_NODES = """
+import ray
+ray.init(log_to_driver=False, logging_level="ERROR")
+print(sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()))
+"""
+
+
+class LocalCluster:
+    """`with LocalCluster(nodes=2) as cluster:` … `cluster.remove(cluster.nodes[0])`; commands get `cluster.environment`."""
+
+    def __init__(self, nodes: int) -> None:
+        self._first = nodes
+        self.nodes: list[psutil.Popen] = []
+        self._hosts = 1
+
+    def __enter__(self) -> LocalCluster:
+        # A short path: Ray's sockets lie below it.
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
+        (self._folder / "token").write_text(secrets.token_hex(32))
+        self.address = f"127.0.0.2:{_free_port('127.0.0.2')}"
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_", "MLFLOW_"))
+        }
+        self.environment = kept | {
+            "PYTHONPATH": str(ROOT),
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_metrics_collection": "0",
+        }
+        port = self.address.partition(":")[2]
+        self._head = self._start("--head", "--port", port, "--temp-dir", self._folder / "ray", cpus=0)
+        self._wait(lambda: _answers(self.address), "the head does not answer")
+        try:
+            for _ in range(self._first):
+                self.add()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in [*self.nodes, self._head]:
+            _kill(node)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(self, cpus: int = 1) -> psutil.Popen:
+        """Another node; it joins a few seconds later."""
+        self.nodes.append(self._start("--address", self.address, cpus=cpus))
+        return self.nodes[-1]
+
+    def remove(self, node: psutil.Popen) -> None:
+        """Signal 9 to everything that runs on a node, as when its machine is taken away."""
+        _kill(node)
+        self.nodes.remove(node)
+
+    def wait_for_nodes(self, number: int) -> None:
+        """Until so many nodes with processors are known to the cluster."""
+
+        def there() -> bool:
+            for place, node in enumerate(self.nodes):
+                if node.poll() is not None:  # Ray gives a node 30 s to start, which a busy machine may not keep
+                    self.nodes[place] = self._start("--address", self.address, cpus=1)
+            done = subprocess.run(
+                [sys.executable, "-c", COUNT_NODES], env=self.environment, capture_output=True, text=True, check=True
+            )
+            return int(done.stdout.split()[0]) == number
+
+        self._wait(there, f"there are not {number} nodes")
+
+    def log(self) -> str:
+        """What the nodes printed."""
+        return (self._folder / "log").read_text()
+
+    def _start(self, *options: object, cpus: int) -> psutil.Popen:
+        self._hosts += 1
+        command = [str(Path(sys.executable).with_name("ray")), "start", *map(str, options), "--block"]
+        command += ["--node-ip-address", f"127.0.0.{self._hosts}", "--num-cpus", str(cpus), "--num-gpus", "0"]
+        command += ["--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"]
+        command += ["--include-dashboard", "false"] if "--head" in options else []
+        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
+        with (self._folder / "log").open("ab") as log:
+            return psutil.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def _wait(self, ready: Callable[[], bool], fault: str) -> None:
+        end = time.monotonic() + START_SECONDS
+        while not ready():
+            assert time.monotonic() < end, f"{fault}: {self.log()}"
+            time.sleep(0.1)
+
+
+def _kill(process: psutil.Popen) -> None:
+    try:
+        tree = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for one in tree:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as one:
+        one.bind((host, 0))
+        return int(one.getsockname()[1])

@@ -1,0 +1,170 @@
+"""The commands on a Ray cluster of several nodes: a node is taken away in the middle of each stage, and nothing is lost.
+
+What a disturbed stage publishes is compared with what an undisturbed one does on the same cluster: fingerprints, so every
+byte of every file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rag_core.artefact import open_artefact
+from rag_core.corpus import CorpusConfig, write_corpus
+from rag_core.rag_model import RagModel
+from tests.ray_cluster import LocalCluster
+from tests.small_corpus import FACTS, QUESTIONS, make_encoder, make_generator, model_config, optimizer
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+SMOKE = os.environ.get("CHAOS") == "smoke"
+WAIT_SECONDS = 180
+PASSAGES, SHARD_ROWS = (24_000, 1_000) if SMOKE else (48_000, 1_000)
+ASKED = 768 if SMOKE else 2_560
+
+not_in_short = pytest.mark.skipif(SMOKE, reason="not in the short form (CHAOS=smoke)")
+
+
+class Site:
+    """A cluster of two one-processor nodes, a folder with inputs, and commands that run there."""
+
+    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        encoder = make_encoder(folder / "encoder")
+        generator = make_generator(folder / "generator", encoder)
+        model = model_config(encoder, generator)
+        RagModel.from_parts(model).save_pretrained(folder / "model")
+        rows = [
+            {"id": str(n), "title": FACTS[n % 9][1], "text": f"{FACTS[n % 9][2]} {n} people of Oslo live in Cork. " * 2}
+            for n in range(PASSAGES)
+        ]
+        write_lines(folder / "passages.jsonl", rows)
+        write_corpus(
+            [folder / "passages.jsonl"], folder / "corpus", CorpusConfig(format="jsonl", shard_rows=SHARD_ROWS)
+        )
+        asked = [
+            {"id": str(n), "question": QUESTIONS[n % 8][0], "answers": [QUESTIONS[n % 8][1]]} for n in range(ASKED)
+        ]
+        write_lines(folder / "questions.jsonl", asked)
+        write_lines(folder / "dev.jsonl", asked[:8])
+        train = {"optimizer": optimizer(200, eval_every=50, log_every=10).model_dump(mode="json")}
+        content = {"model": model.model_dump(mode="json"), "train": train}
+        (folder / "run.yaml").write_text(yaml.safe_dump(content))
+
+    def start(self, *words: object, **environment: str) -> subprocess.Popen[bytes]:
+        environment = self.cluster.environment | {"PREFECT_HOME": str(self.folder / "prefect")} | environment
+        with (self.folder / "log").open("wb") as log:
+            command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def finish(self, *words: object, out: str) -> str:
+        """Run a command to its end; the fingerprint of what it published in `out`."""
+        return self.end(self.start(*words, "--out", self.folder / out), out)
+
+    def end(self, process: subprocess.Popen[bytes], out: str) -> str:
+        assert process.wait(WAIT_SECONDS) == 0, self.said()
+        kind = json.loads((self.folder / out / "manifest.json").read_text())["kind"]
+        return open_artefact(self.folder / out, kind).fingerprint
+
+    def disturbed(self, *words: object, out: str, when: Callable[[], bool], rejoin: bool = True) -> str:
+        """As `finish`; when `when` says so, one node is killed, and if `rejoin`, a new one joins the cluster."""
+        process = self.start(*words, "--out", self.folder / out)
+        end = time.monotonic() + WAIT_SECONDS
+        while not when():
+            assert process.poll() is None, f"it ended before a node was taken away: {self.said()}"
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.01)
+        self.cluster.remove(self.cluster.nodes[0])
+        assert process.poll() is None, "it had ended when the node was taken away"
+        if rejoin:
+            self.cluster.add()
+        return self.end(process, out)
+
+    def said(self) -> str:
+        return (self.folder / "log").read_text()[-6000:]
+
+    def parts_of(self, out: str, pattern: str) -> int:
+        """Finished parts of an artefact that is being written."""
+        return sum(1 for draft in self.folder.glob(f".{out}.draft-*") for _ in draft.rglob(pattern))
+
+
+def write_lines(file: Path, rows: list[dict[str, object]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with LocalCluster(nodes=2) as cluster:
+        found = Site(cluster, tmp_path_factory.mktemp("site"))
+        cluster.wait_for_nodes(2)
+        yield found
+
+
+def test_embedding_ends_on_the_node_that_is_left(site: Site) -> None:
+    command = "embed", "--corpus", site.folder / "corpus", "--encoder", site.folder / "encoder"
+    undisturbed = site.finish(*command, out="embeddings")
+    found = site.disturbed(
+        *command, out="disturbed", when=lambda: site.parts_of("disturbed", "emb*.parquet") >= 2, rejoin=False
+    )
+    assert found == undisturbed
+    site.cluster.add()
+
+
+@not_in_short
+def test_an_index_is_built_while_a_node_goes(site: Site) -> None:
+    inputs = "--corpus", site.folder / "corpus", "--embeddings", site.folder / "embeddings"
+    command = "index", *inputs, "--factory", "IVF256,SQ8"
+    undisturbed = site.finish(*command, out="index")
+    assert site.disturbed(*command, out="index-2", when=lambda: site.parts_of("index-2", "*") >= 1) == undisturbed
+
+
+@not_in_short
+def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site) -> None:
+    files = "--questions", site.folder / "questions.jsonl", "--dev", site.folder / "dev.jsonl"
+    command = "train", "--variant", "token", "--config", site.folder / "run.yaml", "--index", site.folder / "index"
+    command += *files, "--num-workers", 2
+    site.cluster.wait_for_nodes(2)
+    undisturbed = site.finish(*command, out="trained")
+    site.cluster.wait_for_nodes(2)
+    assert site.disturbed(*command, out="trained-2", when=lambda: "train-token: " in site.said()) == undisturbed
+
+
+@not_in_short
+def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(site: Site) -> None:
+    files = "--questions", site.folder / "questions.jsonl", "--index", site.folder / "index"
+    command = "infer", "--model", site.folder / "model", *files, "--variant", "token", "--num-workers", 2
+    command += "--num-beams", 2, "--max-new-tokens", 6
+    site.cluster.wait_for_nodes(2)
+    undisturbed = site.finish(*command, out="answers")
+    found = site.disturbed(*command, out="answers-2", when=lambda: site.parts_of("answers-2", "part*.jsonl") >= 1)
+    assert found == undisturbed
+
+
+@not_in_short
+def test_a_command_with_another_token_is_kept_out_and_told_so(site: Site) -> None:
+    wrong = {"RAY_AUTH_TOKEN": "0" * 64}
+    process = site.start("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
+    assert process.wait(WAIT_SECONDS) == 2
+    assert (
+        f"The Ray cluster at {site.cluster.address} (RAY_ADDRESS) does not answer, or asks for another" in site.said()
+    )
+
+
+@not_in_short
+def test_without_a_machine_a_stage_waits_for_so_long_and_says_what_is_missing(site: Site) -> None:
+    for node in list(site.cluster.nodes):
+        site.cluster.remove(node)
+    site.cluster.wait_for_nodes(0)
+    process = site.start(
+        "embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", RAG_CLUSTER_WAIT_SECONDS="5"
+    )
+    assert process.wait(WAIT_SECONDS) == 2
+    assert "For 5 s no machine of the Ray cluster has had 1 CPU free for a worker; it has 1 machine" in site.said()
