@@ -63,7 +63,7 @@ def evaluate_retrieval(
     )
 
 
-def check_own_encoder(index: PassageIndex, encoder: TextEncoder) -> None:
+def check_own_encoder(index: Retriever, encoder: TextEncoder) -> None:
     """Raise ArtefactError if `encoder`, which stands where the index's own one stood, is not that one any more."""
     found = encoder.fingerprint()
     if found != index.encoder_fingerprint:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,17 @@ def build_index(
     if factory == "auto":  # the first shard is the largest
         factory = choose_factory(ranges[0].rows, embeddings.dim)
     with publish(out, KIND, config=config.for_key(), made_from=index_inputs(embeddings, corpus)) as draft:
-        _write_shards(embeddings, corpus, draft.folder, ranges, factory, config.seed)
-        folders = [draft.folder / one.folder for one in ranges]
+        indexes = _write_shards(embeddings, corpus, draft.folder, ranges, factory, config.seed)
         measured = tune_recall(
-            [open_faiss(folder) for folder in folders],
-            [open_vectors(folder) for folder in folders],
+            indexes,
+            [open_vectors(draft.folder / one.folder) for one in ranges],
             config.target_recall,
             config.seed,
             refine_factor(factory),
             queries_QD,
         )
+        if config.shards == 1:
+            faiss.write_index(indexes[0], str(draft.folder / INDEX_FILE))
         draft.counts["passages"] = len(embeddings)
         draft.details = {
             **{name: embeddings.manifest.details[name] for name in ("dim", "dtype", "encoder", "encoder_fingerprint")},
@@ -108,9 +110,10 @@ def build_index(
 class PassageIndex(Retriever):
     """A published index, opened for searching in this process; any number of them may share the mapped files."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        super().__init__(path, manifest)
-        self._shards = [IndexShard(path / one.folder, one.first_row, manifest.details) for one in self.ranges]
+    @cached_property
+    def _shards(self) -> list[IndexShard]:
+        # Opened by the first search: whoever only compares fingerprints and sizes need not hold what FAISS cannot map.
+        return [IndexShard(self.path / one.folder, one.first_row, self.manifest.details) for one in self.ranges]
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> PassageIndex:
@@ -137,8 +140,12 @@ def _divide(rows: int, shards: int) -> list[ShardRange]:
 
 def _write_shards(
     embeddings: Embeddings, corpus: Corpus, folder: Path, ranges: list[ShardRange], factory: str, seed: int
-) -> None:
-    """The three files of every shard, from one pass over vectors and passages."""
+) -> list[faiss.Index]:
+    """The files of every shard, from one pass over vectors and passages.
+
+    Returns the FAISS indexes: mapped from the files that were written; a single one in memory, not written yet.
+    """
+    indexes: list[faiss.Index] = []
     vectors = _Rows(vectors_nD for _, vectors_nD in embeddings.iter_vectors())
     passages = _Rows(pq.read_table(file) for file in corpus.shards)
     for one in ranges:
@@ -148,7 +155,10 @@ def _write_shards(
         write_passage_store(passages.take(one.rows), shard / PASSAGES_FILE)
         if not vectors.taken == passages.taken == one.first_row + one.rows:
             break
-        faiss.write_index(make_faiss_index(open_vectors(shard), factory, seed), str(shard / INDEX_FILE))
+        indexes.append(make_faiss_index(open_vectors(shard), factory, seed))
+        if len(ranges) > 1:  # the next one takes its place in memory
+            faiss.write_index(indexes.pop(), str(shard / INDEX_FILE))
+            indexes.append(open_faiss(shard))
     num_vectors, num_passages = vectors.count_all(), passages.count_all()
     if num_vectors != len(embeddings):
         raise ArtefactError(
@@ -156,6 +166,7 @@ def _write_shards(
         )
     if num_passages != num_vectors:
         raise ArtefactError(f"{corpus.path} has {num_passages} passages, {embeddings.path} {num_vectors}. Embed again.")
+    return indexes
 
 
 def _write_vectors(parts: Iterable[np.ndarray], out_file: Path, shape: tuple[int, int], dtype: str) -> None:
