@@ -18,7 +18,9 @@ from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import IndexConfig, PassageIndex, build_index, index_inputs
 from rag_core.passage_store import write_passage_store
+from rag_core.repair import repair
 from rag_core.retriever import Retrieved
+from rag_core.verification import verify
 from tests.test_index import QUERIES_BD, D, N, _brute_force, _corpus, _embeddings, _vectors
 
 SHARDS = (1, 2, 3, 7)
@@ -193,3 +195,30 @@ def test_a_shard_whose_file_was_changed_is_refused_with_its_name(
     file.unlink()
     with pytest.raises(ArtefactError, match=r"shard-00001/vectors\.npy is missing"):
         open_artefact(tmp_path / "index", "index", check_content=False)
+
+
+def test_damaged_files_of_shards_are_found_and_made_again_byte_for_byte(
+    corpus: Corpus, embeddings: Embeddings, tmp_path: Path
+) -> None:
+    path = tmp_path / "index"
+    build_index(embeddings, corpus, path, IndexConfig(factory="IVF16,SQ8", shards=3))
+    assert verify(path).findings == []
+    damaged = ["shard-00000/index.faiss", "shard-00002/passages.arrow"]
+    whole = {name: (path / name).read_bytes() for name in damaged}
+    for name in damaged:
+        (path / name).write_bytes(whole[name][:-9])
+    assert [finding.file for finding in verify(path).findings] == damaged
+    assert repair(path) == damaged
+    assert {name: (path / name).read_bytes() for name in damaged} == whole
+
+
+def test_shards_that_hold_other_ranges_than_the_manifest_says_are_found(
+    corpus: Corpus, embeddings: Embeddings, tmp_path: Path
+) -> None:
+    path = tmp_path / "index"
+    build_index(embeddings, corpus, path, IndexConfig(shards=2))
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rows": 1500', '"rows": 1501'))
+    (first, second) = verify(path).findings
+    assert (first.file, first.found) == ("shard-00000", "1500 passages")
+    assert second.file == "shard-00001"
