@@ -31,6 +31,8 @@ from rag_core.places import as_place
 from rag_core.retriever import Retrieved, Retriever, shard_ranges
 from tasks.ray_runtime import ensure_ray
 
+logger = logging.getLogger(__name__)
+
 # So long a replica that failed is asked only if all others of its shard have failed, too.
 SUSPECT_SECONDS = 10.0
 # Between two rounds in which replicas are asked that have just failed.
@@ -128,6 +130,7 @@ class ShardedRetriever(Retriever):
         self._replicas, self._config = replicas, config
         self._turn = os.getpid()  # so that not all workers ask the same replicas at the same time
         self._suspected_until: dict[Any, float] = {}
+        self._spared_until: dict[Any, float] = {}
 
     def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
         found = self._ask("search", dict.fromkeys(range(len(self._replicas)), (queries_BD, k)))
@@ -140,11 +143,15 @@ class ShardedRetriever(Retriever):
         """What one replica of each shard answers; shards without an answer are asked again until the time is up."""
         end = time.monotonic() + self._config.give_up_seconds
         found: dict[int, Any] = {}
+        told: set[int] = set()
         while True:
             missing = [number for number in arguments if number not in found]
             lost = self._ask_once(method, {number: arguments[number] for number in missing}, found, end)
             if not lost:
                 return found
+            for number in lost.keys() - told:
+                logger.warning("Shard %d of %s: %s. Asking again.", number, self.path, lost[number])
+                told.add(number)
             if time.monotonic() > end:
                 raise ConfigError(self._unanswered(lost))
             time.sleep(PAUSE_SECONDS)
@@ -171,11 +178,17 @@ class ShardedRetriever(Retriever):
                 lost[number] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         for call in late:
             lost[calls[call]] = f"no answer within {limit:.0f} s"
-            ray.kill(asked[calls[call]], no_restart=False)
-        for number, reason in lost.items():
-            logging.getLogger(__name__).warning("Shard %d of %s: %s. Asking again.", number, self.path, reason)
+            self._restart(asked[calls[call]])
+        for number in lost:
             self._suspected_until[asked[number]] = time.monotonic() + SUSPECT_SECONDS
         return lost
+
+    def _restart(self, replica: Any) -> None:
+        """End an actor that hangs, so that Ray starts it again; not one that may just be starting."""
+        now = time.monotonic()
+        if self._spared_until.get(replica, 0.0) < now:
+            self._spared_until[replica] = now + self._config.start_seconds
+            ray.kill(replica, no_restart=False)
 
     def _choose(self, number: int) -> Any:
         replicas, now = self._replicas[number], time.monotonic()
