@@ -126,7 +126,7 @@ def search_peer(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
     """What autofaiss built, at the cheapest setting that has the recall on the questions that ours was tuned on."""
     vectors_ND = np.load(index / "vectors.npy", mmap_mode="r")
     peer = faiss.read_index(str(index / "autofaiss.index"))
-    tune_recall(peer, vectors_ND, TUNED_RECALL, 0, 1, np.load(index.parent / "tuning.npy"))
+    tune_recall([peer], [vectors_ND], TUNED_RECALL, 0, 1, np.load(index.parent / "tuning.npy"))
     return _work(index, pairs, lambda queries_QD: peer.search(queries_QD, K)[1])
 
 

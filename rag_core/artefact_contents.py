@@ -102,10 +102,12 @@ def _index(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Fi
 
     from rag_core.index import PassageIndex
     from rag_core.passage_store import PassageStore
+    from rag_core.retriever import shard_ranges
 
     total = 0
-    for name in [name for name in manifest.files if name.endswith("index.faiss")]:
-        shard = (folder / name).parent
+    for one in shard_ranges(manifest):
+        shard = folder / one.folder
+        name = (Path(one.folder) / "index.faiss").as_posix()
         indexed = faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP)
         vectors_nD = np.load(shard / "vectors.npy", mmap_mode="r", allow_pickle=False)
         passages = len(PassageStore(shard / "passages.arrow"))
@@ -123,8 +125,12 @@ def _index(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Fi
                 f"{manifest.details['dim']} dimensions (by the manifest)",
                 f"{indexed.d} dimensions, vectors of {vectors_nD.shape[1]}",
             )
+        if one.folder and passages != one.rows:
+            yield from _count(one.folder, "passages", one.rows, passages)
         total += passages
-    yield from _count(".", "passages", manifest.counts.get("passages"), total)
+    if total != manifest.counts.get("passages"):
+        yield from _count(".", "passages", manifest.counts.get("passages"), total)
+        return
     index = PassageIndex(folder, manifest)
     if corpus is not None:
         starts = range(0, len(index), 4096)

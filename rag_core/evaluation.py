@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from rag_core.errors import ArtefactError, InputError
-from rag_core.index import PassageIndex
 from rag_core.metrics import exact_match, f1, has_answer, recall_at_k
 from rag_core.passages import Passage
 from rag_core.predictions import read_predictions
 from rag_core.questions import Question
+from rag_core.retriever import Retriever
 from rag_core.text_encoder import Precision, TextEncoder
 
 Scores = dict[str, float]
@@ -46,7 +46,7 @@ def evaluate_predictions(predictions: Path, questions: Sequence[Question], ks: S
 
 
 def evaluate_retrieval(
-    index: PassageIndex,
+    index: Retriever,
     encoder: TextEncoder,
     questions: Sequence[Question],
     ks: Sequence[int],
@@ -57,13 +57,13 @@ def evaluate_retrieval(
     rows_BK = index.search(vectors_BD, max(ks)).rows_BK
     return by_type(
         [
-            (question.type, retrieval_scores(index.passages.take(rows_K), question, ks))
-            for question, rows_K in zip(questions, rows_BK, strict=True)
+            (question.type, retrieval_scores(passages_K, question, ks))
+            for question, passages_K in zip(questions, index.passages_of(rows_BK), strict=True)
         ]
     )
 
 
-def check_own_encoder(index: PassageIndex, encoder: TextEncoder) -> None:
+def check_own_encoder(index: Retriever, encoder: TextEncoder) -> None:
     """Raise ArtefactError if `encoder`, which stands where the index's own one stood, is not that one any more."""
     found = encoder.fingerprint()
     if found != index.encoder_fingerprint:

@@ -1,16 +1,18 @@
-"""Maximum inner product search over a frozen corpus: the index artefact.
+"""Maximum inner product search over a frozen corpus: the index artefact, in one piece or in shards.
 
-Owner of its layout: `index.faiss` (may be compressed), `vectors.npy` (every passage's vector at stored precision,
-memory-mapped) and `passages.arrow` (memory-mapped text). FAISS proposes rows; the scores that leave this module are
-always inner products with the stored vectors, never the index's compressed ones, because gradients flow through them.
+Owner of its layout: the three files of a shard (`rag_core/index_shard.py`) lie in the artefact's folder, or, of an index
+in several shards, in `shard-00000`, `shard-00001`, …, each for a contiguous range of passages.
 
-Shapes: N passages, B questions, K passages per question, D embedding.
+Shapes: N passages, n passages of a shard, Q sample queries, D embedding.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,8 +27,10 @@ from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index_factory import choose_factory, make_faiss_index, refine_factor, tune_recall
-from rag_core.passage_store import PassageStore, write_passage_store
+from rag_core.index_shard import INDEX_FILE, PASSAGES_FILE, VECTORS_FILE, IndexShard, open_faiss, open_vectors
+from rag_core.passage_store import write_passage_store
 from rag_core.passages import Passage
+from rag_core.retriever import Retrieved, Retriever, ShardRange, shard_name
 
 KIND = "index"
 
@@ -41,19 +45,13 @@ class IndexConfig(BaseModel):
     )
     target_recall: float = Field(0.95, gt=0, le=1, description="recall@10 against exact search that 'auto' tunes for")
     seed: int = Field(0, description="chooses the sample on which an approximate index is trained and measured")
+    shards: int = Field(
+        1, ge=1, le=99_999, description="FAISS indexes that the passages are divided among, by ranges of equal size"
+    )
 
-
-@dataclass(frozen=True, slots=True)
-class Retrieved:
-    """The K passages found for each question, best first.
-
-    rows_BK: int64, rows of the index; vectors_BKD: float32, the stored vectors; scores_BK: float32, inner products
-    (not scaled).
-    """
-
-    rows_BK: np.ndarray
-    vectors_BKD: np.ndarray
-    scores_BK: np.ndarray
+    def for_key(self) -> dict[str, Any]:
+        """The settings as the manifest and the stage's key have them; without `shards`, the index is in one piece."""
+        return self.model_dump(exclude={"shards"} if self.shards == 1 else None)
 
 
 def index_inputs(embeddings: Embeddings, corpus: Corpus) -> dict[str, str]:
@@ -66,29 +64,35 @@ def build_index(
 ) -> Manifest:
     """Build and publish an index; with vectors of questions `queries_QD`, its recall is tuned on them.
 
+    Shards are built in turn, so that one FAISS index at a time is in memory; recall is tuned and measured over all.
+
     Raises:
         ArtefactError: the embeddings were made from another corpus.
-        ConfigError: FAISS does not know the factory string, or it does not fit the corpus.
+        ConfigError: FAISS does not know the factory string, it does not fit the corpus, or there are more shards than
+            passages.
     """
     if embeddings.manifest.made_from.get("corpus") != corpus.manifest.fingerprint:
         raise ArtefactError(
             f"The embeddings in {embeddings.path} were made from another corpus than {corpus.path}. "
             "Embed this corpus, or give the corpus that was embedded."
         )
-    with publish(out, KIND, config=config.model_dump(), made_from=index_inputs(embeddings, corpus)) as draft:
-        vectors_ND = _write_vectors(embeddings, draft.folder / "vectors.npy")
-        stored = write_passage_store((pq.read_table(shard) for shard in corpus.shards), draft.folder / "passages.arrow")
-        if stored != len(vectors_ND):
-            raise ArtefactError(
-                f"{corpus.path} has {stored} passages, {embeddings.path} {len(vectors_ND)}. Embed again."
-            )
-        factory = choose_factory(len(vectors_ND), embeddings.dim) if config.factory == "auto" else config.factory
-        faiss_index = make_faiss_index(vectors_ND, factory, config.seed)
+    ranges = _divide(len(embeddings), config.shards)
+    factory = config.factory
+    if factory == "auto":  # the first shard is the largest
+        factory = choose_factory(ranges[0].rows, embeddings.dim)
+    with publish(out, KIND, config=config.for_key(), made_from=index_inputs(embeddings, corpus)) as draft:
+        indexes = _write_shards(embeddings, corpus, draft.folder, ranges, factory, config.seed)
         measured = tune_recall(
-            faiss_index, vectors_ND, config.target_recall, config.seed, refine_factor(factory), queries_QD
+            indexes,
+            [open_vectors(draft.folder / one.folder) for one in ranges],
+            config.target_recall,
+            config.seed,
+            refine_factor(factory),
+            queries_QD,
         )
-        faiss.write_index(faiss_index, str(draft.folder / "index.faiss"))
-        draft.counts["passages"] = stored
+        if config.shards == 1:
+            faiss.write_index(indexes[0], str(draft.folder / INDEX_FILE))
+        draft.counts["passages"] = len(embeddings)
         draft.details = {
             **{name: embeddings.manifest.details[name] for name in ("dim", "dtype", "encoder", "encoder_fingerprint")},
             "factory": factory,
@@ -98,26 +102,18 @@ def build_index(
             "recall_curve": [asdict(point) for point in measured.curve],
             "inputs": input_paths(embeddings=embeddings.place, corpus=corpus.place),
         }
+        if config.shards > 1:
+            draft.details["shards"] = [{"first_row": one.first_row, "rows": one.rows} for one in ranges]
     return open_artefact(out, KIND, check_content=False)
 
 
-class PassageIndex:
-    """A published index, opened for searching; any number of processes may share the mapped files."""
+class PassageIndex(Retriever):
+    """A published index, opened for searching in this process; any number of them may share the mapped files."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.dim: int = manifest.details["dim"]
-        self.encoder_fingerprint: str = manifest.details["encoder_fingerprint"]
-        self.passages = PassageStore(path / "passages.arrow")
-        self._vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        self._faiss = faiss.read_index(str(path / "index.faiss"), faiss.IO_FLAG_MMAP)
-        self._refine_factor = (
-            1 if isinstance(self._faiss, faiss.IndexFlat) else refine_factor(manifest.details["factory"])
-        )
-        parameter, value = manifest.details["search_parameter"], manifest.details["search_value"]
-        if parameter:
-            faiss.ParameterSpace().set_index_parameter(self._faiss, parameter, value)
+    @cached_property
+    def _shards(self) -> list[IndexShard]:
+        # Opened by the first search: whoever only compares fingerprints and sizes need not hold what FAISS cannot map.
+        return [IndexShard(self.path / one.folder, one.first_row, self.manifest.details) for one in self.ranges]
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> PassageIndex:
@@ -125,80 +121,93 @@ class PassageIndex:
         path = local_copy(path)
         return cls(path, open_artefact(path, KIND, check_content=check_content))
 
-    def __len__(self) -> int:
-        return len(self._vectors_ND)
+    def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
+        return [shard.search(queries_BD, k) for shard in self._shards]
 
-    def search(self, queries_BD: np.ndarray, k: int) -> Retrieved:
-        """The k passages with the largest inner products, best first, re-scored with the stored vectors.
-
-        Args:
-            queries_BD: float32 question vectors.
-            k: passages per question, 1 … N.
-
-        Raises:
-            ConfigError: k is larger than the corpus, or the queries have another width than the index.
-        """
-        self.check_width(queries_BD.shape[-1])
-        self.check_num_docs(k)
-        queries_BD = np.ascontiguousarray(queries_BD, dtype=np.float32)
-        _, rows_BP = self._faiss.search(queries_BD, min(len(self), k * self._refine_factor))
-        scores_BP = self._inner_products(queries_BD, rows_BP)
-        best_BK = np.argsort(-scores_BP, axis=1, kind="stable")[:, :k]
-        scores_BK = np.take_along_axis(scores_BP, best_BK, axis=1)
-        if np.isneginf(scores_BK).any():
-            raise ConfigError(
-                f"The index {self.path} found fewer than {k} passages for a question: it probes too few lists. "
-                "Build it with another factory string (or 'auto'), or ask for fewer passages."
-            )
-        rows_BK = np.take_along_axis(rows_BP, best_BK, axis=1)
-        return Retrieved(rows_BK, self._vectors_ND[rows_BK].astype(np.float32, copy=False), scores_BK)
-
-    def _inner_products(self, queries_BD: np.ndarray, rows_BP: np.ndarray) -> np.ndarray:
-        """Inner products (B, P) with stored vectors, −inf where the row is −1 (FAISS found fewer)."""
-        scores_BP = np.full(rows_BP.shape, -np.inf, dtype=np.float32)
-        if self._vectors_ND.dtype == np.float32:  # FAISS reads them where they lie, with all cores.
-            sizes = self.dim, *rows_BP.shape
-            pointers = (faiss.swig_ptr(array) for array in (scores_BP, queries_BD, self._vectors_ND, rows_BP))
-            faiss.fvec_inner_products_by_idx(*pointers, *sizes)  # type: ignore[attr-defined]
-        else:
-            for query_D, rows_P, scores_P in zip(queries_BD, rows_BP, scores_BP, strict=True):
-                scores_P[:] = self._vectors_ND[np.maximum(rows_P, 0)].astype(np.float32) @ query_D
-        scores_BP[rows_BP < 0] = -np.inf
-        return scores_BP
-
-    def passages_of(self, rows_BK: np.ndarray) -> list[list[Passage]]:
-        """The passages at rows (B, K)."""
-        return [self.passages.take(rows_K) for rows_K in rows_BK]
-
-    def check_width(self, width: int) -> None:
-        """Raise ConfigError if question vectors of this width cannot be compared with the index's."""
-        if width != self.dim:
-            raise ConfigError(
-                f"The question encoder gives {width} dimensions, the index {self.path} holds {self.dim}. "
-                "Use the encoder that the index was made with, or embed and index the corpus with this one."
-            )
-
-    def check_num_docs(self, k: int) -> None:
-        """Raise ConfigError unless 1 ≤ k ≤ N."""
-        if not 1 <= k <= len(self):
-            raise ConfigError(
-                f"{k} passages per question were asked for, but the index {self.path} holds {len(self)}. "
-                f"Ask for 1 to {len(self)}."
-            )
+    def _passages_of_shards(self, rows_n: Mapping[int, np.ndarray]) -> Mapping[int, list[Passage]]:
+        return {number: self._shards[number].passages(rows) for number, rows in rows_n.items()}
 
 
-def _write_vectors(embeddings: Embeddings, out_file: Path) -> np.ndarray:
-    """Copy the vectors of all shards into one row-addressable file and map it."""
-    rows, dtype = 0, np.dtype(embeddings.dtype)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (len(embeddings), embeddings.dim)}
-    with out_file.open("wb") as file:  # written, not mapped: pages that wait to be written would count as ours
-        write_array_header_1_0(file, header)
-        for ids, vectors_nD in embeddings.iter_vectors():
-            file.write(np.ascontiguousarray(vectors_nD, dtype=dtype).data)
-            rows += len(ids)
-    pa.default_memory_pool().release_unused()
-    if rows != len(embeddings):
+def _divide(rows: int, shards: int) -> list[ShardRange]:
+    """Contiguous ranges that differ by at most one row, the longer ones first; a single one has no folder of its own."""
+    if shards == 1:
+        return [ShardRange("", 0, rows)]
+    if shards > rows:
+        raise ConfigError(f"{shards} shards were asked for, but there are {rows} passages. Ask for 1 to {rows}.")
+    size, longer = divmod(rows, shards)
+    return [ShardRange(shard_name(at), at * size + min(at, longer), size + (at < longer)) for at in range(shards)]
+
+
+def _write_shards(
+    embeddings: Embeddings, corpus: Corpus, folder: Path, ranges: list[ShardRange], factory: str, seed: int
+) -> list[faiss.Index]:
+    """The files of every shard, from one pass over vectors and passages.
+
+    Returns the FAISS indexes: mapped from the files that were written; a single one in memory, not written yet.
+    """
+    indexes: list[faiss.Index] = []
+    vectors = _Rows(vectors_nD for _, vectors_nD in embeddings.iter_vectors())
+    passages = _Rows(pq.read_table(file) for file in corpus.shards)
+    for one in ranges:
+        shard = folder / one.folder
+        shard.mkdir(exist_ok=True)
+        _write_vectors(vectors.take(one.rows), shard / VECTORS_FILE, (one.rows, embeddings.dim), embeddings.dtype)
+        write_passage_store(passages.take(one.rows), shard / PASSAGES_FILE)
+        if not vectors.taken == passages.taken == one.first_row + one.rows:
+            break
+        indexes.append(make_faiss_index(open_vectors(shard), factory, seed))
+        if len(ranges) > 1:  # the next one takes its place in memory
+            faiss.write_index(indexes.pop(), str(shard / INDEX_FILE))
+            indexes.append(open_faiss(shard))
+    num_vectors, num_passages = vectors.count_all(), passages.count_all()
+    if num_vectors != len(embeddings):
         raise ArtefactError(
-            f"{embeddings.path} holds {rows} vectors, its manifest says {len(embeddings)}. Embed again."
+            f"{embeddings.path} holds {num_vectors} vectors, its manifest says {len(embeddings)}. Embed again."
         )
-    return np.load(out_file, mmap_mode="r", allow_pickle=False)
+    if num_passages != num_vectors:
+        raise ArtefactError(f"{corpus.path} has {num_passages} passages, {embeddings.path} {num_vectors}. Embed again.")
+    return indexes
+
+
+def _write_vectors(parts: Iterable[np.ndarray], out_file: Path, shape: tuple[int, int], dtype: str) -> None:
+    """Vectors as one row-addressable file."""
+    with out_file.open("wb") as file:  # written, not mapped: pages that wait to be written would count as ours
+        write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        for vectors_nD in parts:
+            file.write(np.ascontiguousarray(vectors_nD, dtype=dtype).data)
+    pa.default_memory_pool().release_unused()
+
+
+class _Rows:
+    """A stream of arrays or tables, from which any number of rows at a time is taken."""
+
+    def __init__(self, pieces: Iterable[Any]) -> None:
+        self._pieces = iter(pieces)
+        self._rest: Any = None
+        self.taken = 0
+
+    def take(self, rows: int) -> Iterator[Any]:
+        """The next `rows` rows, piece by piece; fewer at the end of the stream."""
+        while rows and (piece := self._next()) is not None:
+            part, self._rest = (piece, None) if len(piece) <= rows else (_cut(piece, 0, rows), _cut(piece, rows, None))
+            rows -= len(part)
+            self.taken += len(part)
+            yield part
+
+    def count_all(self) -> int:
+        """Rows of the whole stream, which ends with this."""
+        while (piece := self._next()) is not None:
+            self.taken += len(piece)
+        return self.taken
+
+    def _next(self) -> Any:
+        piece, self._rest = self._rest, None
+        return next(self._pieces, None) if piece is None else piece
+
+
+def _cut(piece: Any, first: int, last: int | None) -> Any:
+    return (
+        piece[first:last]
+        if isinstance(piece, np.ndarray)
+        else piece.slice(first, None if last is None else last - first)
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import faiss
@@ -86,8 +86,8 @@ def make_faiss_index(vectors_ND: np.ndarray, factory: str, seed: int) -> faiss.I
     try:
         if not index.is_trained:
             _rotate(index, vectors_ND, seed)
-            index.train(_sample(vectors_ND, _training_rows(index), seed))
-        for _, part_nD in _slices(vectors_ND):
+            index.train(_sample([vectors_ND], _training_rows(index), seed))
+        for _, part_nD in _slices([vectors_ND]):
             index.add(part_nD)
     except RuntimeError as error:
         raise ConfigError(
@@ -98,37 +98,38 @@ def make_faiss_index(vectors_ND: np.ndarray, factory: str, seed: int) -> faiss.I
 
 
 def tune_recall(
-    index: faiss.Index,
-    vectors_ND: np.ndarray,
+    indexes: Sequence[faiss.Index],
+    vectors: Sequence[np.ndarray],
     target: float,
     seed: int,
     refine_factor: int,
     queries_QD: np.ndarray | None = None,
 ) -> MeasuredRecall:
-    """Measure recall@10 and leave the index at the cheapest setting that reaches `target`.
+    """Measure recall@10 and leave the indexes at the cheapest setting that reaches `target`.
 
     For an inverted-file index `nprobe` is doubled until the target is met, then bisected to within 5%; for HNSW
     `efSearch`; others are measured as they are.
 
     Args:
+        indexes: the shards of one index, all of one type; recall is that of the best among what all of them propose.
+        vectors: of each shard, (n, D), in the order of the rows.
         queries_QD: vectors of questions. Without them sampled passages are the queries, and those are easier:
             questions lie elsewhere, and their neighbours in more lists.
     """
-    if isinstance(index, faiss.IndexFlat):
-        point = RecallPoint("", 0, 1.0, _milliseconds(index, _sample(vectors_ND, SAMPLE_QUERIES, seed), 10)[1])
+    if isinstance(indexes[0], faiss.IndexFlat):
+        point = RecallPoint("", 0, 1.0, _propose(indexes, _sample(vectors, SAMPLE_QUERIES, seed), 10)[1])
         return MeasuredRecall(point, [point])
     if queries_QD is None:
-        queries_QD = _sample(vectors_ND, SAMPLE_QUERIES, seed + 1)
-    truth = _exact_top(queries_QD, vectors_ND, min(10, len(vectors_ND)))
-    proposed = min(len(vectors_ND), 10 * refine_factor)
+        queries_QD = _sample(vectors, SAMPLE_QUERIES, seed + 1)
+    truth = _exact_top(queries_QD, vectors, min(10, _count(vectors)))
 
     def measure(parameter: str, value: int) -> RecallPoint:
         if parameter:
-            faiss.ParameterSpace().set_index_parameter(index, parameter, value)
-        found, milliseconds = _milliseconds(index, queries_QD, proposed)
-        return RecallPoint(parameter, value, _recall(queries_QD, vectors_ND, found, truth), milliseconds)
+            _set(indexes, parameter, value)
+        found, milliseconds = _propose(indexes, queries_QD, 10 * refine_factor)
+        return RecallPoint(parameter, value, _recall(queries_QD, vectors, found, truth), milliseconds)
 
-    parameter, lowest, highest = _search_parameter(index)
+    parameter, lowest, highest = _search_parameter(indexes[0])
     curve = [measure(parameter, lowest)]
     while curve[-1].recall_at_10 < target and curve[-1].value < highest:
         curve.append(measure(parameter, min(2 * curve[-1].value, highest)))
@@ -141,8 +142,13 @@ def tune_recall(
         else:
             below = curve[-1].value
     if parameter:
-        faiss.ParameterSpace().set_index_parameter(index, parameter, chosen.value)
+        _set(indexes, parameter, chosen.value)
     return MeasuredRecall(chosen, sorted(curve, key=lambda point: point.value))
+
+
+def _set(indexes: Sequence[faiss.Index], parameter: str, value: int) -> None:
+    for index in indexes:
+        faiss.ParameterSpace().set_index_parameter(index, parameter, value)
 
 
 def _search_parameter(index: faiss.Index) -> tuple[str, int, int]:
@@ -167,7 +173,7 @@ def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))  # type: ignore[attr-defined]
     if not isinstance(rotation, faiss.OPQMatrix) or rotation.d_in != rotation.d_out:
         return
-    variances_D, axes_DD = np.linalg.eigh(_covariance(_sample(vectors_ND, ROTATION_ROWS, seed)))
+    variances_D, axes_DD = np.linalg.eigh(_covariance(_sample([vectors_ND], ROTATION_ROWS, seed)))
     width = rotation.d_out // rotation.M
     parts: list[list[int]] = [[] for _ in range(rotation.M)]
     volumes = np.zeros(rotation.M)
@@ -186,54 +192,62 @@ def _training_rows(index: faiss.Index) -> int:
     return max(TRAIN_ROWS_PER_LIST * lists, 20_000)
 
 
-def _sample(vectors_ND: np.ndarray, rows: int, seed: int) -> np.ndarray:
+def _count(vectors: Sequence[np.ndarray]) -> int:
+    return sum(len(part_nD) for part_nD in vectors)
+
+
+def _sample(vectors: Sequence[np.ndarray], rows: int, seed: int) -> np.ndarray:
     """Random rows (float32, copied), in their order."""
-    chosen = np.random.default_rng(seed).choice(len(vectors_ND), size=min(rows, len(vectors_ND)), replace=False)
-    return _rows(vectors_ND, np.sort(chosen))
+    total = _count(vectors)
+    chosen = np.random.default_rng(seed).choice(total, size=min(rows, total), replace=False)
+    return _rows(vectors, np.sort(chosen))
 
 
-def _rows(vectors_ND: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
+def _rows(vectors: Sequence[np.ndarray], rows_n: np.ndarray) -> np.ndarray:
     """Copies (n, D), float32, of rows in ascending order."""
-    found_nD = np.empty((len(rows_n), vectors_ND.shape[1]), dtype=np.float32)
-    for start, part_nD in _slices(vectors_ND):
+    found_nD = np.empty((len(rows_n), vectors[0].shape[1]), dtype=np.float32)
+    for start, part_nD in _slices(vectors):
         first, last = np.searchsorted(rows_n, (start, start + len(part_nD)))
         found_nD[first:last] = part_nD[rows_n[first:last] - start]
     return found_nD
 
 
-def _slices(vectors_ND: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _slices(vectors: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
     """First row and float32 rows, slice by slice; the pages of a mapped file are let go after each."""
-    for start in range(0, len(vectors_ND), SLICE_ROWS):
-        yield start, np.ascontiguousarray(vectors_ND[start : start + SLICE_ROWS], dtype=np.float32)
-        mapped = vectors_ND.base
-        if isinstance(mapped, mmap.mmap) and not vectors_ND.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+    first_row = 0
+    for part_nD in vectors:
+        for start in range(0, len(part_nD), SLICE_ROWS):
+            yield first_row + start, np.ascontiguousarray(part_nD[start : start + SLICE_ROWS], dtype=np.float32)
+            mapped = part_nD.base
+            if isinstance(mapped, mmap.mmap) and not part_nD.flags.writeable and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+        first_row += len(part_nD)
 
 
 def _covariance(sample_nD: np.ndarray) -> np.ndarray:
     """Float64, without a float64 copy of the sample."""
     D = sample_nD.shape[1]
     mean_D, products_DD = sample_nD.mean(axis=0, dtype=np.float64), np.zeros((D, D))
-    for _, part_nD in _slices(sample_nD):
+    for _, part_nD in _slices([sample_nD]):
         centred_nD = part_nD - mean_D
         products_DD += centred_nD.T @ centred_nD
     return products_DD / len(sample_nD)
 
 
-def _exact_top(queries_QD: np.ndarray, vectors_ND: np.ndarray, k: int) -> np.ndarray:
+def _exact_top(queries_QD: np.ndarray, vectors: Sequence[np.ndarray], k: int) -> np.ndarray:
     """Rows (Q, k) of the largest inner products, from slices of the mapped vectors."""
     heap = faiss.ResultHeap(len(queries_QD), k, keep_max=True)
-    for start, part_nD in _slices(vectors_ND):
+    for start, part_nD in _slices(vectors):
         scores, rows = faiss.knn(queries_QD, part_nD, min(k, len(part_nD)), metric=faiss.METRIC_INNER_PRODUCT)
         heap.add_result(scores, rows + start)
     heap.finalize()
     return heap.I
 
 
-def _recall(queries_QD: np.ndarray, vectors_ND: np.ndarray, found_QP: np.ndarray, truth_QK: np.ndarray) -> float:
+def _recall(queries_QD: np.ndarray, vectors: Sequence[np.ndarray], found_QP: np.ndarray, truth_QK: np.ndarray) -> float:
     """Share of the true neighbours among the best K of what was found after exact re-scoring."""
     needed_n = np.unique(found_QP[found_QP >= 0])
-    needed_nD = _rows(vectors_ND, needed_n)
+    needed_nD = _rows(vectors, needed_n)
     hits = 0
     for query_D, found_P, truth_K in zip(queries_QD, found_QP, truth_QK, strict=True):
         found_P = found_P[found_P >= 0]
@@ -243,7 +257,12 @@ def _recall(queries_QD: np.ndarray, vectors_ND: np.ndarray, found_QP: np.ndarray
     return hits / truth_QK.size
 
 
-def _milliseconds(index: faiss.Index, queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, float]:
-    start = time.perf_counter()
-    _, rows_QK = index.search(queries_QD, k)
-    return rows_QK, 1000 * (time.perf_counter() - start) / len(queries_QD)
+def _propose(indexes: Sequence[faiss.Index], queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, float]:
+    """The rows (Q, P), k of each shard, numbered throughout (−1: none), and milliseconds a query."""
+    start, first_row = time.perf_counter(), 0
+    found: list[np.ndarray] = []
+    for index in indexes:
+        _, rows_QP = index.search(queries_QD, min(k, index.ntotal))
+        found.append(np.where(rows_QP < 0, -1, rows_QP + first_row))
+        first_row += index.ntotal
+    return np.concatenate(found, axis=1), 1000 * (time.perf_counter() - start) / len(queries_QD)

@@ -17,12 +17,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.passages import Passage
 from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.reader import GeneratorReader
+from rag_core.retriever import Retriever
 
 
 class EndToEndRates(BaseModel):
@@ -41,7 +41,7 @@ class EndToEnd(nn.Module):
     section 2.4); the passages' vectors are constants. Of several gold answers the first is learnt.
     """
 
-    def __init__(self, model: RagModel, index: PassageIndex, variant: Variant, rates: EndToEndRates) -> None:
+    def __init__(self, model: RagModel, index: Retriever, variant: Variant, rates: EndToEndRates) -> None:
         super().__init__()
         model.check_index(index)
         index.check_num_docs(model.settings.num_docs)

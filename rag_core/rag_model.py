@@ -21,10 +21,10 @@ from torch import nn
 from rag_core.artefact import local_copy, open_artefact, publish
 from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
-from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.model_source import absolute_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
+from rag_core.retriever import Retriever
 from rag_core.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
 
 KIND = "rag-model"
@@ -152,7 +152,7 @@ class RagModel(nn.Module):
     def answer(
         self,
         questions: Sequence[str],
-        index: PassageIndex,
+        index: Retriever,
         *,
         variant: Variant | None = None,
         num_docs: int | None = None,
@@ -187,7 +187,7 @@ class RagModel(nn.Module):
                     on_progress(len(batch))
         return answers
 
-    def check_index(self, index: PassageIndex) -> None:
+    def check_index(self, index: Retriever) -> None:
         """Raise if the index's vectors are not those that this model's question encoder was trained to meet."""
         index.check_width(self.question_encoder.dim)
         expected = self.settings.document_encoder_fingerprint

@@ -31,9 +31,11 @@ from rag_core.predictions import KIND, join_parts, prediction_row, write_part
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import ModelConfig, RagModel, batches_of
 from rag_core.reader import Answer, DecodingConfig
+from rag_core.retriever import Retriever
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
+from tasks.retriever_shards import RetrievalConfig, retrieval
 from tasks.stage import Input, refuse_unseen_parts, run_stage
 from tasks.tracking import StageRun
 
@@ -53,6 +55,7 @@ class InferConfig(BaseModel):
     decoding: DecodingConfig = Field(default_factory=DecodingConfig)
     shard_questions: int = Field(256, ge=1, description="questions that a worker answers at a time")
     num_workers: int = Field(0, ge=0, description="actors; 0: one for each GPU, else one for each machine")
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
 
 
 class QuestionAnswerer:
@@ -61,7 +64,7 @@ class QuestionAnswerer:
     def __init__(
         self,
         model: str | ModelConfig,
-        index: str,
+        open_retriever: Callable[[], Retriever],
         questions: str,
         parts: str,
         config: InferConfig,
@@ -70,7 +73,7 @@ class QuestionAnswerer:
     ) -> None:
         self._config, self._parts, self._meter = config, Path(parts), meter
         self._model = load_model(model).to("cuda" if gpu else "cpu")
-        self._index = PassageIndex.open(Path(index), check_content=False)
+        self._index = open_retriever()
         self._questions = read_questions(Path(questions))
 
     def __call__(self, number: int) -> ContextCount:
@@ -111,7 +114,7 @@ def batch_infer(
         "index": opened_index.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
     }
-    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
+    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions", "retrieval"})
     size = config.shard_questions
 
     def work(run: StageRun) -> Manifest:
@@ -119,7 +122,8 @@ def batch_infer(
             parts = draft.folder / "parts"
             parts.mkdir(exist_ok=True)
             source = model.with_absolute_sources() if isinstance(model, ModelConfig) else absolute(model)
-            count = _answer_on_ray(source, index, questions, parts, config, len(opened_questions), stage)
+            with retrieval(absolute(index), opened_index.manifest, config.retrieval) as open_retriever:
+                count = _answer_on_ray(source, open_retriever, questions, parts, config, len(opened_questions), stage)
             run.log_metrics({"contexts_cut_share": count.cut_share})
             names = [part_name(number, size) for number in range(-(-len(opened_questions) // size))]
             refuse_unseen_parts(parts, names, out)
@@ -160,7 +164,7 @@ def part_name(number: int, size: int) -> str:
 
 def answer_questions(
     model: RagModel,
-    index: PassageIndex,
+    index: Retriever,
     questions: Sequence[Question],
     config: InferConfig,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -191,7 +195,7 @@ def answer_questions(
 
 
 def _what_to_read(
-    model: RagModel, index: PassageIndex, questions: Sequence[Question], config: InferConfig
+    model: RagModel, index: Retriever, questions: Sequence[Question], config: InferConfig
 ) -> tuple[list[list[Passage]], list[list[float]]]:
     """Passages of every question and their scores; files may bring a different number of them for each question."""
     num_docs = config.num_docs or model.settings.num_docs
@@ -211,7 +215,13 @@ def _what_to_read(
 
 
 def _answer_on_ray(
-    model: str | ModelConfig, index: Path, questions: Path, parts: Path, config: InferConfig, total: int, stage: str
+    model: str | ModelConfig,
+    open_retriever: Callable[[], Retriever],
+    questions: Path,
+    parts: Path,
+    config: InferConfig,
+    total: int,
+    stage: str,
 ) -> ContextCount:
     ensure_ray()
     share, size = share_of_cluster(config.num_workers), config.shard_questions
@@ -222,9 +232,9 @@ def _answer_on_ray(
     finished = [number for number, name in enumerate(names) if (parts / name).is_file()]
     shards = [number for number in range(len(names)) if number not in set(finished)]
     done = sum(min(size, total - number * size) for number in finished)
-    folders = absolute(index), absolute(questions), str(parts)
+    files = absolute(questions), str(parts)
     with progress(stage, total, done=done) as meter:
-        arguments = (model, *folders, config, share.gpus > 0, meter)
+        arguments = (model, open_retriever, *files, config, share.gpus > 0, meter)
         counts = map_on_workers(share, QuestionAnswerer, arguments, shards)
     counts += [ContextCount(**json.loads((parts / names[one]).with_suffix(COUNT).read_bytes())) for one in finished]
     return ContextCount(**{name: sum(getattr(one, name) for one in counts) for name in ("contexts", "contexts_cut")})

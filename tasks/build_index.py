@@ -41,7 +41,7 @@ def build_index(
         "build-index",
         KIND,
         out,
-        config=config.model_dump(),
+        config=config.for_key(),
         inputs={"embeddings": Input(embeddings, made_from["embeddings"]), "corpus": Input(corpus, made_from["corpus"])},
         parent_run_id=parent_run_id,
         work=work,

@@ -20,12 +20,14 @@ from rag_core.places import absolute
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
+from rag_core.retriever import Retriever
 from rag_core.text_encoder import autocast
 from rag_core.training import Hooks, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
 from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
+from tasks.retriever_shards import RetrievalConfig, retrieval
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
 
@@ -42,6 +44,7 @@ class TrainConfig(BaseModel):
     num_workers: int = Field(
         0, ge=0, description="data-parallel workers; 0: one for each GPU, else one for each machine"
     )
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
 
 
 @task(name="train")
@@ -70,26 +73,28 @@ def train(
     settings = {
         "variant": variant,
         "model": model.model_dump(mode="json", exclude={"question_encoder", "generator"}),
-        "train": config.model_dump(mode="json", exclude={"num_workers": True, "optimizer": {"log_every"}}),
+        "train": config.model_dump(
+            mode="json", exclude={"num_workers": True, "retrieval": True, "optimizer": {"log_every"}}
+        ),
     }
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
         run.set_tags({"variant": variant})
-        loop_settings = {
+        loop_settings: dict[str, Any] = {
             "variant": variant,
             "model": model.with_absolute_sources(),
             "config": config,
             "address": run.address,
-            "index": absolute(index),
             "questions": absolute(questions),
             "dev": absolute(dev),
         }
-        steps, workers = config.optimizer.steps, config.num_workers
-        with train_on_ray(
-            stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=working_place(out)
-        ) as trained:
+        steps, workers, near = config.optimizer.steps, config.num_workers, working_place(out)
+        with (
+            retrieval(absolute(index), opened.manifest, config.retrieval) as loop_settings["open_retriever"],
+            train_on_ray(stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=near) as trained,
+        ):
             for name, figure in training_curves(trained.history, trained.dev):
                 run.log_figure(figure, name)
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
@@ -118,7 +123,7 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     variant: Variant = settings["variant"]
     address: RunAddress = settings["address"]
     place = this_place(settings["cpus"])
-    index = PassageIndex.open(Path(settings["index"]), check_content=False)
+    index: Retriever = settings["open_retriever"]()
     questions, dev = trainable_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
@@ -158,7 +163,7 @@ def trainable_questions(path: Path) -> list[Question]:
 def dev_scores(
     model: RagModel,
     objective: EndToEnd,
-    index: PassageIndex,
+    index: Retriever,
     questions: Sequence[Question],
     variant: Variant,
     config: TrainConfig,

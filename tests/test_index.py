@@ -100,7 +100,7 @@ def test_scores_of_an_approximate_index_are_inner_products_with_the_stored_vecto
     assert all(len(set(rows_K)) == 5 for rows_K in found.rows_BK.tolist())
     # FAISS alone knows rounded vectors only: its own scores are others.
     if factory != "HNSW16":
-        own_BK, _ = index._faiss.search(QUERIES_BD, 5)
+        own_BK, _ = index._shards[0]._faiss.search(QUERIES_BD, 5)
         assert np.abs(own_BK - expected_BK).max() > 1e-3
 
 
@@ -110,7 +110,7 @@ def test_rescoring_finds_more_of_the_true_neighbours_than_the_compressed_index(
     index = _built(embeddings, corpus, "PQ8x4")
     truth_BK, _ = _brute_force(_vectors(), 10)
     share = lambda rows_BK: np.mean([len({*a} & {*b}) / 10 for a, b in zip(rows_BK, truth_BK, strict=True)])  # noqa: E731
-    assert share(index.search(QUERIES_BD, 10).rows_BK) > share(index._faiss.search(QUERIES_BD, 10)[1]) + 0.1
+    assert share(index.search(QUERIES_BD, 10).rows_BK) > share(index._shards[0]._faiss.search(QUERIES_BD, 10)[1]) + 0.1
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF48,Flat", "IVF64,SQ4"])
@@ -119,7 +119,7 @@ def test_tuning_takes_the_fewest_lists_that_reach_the_target(factory: str) -> No
     vectors_ND += np.random.default_rng(3).normal(size=vectors_ND.shape).astype(np.float32) * 0.15
     index = make_faiss_index(vectors_ND, factory, seed=0)
     target = 0.99 if "Flat" in factory else 0.9
-    measured = tune_recall(index, vectors_ND, target, seed=0, refine_factor=4)
+    measured = tune_recall([index], [vectors_ND], target, seed=0, refine_factor=4)
     curve = [point.recall_at_10 for point in measured.curve]
     tried = [point.value for point in measured.curve]
     assert len(curve) > 1
@@ -145,7 +145,7 @@ def test_tuning_takes_the_fewest_lists_that_reach_the_target(factory: str) -> No
 
 def test_a_target_of_one_visits_every_list_if_need_be_also_where_their_number_is_no_power_of_two() -> None:
     vectors_ND = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
-    measured = tune_recall(make_faiss_index(vectors_ND, "IVF12,Flat", 0), vectors_ND, 1.0, 0, 1)
+    measured = tune_recall([make_faiss_index(vectors_ND, "IVF12,Flat", 0)], [vectors_ND], 1.0, 0, 1)
     assert measured.chosen.recall_at_10 == 1.0
     assert {1, 2, 4, 8, 12} <= {point.value for point in measured.curve}
     assert all(point.recall_at_10 < 1 for point in measured.curve if point.value < measured.chosen.value)
@@ -155,7 +155,7 @@ def test_the_chosen_setting_is_used_again_after_opening(embeddings: Embeddings, 
     index = _built(embeddings, corpus, "IVF32,SQ8", target=0.999)
     details = index.manifest.details
     assert details["search_parameter"] == "nprobe"
-    assert index._faiss.nprobe == details["search_value"] > 1
+    assert index._shards[0]._faiss.nprobe == details["search_value"] > 1
     assert details["recall_at_10"] >= 0.999
 
 
@@ -222,7 +222,7 @@ def test_an_index_that_finds_too_few_says_so_instead_of_inventing_passages(
     embeddings: Embeddings, corpus: Corpus
 ) -> None:
     index = _built(embeddings, corpus, "IVF32,SQ8")
-    index._faiss.nprobe = 1
+    index._shards[0]._faiss.nprobe = 1
     with pytest.raises(ConfigError, match="found fewer than 2000 passages"):
         index.search(QUERIES_BD, 2000)
 
@@ -231,7 +231,7 @@ def test_rows_lead_to_the_passages_that_were_embedded(embeddings: Embeddings, co
     index = _built(embeddings, corpus, "Flat")
     rows_BK = np.array([[0, 2999], [701, 700]])
     assert [[p.id for p in one] for one in index.passages_of(rows_BK)] == [["p0", "p2999"], ["p701", "p700"]]
-    assert index.passages[1403].text == "text 1403"
+    assert index.passages_of(np.array([[1403]]))[0][0].text == "text 1403"
 
 
 def test_embeddings_of_another_corpus_are_refused(tmp_path: Path, embeddings: Embeddings) -> None:

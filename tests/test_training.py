@@ -60,7 +60,9 @@ def _nll_by_hand(objective: EndToEnd, index: PassageIndex, example: Question, va
     starts = torch.tensor([[tokenizer.cls_token_id, *labels[:-1]]])
     token_probs = []
     for row in best_K.tolist():
-        context = tokenizer(f"{index.passages[row].text} // {example.question}", return_tensors="pt")
+        context = tokenizer(
+            f"{index.passages_of(np.array([[int(row)]]))[0][0].text} // {example.question}", return_tensors="pt"
+        )
         inputs = {name: context[name] for name in ("input_ids", "attention_mask")}
         logits_TV = model.generator(**inputs, decoder_input_ids=starts).logits[0].double()
         token_probs.append(logits_TV.softmax(dim=-1)[range(len(labels)), labels])
@@ -96,7 +98,9 @@ def test_a_reader_teaches_the_question_encoder_which_passage_to_find(parts: tupl
     model, index = RagModel.from_parts(model_config(parts[0], parts[1], num_docs=9)), parts[2]
     facts = {example.gold_passage_ids[0]: example.answers[0] for example in EXAMPLES} | {"cork:river": "Lee"}
     # The reader tells what its passage says, whatever was asked; so only the choice of the passage can help.
-    told = [ReadingExample(e.question, p, facts[p.id]) for e in EXAMPLES for p in index.passages.take(range(9))]
+    told = [
+        ReadingExample(e.question, p, facts[p.id]) for e in EXAMPLES for p in index.passages_of(np.arange(9)[None])[0]
+    ]
     reading = Reading(model.reader, rate=2e-3, fresh=("crossattention",), fresh_factor=4)
     run_training(reading, told, optimizer(120, batch_size=24, warmup_steps=5), Place(), Hooks())
     objective = EndToEnd(model, index, "sequence", EndToEndRates(question_encoder=1e-3, generator=0))
@@ -109,7 +113,7 @@ def test_a_reader_teaches_the_question_encoder_which_passage_to_find(parts: tupl
 
 
 def _gold_priors(model: RagModel, index: PassageIndex) -> torch.Tensor:
-    rows = {index.passages[row].id: row for row in range(len(index))}
+    rows = {passage.id: row for row, passage in enumerate(index.passages_of(np.arange(len(index))[None])[0])}
     gold_B1 = torch.tensor([[rows[example.gold_passage_ids[0]]] for example in EXAMPLES])
     queries_BD = torch.from_numpy(model.question_encoder.encode([example.question for example in EXAMPLES]))
     scores_BN = 4.0 * queries_BD @ torch.from_numpy(np.load(index.path / "vectors.npy")).T

@@ -19,6 +19,11 @@ Questions = Annotated[
     Path,
     typer.Option("--questions", help="JSONL (question, id, answers), NQ-open JSONL, DPR .csv, SQuAD JSON or FiD JSON."),
 ]
+Retrieval = Annotated[
+    str | None,
+    typer.Option(help="local: every worker maps the whole index; sharded: Ray actors hold a shard each. Same results."),
+]
+Replicas = Annotated[int | None, typer.Option(help="With sharded retrieval: actors for each shard.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -78,13 +83,14 @@ def index(
         str, typer.Option(help="auto, or a FAISS factory string such as Flat, HNSW32, IVF1024,SQ8.")
     ] = "auto",
     target_recall: Annotated[float, typer.Option(help="recall@10 that an approximate index is tuned for.")] = 0.95,
+    shards: Annotated[int, typer.Option(help="FAISS indexes that the passages are divided among.")] = 1,
 ) -> None:
     """Build a FAISS index and measure its recall@10 against exact search."""
     from flows.build_index import build_index
     from flows.cli.settings import parse
     from rag_core.index import IndexConfig
 
-    settings = {"factory": factory, "target_recall": target_recall}
+    settings = {"factory": factory, "target_recall": target_recall, "shards": shards}
     print_stage(build_index(embeddings, corpus, out, parse(IndexConfig, settings, "index options")))
 
 
@@ -121,6 +127,8 @@ def train(
     question_encoder: Annotated[str | None, typer.Option(help="Overrides model.question_encoder.")] = None,
     steps: Annotated[int | None, typer.Option(help="Overrides train.optimizer.steps.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Overrides train.num_workers.")] = None,
+    retrieval: Retrieval = None,
+    replicas: Replicas = None,
 ) -> None:
     """Train question encoder and generator end to end, with retrieval inside every step."""
     from flows.cli.settings import parse, read_yaml
@@ -139,6 +147,7 @@ def train(
     model = parse(ModelConfig, content, f"{config}, section `model`")
     training: Any = dict(read_yaml(config).get("train") or {})  # type: ignore[call-overload]
     training |= {"num_workers": num_workers} if num_workers is not None else {}
+    training["retrieval"] = {**(training.get("retrieval") or {}), **_retrieval(retrieval, replicas)}
     training["optimizer"] = {**training.get("optimizer", {}), **({"steps": steps} if steps is not None else {})}
     settings = parse(TrainConfig, training, f"{config}, section `train`")
     print_stage(flows[variant](index, questions, dev, out, model, settings))
@@ -158,6 +167,8 @@ def infer(
     batch_size: Annotated[int, typer.Option(help="Questions decoded at once.")] = 16,
     precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the generator's arithmetic.")] = "auto",
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
+    retrieval: Retrieval = None,
+    replicas: Replicas = None,
 ) -> None:
     """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
     from flows.batch_infer import batch_infer
@@ -173,6 +184,7 @@ def infer(
         "precision": precision,
     }
     settings = {"variant": variant, "num_docs": num_docs, "decoding": decoding, "num_workers": num_workers}
+    settings["retrieval"] = _retrieval(retrieval, replicas)
     print_stage(batch_infer(model, index, questions, out, parse(InferConfig, settings, "infer options")))
 
 
@@ -192,3 +204,8 @@ def evaluate(
     else:
         print_scores(scores)
         print_stage(result)
+
+
+def _retrieval(mode: str | None, replicas: int | None) -> dict[str, object]:
+    """What was given of the section `retrieval`."""
+    return {name: value for name, value in (("mode", mode), ("replicas", replicas)) if value is not None}

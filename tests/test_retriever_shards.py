@@ -1,0 +1,238 @@
+"""Shards served by Ray actors give the local answers, bit for bit, also while actors are killed; or there is an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from rag_core.corpus import Corpus
+from rag_core.embeddings import Embeddings
+from rag_core.errors import ArtefactError, ConfigError
+from rag_core.index import IndexConfig, PassageIndex, build_index
+from rag_core.objectives import EndToEnd, EndToEndRates
+from rag_core.questions import read_questions
+from rag_core.rag_model import RagModel
+from rag_core.reader import DecodingConfig
+from rag_core.retriever import Retriever
+from tasks import retriever_shards
+from tasks.batch_infer import InferConfig
+from tasks.retriever_shards import RetrievalConfig, ShardedRetriever, retrieval
+from tests.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
+from tests.test_sharded_index import assert_same
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SHARDS = 2
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, PassageIndex]:
+    """Encoder, generator, and an index of nine facts in two shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    encoder = make_encoder(folder / "encoder")
+    make_index(folder, encoder)
+    corpus, embeddings = Corpus.open(folder / "corpus"), Embeddings.open(folder / "embeddings")
+    build_index(embeddings, corpus, folder / "sharded", IndexConfig(shards=SHARDS))
+    return encoder, make_generator(folder / "generator", encoder), PassageIndex.open(folder / "sharded")
+
+
+@contextmanager
+def served(index: PassageIndex, **settings: object) -> Iterator[ShardedRetriever]:
+    """The actors' client, as a worker gets it."""
+    config = RetrievalConfig.model_validate({"mode": "sharded", **settings})
+    with retrieval(str(index.path), index.manifest, config) as open_retriever:
+        retriever = open_retriever()
+        assert isinstance(retriever, ShardedRetriever)
+        yield retriever
+
+
+def actors(retriever: ShardedRetriever) -> list[object]:
+    return [actor for replicas in retriever._replicas for actor in replicas]
+
+
+def process_of(actor: object, *, but: int = 0, seconds: float = 60) -> int:
+    """Its process id, other than `but`: while it is started again, it is waited for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            process: int = ray.get(actor.process.remote(), timeout=seconds)
+        except ray.exceptions.RayActorError:
+            process = but
+        if process != but:
+            return process
+        time.sleep(0.1)
+    raise AssertionError("the actor was not replaced")
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def gone(processes: list[int], seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while any(alive(one) for one in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(alive(one) for one in processes)
+
+
+def queries(index: Retriever, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(count, index.dim)).astype(np.float32)
+
+
+def test_actors_answer_as_the_index_does_and_a_training_loss_is_equal_to_the_last_bit(
+    services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path
+) -> None:
+    index = parts[2]
+    questions = read_questions(write_questions_jsonl(tmp_path / "questions.jsonl"))
+    with served(index) as retriever:
+        for k in (1, 5, len(index)):  # up to more than a shard has
+            found, expected = retriever.search(queries(index), k), index.search(queries(index), k)
+            assert_same(found, expected)
+            assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+        losses = []
+        for one in (index, retriever):
+            model = RagModel.from_parts(model_config(parts[0], parts[1]))
+            objective = EndToEnd(model, one, "token", EndToEndRates(question_encoder=1e-3, generator=1e-3)).eval()
+            loss = objective(questions).sum()
+            loss.backward()
+            gradient = next(model.question_encoder.parameters()).grad
+            assert gradient is not None
+            losses.append((loss.item(), gradient.numpy().tobytes()))
+        assert losses[0] == losses[1]
+        with pytest.raises(ConfigError, match=r"10 passages per question .* holds 9"):
+            retriever.search(queries(index), 10)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_while_an_actor_is_killed_and_replaced_every_answer_is_complete(
+    services: Path, parts: tuple[Path, Path, PassageIndex], replicas: int
+) -> None:
+    index = parts[2]
+    asked, expected = queries(index), index.search(queries(index), 5)
+    with served(index, replicas=replicas) as retriever:
+        victim = actors(retriever)[0]
+        process, times = process_of(victim), []
+        stop = threading.Event()
+
+        def kill_and_wait() -> None:
+            time.sleep(0.2)
+            os.kill(process, signal.SIGKILL)
+            process_of(victim, but=process)
+            stop.set()
+
+        killer = threading.Thread(target=kill_and_wait)
+        killer.start()
+        while not stop.is_set() or len(times) < 20:
+            start = time.monotonic()
+            found = retriever.search(asked, 5)
+            times.append(time.monotonic() - start)
+            assert_same(found, expected)
+            assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+        killer.join()
+        assert not alive(process)
+        if replicas > 1:
+            assert max(times) < 2, "the other replica answers meanwhile"
+        assert_same(retriever.search(asked, 5), expected)
+        processes = [process_of(actor) for actor in actors(retriever)]
+    assert gone(processes), "actors end with the stage"
+
+
+def test_an_actor_that_hangs_is_started_again(services: Path, parts: tuple[Path, Path, PassageIndex]) -> None:
+    index = parts[2]
+    with served(index, answer_seconds=1) as retriever:
+        process = process_of(actors(retriever)[1])
+        os.kill(process, signal.SIGSTOP)
+        assert_same(retriever.search(queries(index), 5), index.search(queries(index), 5))
+        assert gone([process])
+
+
+def test_a_search_that_no_replica_answers_is_an_error_and_never_half_an_answer(
+    services: Path, parts: tuple[Path, Path, PassageIndex]
+) -> None:
+    index = parts[2]
+    with served(index, replicas=2, give_up_seconds=1) as retriever:
+        for actor in retriever._replicas[1]:
+            ray.kill(actor)
+        with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 1 s \(shard 1: "):
+            retriever.search(queries(index), 5)
+
+
+def test_actors_that_find_no_place_are_an_error_that_says_what_is_missing(
+    services: Path, parts: tuple[Path, Path, PassageIndex]
+) -> None:
+    start = time.monotonic()
+    with (
+        pytest.raises(
+            ConfigError, match=r"2 of 2 actors .* \(shards 0, 1\) .* within 1 s\. Each actor asks for nowhere: 1"
+        ),
+        served(parts[2], resources={"nowhere": 1}, start_seconds=1),
+    ):
+        pass
+    assert time.monotonic() - start < 10
+
+
+def test_an_actor_refuses_a_damaged_shard_and_another_index(
+    services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path
+) -> None:
+    folder = parts[2].path.parent
+    corpus, embeddings = Corpus.open(folder / "corpus"), Embeddings.open(folder / "embeddings")
+    build_index(embeddings, corpus, tmp_path / "index", IndexConfig(shards=2))
+    index = PassageIndex.open(tmp_path / "index")
+    with served(index) as retriever:
+        build_index(embeddings, corpus, tmp_path / "index", IndexConfig(shards=2, factory="HNSW8"))
+        process = process_of(actors(retriever)[0])
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(
+            ArtefactError, match=r"holds another index \(\w{12}…\) than the one that this stage began with"
+        ):
+            retriever.search(queries(index), 5)
+    index = PassageIndex.open(tmp_path / "index")
+    file = tmp_path / "index" / "shard-00001" / "index.faiss"
+    file.write_bytes(file.read_bytes()[:-1])
+    with (
+        pytest.raises(ArtefactError, match=r"shard-00001/index\.faiss has \d+ bytes, the manifest says"),
+        served(index),
+    ):
+        pass
+
+
+def test_predictions_are_the_same_bytes_and_no_actor_outlives_the_stage(
+    services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.batch_infer import batch_infer
+
+    processes: list[int] = []
+    wait = retriever_shards._wait_until_ready
+
+    def remember(path: Path, replicas: list[list[object]], config: RetrievalConfig) -> None:
+        wait(path, replicas, config)
+        processes.extend(process_of(actor) for ones in replicas for actor in ones)
+
+    monkeypatch.setattr(retriever_shards, "_wait_until_ready", remember)
+    model = model_config(parts[0], parts[1])
+    questions = write_questions_jsonl(tmp_path / "questions.jsonl")
+    decoding = DecodingConfig(num_beams=2, max_new_tokens=4, num_return_sequences=1)
+    config = InferConfig(variant="token", decoding=decoding, shard_questions=3)
+    sharded = config.model_copy(update={"retrieval": RetrievalConfig(mode="sharded")})
+    local = batch_infer(model, parts[2].path, questions, tmp_path / "local", config)
+    other = batch_infer(model, parts[2].path, questions, tmp_path / "sharded", sharded)
+    assert len(processes) == SHARDS
+    assert gone(processes)
+    assert local.fingerprint == other.fingerprint
+    for name in ("predictions.jsonl", "predictions.parquet"):
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
+    again = batch_infer(model, parts[2].path, questions, tmp_path / "local", sharded)
+    assert again.skipped, "where questions are searched is not part of the work's key"
