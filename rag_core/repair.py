@@ -103,7 +103,7 @@ def _again(path: Path, manifest: Manifest) -> str:
 def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs, made: Path) -> None:
     sources = list(given.sources) or [Path(one) for one in manifest.details.get("inputs", {}).get("sources", [])]
     try:
-        config = CorpusConfig.model_validate(manifest.config)
+        config = CorpusConfig.model_validate(manifest.config | {"max_rejects_share": 1.0})
     except ValidationError as error:
         raise ArtefactError(f"{path} was not made from files, so it cannot be repaired from them.") from error
     absent = [str(source) for source in sources if not source.exists()]

@@ -53,6 +53,7 @@ class InferConfig(BaseModel):
     decoding: DecodingConfig = Field(default_factory=DecodingConfig)
     shard_questions: int = Field(256, ge=1, description="questions that a worker answers at a time")
     num_workers: int = Field(0, ge=0, description="actors; 0: one for each GPU, else one for each machine")
+    trust_remote_code: bool = Field(False, description="run code that was saved with the trained model")
 
 
 class QuestionAnswerer:
@@ -69,7 +70,7 @@ class QuestionAnswerer:
         meter: Any,
     ) -> None:
         self._config, self._parts, self._meter = config, Path(parts), meter
-        self._model = load_model(model).to("cuda" if gpu else "cpu")
+        self._model = load_model(model, config).to("cuda" if gpu else "cpu")
         self._index = PassageIndex.open(Path(index), check_content=False)
         self._questions = read_questions(Path(questions))
 
@@ -100,7 +101,7 @@ def batch_infer(
 ) -> StageResult:
     """Answer every question of a file. `model` is a trained folder, or the parts of one that is not trained yet."""
     opened_index, opened_questions = PassageIndex.open(index), read_questions(questions)
-    loaded = load_model(model if isinstance(model, ModelConfig) else str(model))
+    loaded = load_model(model if isinstance(model, ModelConfig) else str(model), config)
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
     opened_index.check_num_docs(config.num_docs or loaded.settings.num_docs)
@@ -111,7 +112,7 @@ def batch_infer(
         "index": opened_index.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
     }
-    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions"})
+    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions", "trust_remote_code"})
 
     def work(run: StageRun) -> Manifest:
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
@@ -145,9 +146,11 @@ def batch_infer(
     )
 
 
-def load_model(model: str | ModelConfig) -> RagModel:
+def load_model(model: str | ModelConfig, config: InferConfig) -> RagModel:
     """A trained model from its folder, or an untrained one from its parts."""
-    return RagModel.from_parts(model) if isinstance(model, ModelConfig) else RagModel.from_pretrained(model)
+    if isinstance(model, ModelConfig):
+        return RagModel.from_parts(model)
+    return RagModel.from_pretrained(model, trust_remote_code=config.trust_remote_code)
 
 
 def part_name(number: int, size: int) -> str:
