@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefact import open_artefact, publish
+from rag_core.artefact import fingerprint_of_json, open_artefact, publish
 from rag_core.readers import CorpusFormat, Reject, read_rows
 
 Feed = Callable[[bytes], None]
@@ -114,6 +114,7 @@ def _put_consistently(folder: Path, name: str, data: bytes, manifest: dict[str, 
     """Put a file in place, and its size and SHA-256 into the manifest: damage that no checksum tells."""
     (folder / name).write_bytes(data)
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["fingerprint"] = fingerprint_of_json({one: entry["sha256"] for one, entry in manifest["files"].items()})
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
