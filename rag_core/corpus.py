@@ -1,7 +1,8 @@
 """The corpus artefact: its one owner, for writing and for reading.
 
 Layout: `passages-00000.parquet`, … (columns id, title, text; zstd), and `rejects.jsonl` with one object for every row
-that was left out. Ids are unique: the first row with an id is kept, a later one is rejected. That check keeps every
+that was left out. If those are too large a share of all rows, no corpus is published, and they are put beside its place,
+so that they can be looked at. Ids are unique: the first row with an id is kept, a later one is rejected. That check keeps every
 id in memory, about 200 bytes each: 4 GB for the 21 million passages of DPR's Wikipedia. This module knows nothing
 about file formats (the readers do) nor about tokens, embeddings or indexes.
 """
@@ -9,8 +10,9 @@ about file formats (the readers do) nor about tokens, embeddings or indexes.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,19 @@ from rag_core.artefact import (
     open_artefact,
     publish,
     sha256_of_file,
+    working_place,
 )
 from rag_core.artefact_inputs import input_paths
 from rag_core.errors import ArtefactError, InputError
 from rag_core.passages import Passage
 from rag_core.places import as_place
 from rag_core.readers import CorpusFormat, Reject, Row, expand_sources, read_rows
-from rag_core.readers.rows import check_row
+from rag_core.readers.rows import check_row, first_line
 
 KIND = "corpus"
 REJECTS = "rejects.jsonl"
 SHARD_ROWS = 50_000
+MAX_REJECTS_SHARE = 0.01
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 
 
@@ -50,6 +54,13 @@ class CorpusConfig(BaseModel):
     format: CorpusFormat = Field(description="Format of the source files.")
     words_per_passage: int = Field(default=100, ge=1, description="Most words in a passage; only used by format text.")
     shard_rows: int = Field(default=SHARD_ROWS, ge=1, description="Passages in one Parquet file of the corpus.")
+    max_rejects_share: float = Field(
+        default=MAX_REJECTS_SHARE, ge=0, le=1, description="Largest share of the rows that may be left out; 1: any."
+    )
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is in the corpus. The largest share of rejects only decides whether there is one."""
+        return self.model_dump(mode="json", exclude={"max_rejects_share"})
 
 
 def source_files(sources: Sequence[Path], format: CorpusFormat) -> list[Path]:
@@ -84,15 +95,35 @@ def write_corpus(
         The manifest; `counts` has passages and rejects, `details["rejects_by_reason"]` the rejects by category.
 
     Raises:
-        InputError: a source that cannot be read at all, or no passage left.
+        InputError: a source that cannot be read at all, no passage left, or more rejects than `config.max_rejects_share`
+            allows; the rejects are then in the file that `rejects_beside` names.
         ArtefactError: `out` holds something that is not ours.
     """
     made_from = {"sources": source_fingerprint(sources, config.format)}
     rows = read_rows(sources, config.format, words_per_passage=config.words_per_passage)
-    with publish(Path(out), KIND, config=config.model_dump(mode="json"), made_from=made_from) as draft:
-        _fill(draft, rows, config.shard_rows, ", ".join(str(source) for source in sources), on_progress)
+    place = ", ".join(str(source) for source in sources)
+    with publish(Path(out), KIND, config=config.decisive(), made_from=made_from) as draft:
+        _fill(draft, rows, config.shard_rows, place, on_progress)
+        _check_rejects(draft, Path(out), place, config.max_rejects_share)
         draft.details["inputs"] = input_paths(sources=list(sources))
+    rejects_beside(Path(out)).unlink(missing_ok=True)
     return open_artefact(Path(out), KIND, check_content=False)
+
+
+def rejects_beside(out: Path) -> Path:
+    """Where the rejects of a corpus are that was not published because of them; the next one that is, deletes the file."""
+    place = working_place(out)
+    return place.with_name(f"{place.name}.{REJECTS}")
+
+
+def refuse_many_rejects(counts: Mapping[str, int], path: Path, max_share: float) -> None:
+    """Raise InputError if a corpus that stands already, with these counts, was published with a larger share of rejects."""
+    rejects, rows = counts["rejects"], counts["rejects"] + counts["passages"]
+    if rejects > max_share * rows:
+        raise InputError(
+            f"{path} was made with {rejects:,} of {rows:,} rows left out ({rejects / rows:.1%}); at most {max_share:.1%} are "
+            f"allowed now. See {path / REJECTS}; correct the rows, or raise max_rejects_share."
+        )
 
 
 def write_passages(
@@ -102,6 +133,7 @@ def write_passages(
     made_from: dict[str, str],
     config: dict[str, Any],
     shard_rows: int = SHARD_ROWS,
+    max_rejects_share: float = MAX_REJECTS_SHARE,
 ) -> Manifest:
     """Publish passages made by code as a corpus; checked and counted as `write_corpus` does.
 
@@ -114,6 +146,8 @@ def write_passages(
     )
     with publish(Path(out), KIND, config=config, made_from=made_from) as draft:
         _fill(draft, rows, shard_rows, place, None)
+        _check_rejects(draft, Path(out), place, max_rejects_share)
+    rejects_beside(Path(out)).unlink(missing_ok=True)
     return open_artefact(Path(out), KIND, check_content=False)
 
 
@@ -140,7 +174,10 @@ class Corpus:
             ArtefactError: not a corpus, or damaged.
         """
         local = local_copy(path)
-        corpus = cls(local, open_artefact(local, KIND, check_content=check_content))
+        manifest = open_artefact(local, KIND, check_content=check_content)
+        if manifest.counts.get("passages", 0) < 1:
+            raise ArtefactError(f"{path}: the manifest does not say how many passages it holds. Make the corpus again.")
+        corpus = cls(local, manifest)
         corpus.place = as_place(path)
         return corpus
 
@@ -164,8 +201,8 @@ def read_shard(path: Path) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise ArtefactError(f"{path} cannot be read ({str(error).splitlines()[0]}). Make the corpus again.") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ArtefactError(f"{path} cannot be read ({first_line(error)}). Make the corpus again.") from error
     if not table.schema.equals(SCHEMA):
         raise ArtefactError(
             f"{path} has the columns {table.schema.names}; {SCHEMA.names} were expected. Correct the path."
@@ -181,7 +218,6 @@ def _fill(
     on_progress: Callable[[int], None] | None,
 ) -> None:
     """Write shards and rejects into the draft, and count."""
-    first_reject: Reject | None = None
     by_reason: Counter[str] = Counter()
     passages, shards = 0, 0
     shard: list[Passage] = []
@@ -189,7 +225,6 @@ def _fill(
     with (draft.folder / REJECTS).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as rejects:
         for row in _without_duplicates(rows):
             if isinstance(row, Reject):
-                first_reject = first_reject or row
                 by_reason[row.category] += 1
                 rejects.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                 continue
@@ -200,8 +235,6 @@ def _fill(
                 shards, shard = shards + 1, []
                 if on_progress:
                     on_progress(passages)
-    if not passages:
-        raise InputError(_nothing_left(place, by_reason.total(), first_reject))
     if shard:
         _write_shard(draft.folder, shards, shard)
         if on_progress:
@@ -238,11 +271,25 @@ def _write_shard(folder: Path, number: int, shard: list[Passage]) -> None:
     pq.write_table(table, folder / f"passages-{number:05}.parquet", compression="zstd")
 
 
-def _nothing_left(place: str, rejects: int, first: Reject | None) -> str:
-    if first is None:
-        return f"{place}: no passage found and no row rejected, so the input is empty. Give another source."
-    where = first.file if first.line is None else f"{first.file} line {first.line}"
-    return (
-        f"{place}: no passage could be read; {rejects} rows were rejected. The first: {where}: {first.reason} "
-        f"(found {first.found!r}). Correct the rows, or choose the format that fits the file."
+def _check_rejects(draft: Draft, out: Path, place: str, max_share: float) -> None:
+    """Raise InputError if nothing is left, or too much was left out; the rejects then move to `rejects_beside`."""
+    passages, rejects = draft.counts["passages"], draft.counts["rejects"]
+    rows = passages + rejects
+    if not rows:
+        raise InputError(f"{place}: no passage found and no row rejected, so the input is empty. Give another source.")
+    if passages and rejects <= max_share * rows:
+        return
+    with (draft.folder / REJECTS).open(encoding="utf-8") as file:
+        first = json.loads(file.readline())
+    kept = rejects_beside(out)
+    os.replace(draft.folder / REJECTS, kept)
+    where = first["file"] if first["line"] is None else f"{first['file']} line {first['line']}"
+    found = f"{rejects:,} of {rows:,} rows ({rejects / rows:.1%}) were rejected"
+    allowed = (
+        f", more than the {max_share:.1%} that max_rejects_share allows" if passages else ", so no passage is left"
+    )
+    remedy = ", or raise --max-rejects-share (max_rejects_share) if they may be left out" if passages else ""
+    raise InputError(
+        f"{place}: {found}{allowed}. The first: {where}: {first['reason']} (found {first['found']!r}). All are in {kept}. "
+        f"Correct the rows, choose the format that fits the file{remedy}."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.artefact import Manifest, finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.places import as_place
+from rag_core.readers.rows import first_line
 from rag_core.text_encoder import WINDOW, Precision, TextEncoder, passage_text
 
 KIND = "embeddings"
@@ -44,6 +45,7 @@ class EmbedConfig(BaseModel):
     num_workers: int = Field(
         0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"
     )
+    trust_remote_code: bool = Field(False, description="run code, and read pickled weights, that come with the encoder")
 
 
 def shard_name(number: int) -> str:
@@ -61,7 +63,7 @@ def embed_shard(
     """Embed one shard of a corpus into one shard of embeddings; returns the number of rows.
 
     Raises:
-        ArtefactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed).
+        ArtefactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed) or all zeros.
     """
     table = pq.read_table(corpus_shard, columns=["id", "title", "text"])
     vector = pa.list_(pa.from_numpy_dtype(config.dtype), encoder.dim)
@@ -78,16 +80,25 @@ def embed_shard(
                 precision=config.precision,
                 on_progress=on_progress,
             ).astype(config.dtype, copy=False)
-            finite_n = np.isfinite(vectors_nD).all(axis=1)
-            if not finite_n.all():
-                row = int(np.argmin(finite_n))
+            if fault := vector_fault(vectors_nD):
+                row, found = fault
                 raise ArtefactError(
                     f"{corpus_shard} row {start + row + 1} (id {part['id'][row].as_py()!r}): the encoder gave a vector that "
-                    f"is not finite as {config.dtype}. Check the encoder's weights, or store float32."
+                    f"is {found} as {config.dtype}. Check the encoder's weights, or store float32."
                 )
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_nD.reshape(-1)), encoder.dim)
             writer.write_table(pa.table([part["id"], embedding], schema=schema), row_group_size=10_000)
     return table.num_rows
+
+
+def vector_fault(vectors_ND: np.ndarray) -> tuple[int, str] | None:
+    """The first row with which no search can be right, and why: not finite, or all zeros; None if all are sound."""
+    largest_N = np.abs(vectors_ND).max(axis=1)
+    bad_N = ~np.isfinite(largest_N) | (largest_N == 0)
+    if not bad_N.any():
+        return None
+    row = int(np.argmax(bad_N))
+    return row, "all zeros" if largest_N[row] == 0 else "not finite"
 
 
 class Embeddings:
@@ -97,8 +108,7 @@ class Embeddings:
         self.path = path
         self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
         self.manifest = manifest
-        self.dim: int = manifest.details["dim"]
-        self.dtype: VectorDtype = manifest.details["dtype"]
+        self.dim, self.dtype = _width_and_type(path, manifest)
         self.shards = [path / name for name in sorted(manifest.files) if name.endswith(".parquet")]
 
     @classmethod
@@ -116,20 +126,55 @@ class Embeddings:
         """Ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
 
         Raises:
-            ArtefactError: a shard cannot be read, or its vectors have another width than the manifest says.
+            ArtefactError: a shard cannot be read; its vectors have another width or type than the manifest says; or one
+                is missing, not finite or all zeros (named with its row and id).
         """
         for shard in self.shards:
+            row = 0
             try:
-                for batch in pq.ParquetFile(shard, buffer_size=2**20).iter_batches(batch_size=4096):
-                    column = batch.column("embedding")
-                    if column.type.list_size != self.dim:
-                        raise ArtefactError(
-                            f"{shard}: vectors have {column.type.list_size} dimensions, the manifest says {self.dim}. "
-                            "Embed the corpus again."
-                        )
-                    yield batch.column("id").to_pylist(), column.flatten().to_numpy().reshape(-1, self.dim)
-            except (pa.ArrowException, OSError) as error:
+                with pq.ParquetFile(shard, buffer_size=2**20) as file:
+                    self._check_columns(shard, file.schema_arrow)
+                    for batch in file.iter_batches(batch_size=4096, columns=["id", "embedding"]):
+                        yield self._checked(shard, row, batch)
+                        row += batch.num_rows
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise ArtefactError(
-                    f"{shard} cannot be read ({str(error).splitlines()[0]}); a Parquet file of ids and vectors was "
+                    f"{shard} cannot be read after row {row} ({first_line(error)}); a Parquet file of ids and vectors was "
                     f"expected. Run `rag verify --repair {self.place}`, or embed the corpus again."
                 ) from error
+
+    def _check_columns(self, shard: Path, schema: pa.Schema) -> None:
+        expected = pa.list_(pa.from_numpy_dtype(np.dtype(self.dtype)), self.dim)
+        types = {name: schema.field(name).type for name in ("id", "embedding") if name in schema.names}
+        if types.get("id") != pa.string() or types.get("embedding") != expected:
+            found = ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "neither"
+            raise ArtefactError(
+                f"{shard}: columns id (string) and embedding ({self.dim} dimensions of {self.dtype}, as the manifest says) "
+                f"were expected, found {found}. Embed the corpus again."
+            )
+
+    def _checked(self, shard: Path, row: int, batch: pa.RecordBatch) -> tuple[list[str], np.ndarray]:
+        batch.validate(full=True)
+        ids, column = batch.column("id"), batch.column("embedding")
+        vectors_ND = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+        if ids.null_count or column.null_count or len(vectors_ND) != batch.num_rows:
+            raise ArtefactError(
+                f"{shard} rows {row + 1} to {row + batch.num_rows}: an id or a vector is missing. Embed the corpus again."
+            )
+        fault = vector_fault(vectors_ND)
+        if fault:
+            raise ArtefactError(
+                f"{shard} row {row + fault[0] + 1} (id {ids[fault[0]].as_py()!r}): the vector is {fault[1]}. Embed the corpus "
+                "again; if that does not help, check the encoder's weights."
+            )
+        return ids.to_pylist(), vectors_ND
+
+
+def _width_and_type(path: Path, manifest: Manifest) -> tuple[int, VectorDtype]:
+    dim, dtype = manifest.details.get("dim"), manifest.details.get("dtype")
+    if not isinstance(dim, int) or dim < 1 or dtype not in get_args(VectorDtype) or "passages" not in manifest.counts:
+        raise ArtefactError(
+            f"{path}: the manifest says {dim!r} dimensions of {dtype!r} and {manifest.counts}; a width, one of "
+            f"{', '.join(get_args(VectorDtype))} and a number of passages were expected. Embed the corpus again."
+        )
+    return dim, cast(VectorDtype, dtype)

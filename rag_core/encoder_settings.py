@@ -8,15 +8,13 @@ sign. Weights and tokenizers are loaded elsewhere.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
-from transformers.utils import cached_file
 
 from rag_core.errors import ConfigError
+from rag_core.model_source import read_json
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "dpr"]
 SETTINGS_FILE = "text_encoder.json"
@@ -151,7 +149,7 @@ def encoder_settings_of(source: str, model: Any, tokenizer: Any, given: dict[str
 
 def _modules_of(source: str) -> dict[str, str] | None:
     """Class name and path of a sentence-transformers folder's modules; None if it is none, or settings of ours lead."""
-    listed = None if _read_json(source, SETTINGS_FILE) is not None else _read_json(source, "modules.json")
+    listed = None if read_json(source, SETTINGS_FILE) is not None else read_json(source, "modules.json")
     if listed is None:
         return None
     modules = _validate(source, "modules.json", TypeAdapter(list[_Module]), listed)
@@ -236,7 +234,7 @@ def _position_limit(model: Any) -> int:
 
 def _read(source: str, name: str, kind: type[Kind]) -> Kind | None:
     """A JSON file of the model as `kind`, or None if it has no such file."""
-    found = _read_json(source, name)
+    found = read_json(source, name)
     return None if found is None else _validate(source, name, TypeAdapter(kind), found)
 
 
@@ -250,13 +248,3 @@ def _validate(source: str, name: str, adapter: TypeAdapter[Kind], found: Any) ->
         raise ConfigError(
             f"{source}: {name} holds what is not supported: {wrong}. Correct it if it is yours, or choose another encoder."
         ) from error
-
-
-def _read_json(source: str, name: str) -> Any:
-    path = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
-    try:
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON ({error}). Copy the model again.") from error

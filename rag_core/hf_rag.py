@@ -29,7 +29,7 @@ import torch
 import transformers
 from pydantic import BaseModel, ValidationError
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, RagConfig
+from transformers import GenerationConfig, RagConfig
 from transformers.utils import cached_file
 
 from rag_core.contexts import PromptConfig
@@ -37,7 +37,14 @@ from rag_core.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
 from rag_core.encoder_settings import EncoderSettings, Pooling
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.likelihood import Variant
-from rag_core.model_source import load_from_source, load_tokenizer, quiet_transformers, resolve_model_source
+from rag_core.model_source import (
+    load_config,
+    load_from_source,
+    load_tokenizer,
+    quiet_transformers,
+    resolve_model_source,
+    weights_options,
+)
 from rag_core.rag_model import SETTINGS_FILE, ModelSettings, RagModel
 from rag_core.reader import without_unused_pooler
 from rag_core.text_encoder import TextEncoder
@@ -62,8 +69,10 @@ class ExchangeWarning(UserWarning):
     """Something that does not mean the same on both sides."""
 
 
-def read_hf_rag(folder_or_hub_name: str | Path, *, pooling: Pooling | None = None) -> RagModel:
-    """Read a RAG checkpoint of Hugging Face's (safetensors, or `.bin` with `weights_only=True`).
+def read_hf_rag(
+    folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
+) -> RagModel:
+    """Read a RAG checkpoint of Hugging Face's.
 
     The variant follows from the class that `config.json` names (a plain `RagModel` has none). The generator gets what
     `generation_config.json` sets. Length and separators become the prompt's, the separators' double spaces made single
@@ -73,6 +82,7 @@ def read_hf_rag(folder_or_hub_name: str | Path, *, pooling: Pooling | None = Non
         folder_or_hub_name: a local folder, a hub name, or `package:NAME/FOLDER`.
         pooling: for a question encoder other than DPR's. Hugging Face's class knows DPR's vector only, so that such a
             checkpoint does not say how its vectors are made, unless `write_hf_rag` made it.
+        trust_remote_code: read pickled weights (`.bin`, with `weights_only=True`), too, and run code of the checkpoint's.
 
     Raises:
         ConfigError: not a RAG checkpoint, weights or a tokenizer missing, unreadable files, or a pooling that is needed
@@ -81,7 +91,7 @@ def read_hf_rag(folder_or_hub_name: str | Path, *, pooling: Pooling | None = Non
     Warns:
         ExchangeWarning: the checkpoint has weights that the model has no place for.
     """
-    source, config = _rag_config(folder_or_hub_name)
+    source, config = _rag_config(folder_or_hub_name, trust_remote_code)
     architecture = (config.architectures or ["RagModel"])[0]
     if architecture not in ("RagModel", *CLASSES.values()):
         known = ", ".join(("RagModel", *CLASSES.values()))
@@ -91,7 +101,7 @@ def read_hf_rag(folder_or_hub_name: str | Path, *, pooling: Pooling | None = Non
     encoder_settings = _encoder_settings(source, config.question_encoder, pooling)
     question_tokenizer = _load_tokenizer(source, QUESTION_TOKENIZER, config.question_encoder)
     generator_tokenizer = _load_tokenizer(source, GENERATOR_TOKENIZER, config.generator)
-    parts = _load_weights(source, config, architecture)
+    parts = _load_weights(source, config, architecture, trust_remote_code)
     question_encoder = TextEncoder(parts.question_encoder, question_tokenizer, encoder_settings)
     generator = without_unused_pooler(parts.generator)
     _take_generation_config(generator, source)
@@ -150,7 +160,7 @@ def separators_of(template: str) -> tuple[str, str, str] | None:
     return prefix, title_sep, doc_sep
 
 
-def _rag_config(folder_or_hub_name: str | Path) -> tuple[str, Any]:
+def _rag_config(folder_or_hub_name: str | Path, trust_remote_code: bool) -> tuple[str, Any]:
     """Where the checkpoint is, and its RagConfig."""
     folder = Path(folder_or_hub_name)
     if (folder / SETTINGS_FILE).is_file() and not (folder / "config.json").is_file():
@@ -159,7 +169,7 @@ def _rag_config(folder_or_hub_name: str | Path) -> tuple[str, Any]:
             "(RagModel.from_pretrained, --model)."
         )
     source = resolve_model_source(folder_or_hub_name)
-    config = load_from_source(AutoConfig.from_pretrained, source)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     if config.model_type != "rag":
         part = "generator" if config.is_encoder_decoder else "question_encoder"
         raise ConfigError(
@@ -172,7 +182,7 @@ def _rag_config(folder_or_hub_name: str | Path) -> tuple[str, Any]:
     return source, config
 
 
-def _load_weights(source: str, config: Any, architecture: str) -> Any:
+def _load_weights(source: str, config: Any, architecture: str, trust_remote_code: bool) -> Any:
     """Hugging Face's RagModel with all its weights, float32."""
     hf_class = getattr(transformers, architecture)
     model, report = load_from_source(
@@ -180,8 +190,8 @@ def _load_weights(source: str, config: Any, architecture: str) -> Any:
         source,
         config=config,
         dtype=torch.float32,
-        weights_only=True,
         output_loading_info=True,
+        **weights_options(trust_remote_code),
     )
     if report["missing_keys"]:
         raise ConfigError(

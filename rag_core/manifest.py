@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from rag_core.errors import ArtefactError
 
@@ -45,9 +45,18 @@ class Manifest(BaseModel):
     fingerprint: str
     config: dict[str, Any] = Field(default_factory=dict)
     made_from: dict[str, str] = Field(default_factory=dict)
-    counts: dict[str, int] = Field(default_factory=dict)
+    counts: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = Field(default_factory=dict)
     details: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _can_be_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        """No file system has files of other names: asked for one, it raises errors of its own."""
+        for name in files:
+            if "\0" in name or len(name) > 1000 or any(len(part.encode()) > 255 for part in name.split("/")):
+                raise ValueError(f"{name[:60]!r} cannot be the name of a file")
+        return files
 
 
 State = Literal["missing", "size", "content", "outside", "foreign", "unreadable", "manifest"]
@@ -113,9 +122,11 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     """
     try:
         manifest = Manifest.model_validate_json(content)
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        reason = f"{'.'.join(str(part)[:60] for part in first['loc'])}: {first['msg']}".removeprefix(": ")
         raise ArtefactError(
-            f"{place} cannot be read ({str(error).splitlines()[0]}); a JSON object with schema_version {SCHEMA_VERSION} "
+            f"{place} cannot be read ({reason}); a JSON object with schema_version {SCHEMA_VERSION} "
             "was expected. Make the artefact again."
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:

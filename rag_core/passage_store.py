@@ -6,12 +6,15 @@ shorter), columns `id`, `title`, `text`, in the order of the index's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
+from rag_core.errors import ArtefactError
 from rag_core.passages import Passage
+from rag_core.readers.rows import first_line
 
 BATCH_ROWS = 4096
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -35,12 +38,21 @@ def write_passage_store(tables: Iterable[pa.Table], out_file: Path) -> int:
 
 
 class PassageStore:
-    """Row access to a `passages.arrow`; opening maps the file and reads nothing."""
+    """Row access to a `passages.arrow`; opening maps the file and reads nothing but where its record batches are.
+
+    Raises:
+        ArtefactError: not such a file. What lies in a record batch is checked when the first of its rows is read: Arrow
+            itself follows the offsets in a file unchecked, into whatever memory they point to.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        batches = self._reader.num_record_batches
-        last = self._reader.get_batch(batches - 1).num_rows if batches else 0
+        self._file = file
+        with self._damage_named():
+            self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+            if not self._reader.schema.equals(SCHEMA):
+                raise self._damaged(f"its columns are {self._reader.schema.names}, not {SCHEMA.names}")
+            batches = self._reader.num_record_batches
+            last = self._reader.get_batch(batches - 1).num_rows if batches else 0
         self._rows = max(batches - 1, 0) * BATCH_ROWS + last
         # Columns of the record batches met so far: views of the map. Finding them again costs more than reading a row.
         self._columns: dict[int, list[pa.Array]] = {}
@@ -49,16 +61,34 @@ class PassageStore:
         return self._rows
 
     def __getitem__(self, row: int) -> Passage:
-        """The passage at a row; raises IndexError outside 0 … len − 1."""
+        """The passage at a row; raises IndexError outside 0 … len − 1, ArtefactError if its record batch is damaged."""
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows} passages")
         number, place = divmod(row, BATCH_ROWS)
         columns = self._columns.get(number)
         if columns is None:
-            batch = self._reader.get_batch(number)
-            columns = self._columns[number] = [batch.column(name) for name in SCHEMA.names]
+            columns = self._columns[number] = self._checked_columns(number)
         return Passage(*(column[place].as_py() for column in columns))
 
     def take(self, rows: Sequence[int]) -> list[Passage]:
         """The passages at some rows, in the order asked for."""
         return [self[int(row)] for row in rows]
+
+    def _checked_columns(self, number: int) -> list[pa.Array]:
+        with self._damage_named():
+            batch = self._reader.get_batch(number)
+            batch.validate(full=True)
+        expected = min(BATCH_ROWS, self._rows - number * BATCH_ROWS)
+        if batch.num_rows != expected or any(column.null_count for column in batch.columns):
+            raise self._damaged(f"record batch {number} has nulls, or not {expected} rows")
+        return [batch.column(name) for name in SCHEMA.names]
+
+    @contextlib.contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(first_line(error)) from error
+
+    def _damaged(self, reason: str) -> ArtefactError:
+        return ArtefactError(f"{self._file} cannot be read: {reason}. Build the index again, or copy it again.")

@@ -8,6 +8,7 @@ posterior p(z|q,a)). A part is one shard of questions, written by one worker; pa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,10 @@ from rag_core.artefact import finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.questions import Question
 from rag_core.reader import Answer
+from rag_core.readers.rows import Reject, excerpt, numbered_lines
 
 KIND = "predictions"
+_SURROGATES = re.compile("[\ud800-\udfff]")
 JSONL, PARQUET = "predictions.jsonl", "predictions.parquet"
 SCHEMA = pa.schema(
     [
@@ -116,9 +119,31 @@ def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
     """
     folder = local_copy(folder)
     open_artefact(folder, KIND)
-    with (folder / JSONL).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            if not {"id", "question", "answer", "passages"} <= row.keys():
-                raise ArtefactError(f"{folder / JSONL} line {number} is not a prediction. Run `rag infer` again.")
-            yield row
+    for number, line in numbered_lines(folder / JSONL):
+        row = _row(line)
+        if row is None:
+            found = line.reason if isinstance(line, Reject) else excerpt(line)
+            raise ArtefactError(
+                f"{folder / JSONL} line {number} is not a prediction: an object with the strings id, question and answer "
+                f"and the list passages was expected, found {found!r}. Run `rag infer` again."
+            )
+        yield row
+
+
+def _row(line: str | Reject) -> dict[str, Any] | None:
+    """A line as a row of the artefact, None if it is none. Checked is what others read of it."""
+    try:
+        row = json.loads(line) if isinstance(line, str) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not all(_is_text(row.get(name)) for name in ("id", "question", "answer")):
+        return None
+    passages = row.get("passages")
+    if not isinstance(passages, list) or not all(isinstance(one, dict) for one in passages):
+        return None
+    return row if all(_is_text(one.get(name)) for one in passages for name in ("id", "title", "text")) else None
+
+
+def _is_text(value: object) -> bool:
+    """A string that can be written; it may be empty."""
+    return isinstance(value, str) and not _SURROGATES.search(value)

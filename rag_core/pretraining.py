@@ -13,11 +13,17 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import AutoConfig, EncoderDecoderModel
+from transformers import EncoderDecoderModel
 
 from rag_core.contexts import PromptConfig, end_token_id
 from rag_core.errors import ConfigError, InputError
-from rag_core.model_source import load_from_source, load_tokenizer, resolve_model_source
+from rag_core.model_source import (
+    load_config,
+    load_from_source,
+    load_tokenizer,
+    resolve_model_source,
+    weights_options,
+)
 from rag_core.objectives import Reading, ReadingExample
 from rag_core.passages import Passage
 from rag_core.questions import Question
@@ -34,6 +40,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     encoder: str = Field(description="BERT-like text encoder that both sides start from")
+    trust_remote_code: bool = Field(False, description="read pickled weights, and run code, that come with the encoder")
     encoder_layers: int = Field(6, ge=1, description="layers kept of the encoder, from the first")
     decoder_layers: int = Field(2, ge=1, description="layers kept for the decoder, from the first")
     copy_steps: int = Field(250, ge=0, description="steps of writing out the passage that is read")
@@ -45,6 +52,10 @@ class PretrainConfig(BaseModel):
         default_factory=lambda: OptimizerConfig(steps=550, batch_size=16, warmup_steps=20)
     )
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is made of the encoder's weights."""
+        return self.model_dump(mode="json", exclude={"encoder", "trust_remote_code"})
+
 
 def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
     """An `EncoderDecoderModel` from an encoder's weights, and its tokenizer.
@@ -53,7 +64,7 @@ def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
         ConfigError: the encoder cannot be loaded, is not a BERT, or has fewer layers than are to be kept.
     """
     source = resolve_model_source(config.encoder)
-    found = load_from_source(AutoConfig.from_pretrained, source)
+    found = load_config(source, trust_remote_code=config.trust_remote_code)
     if found.model_type != "bert":
         raise ConfigError(
             f"{config.encoder} is of type {found.model_type!r}; a generator can be made from a BERT (such as MiniLM) only."
@@ -65,15 +76,19 @@ def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
             f"{config.encoder} has {found.num_hidden_layers} layers, but {asked} are to be kept. "
             "Lower encoder_layers and decoder_layers."
         )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
 
     def load(name: str, **options: Any) -> Any:
-        options.pop("trust_remote_code")
+        options.pop("trust_remote_code")  # a BERT is Transformers' own
         return EncoderDecoderModel.from_encoder_decoder_pretrained(name, name, **options)
 
-    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in dropout.items()}
-    layers = {
+    sides: dict[str, Any] = {
+        f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in dropout.items()
+    }
+    weights = weights_options(config.trust_remote_code)
+    sides |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in weights.items()}
+    layers: dict[str, Any] = {
         "encoder_num_hidden_layers": config.encoder_layers,
         "decoder_num_hidden_layers": config.decoder_layers,
     }

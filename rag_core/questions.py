@@ -14,6 +14,7 @@ import json
 import math
 import os
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from rag_core.artefact import local_file
 from rag_core.errors import InputError
 from rag_core.passages import Passage
+from rag_core.readers.first_bytes import refuse_archives_and_utf16
 from rag_core.readers.rows import MAX_LINE_BYTES, Reject, decode_line, excerpt, field_fault, id_as_text
 from rag_core.readers.squad import articles_of, paragraph_id
 
@@ -50,7 +52,11 @@ class _Record:
     value: Any
 
     def error(self, fault: str, expected: str) -> InputError:
-        found = excerpt(self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False))
+        try:
+            found = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):  # of Python's literals, not of JSON; or nested very deeply
+            found = f"a {type(self.value).__name__}"
+        found = excerpt(found)
         return InputError(f"{self.place}: {fault}; expected {expected}. Found {found!r}. Correct or remove it.")
 
 
@@ -60,7 +66,7 @@ def read_questions(path: Path) -> list[Question]:
     A question without an id gets its 1-based line (or place in the list) as one.
 
     Raises:
-        InputError: missing or empty file, unknown format, a bad row, an id that occurs twice.
+        InputError: missing or empty file, an archive, unknown format, a bad row, an id that occurs twice.
     """
     path = local_file(path)
     if not path.is_file():
@@ -68,6 +74,7 @@ def read_questions(path: Path) -> list[Question]:
         raise InputError(
             f"{path} cannot be read: {found}. A file of questions was expected ({_FORMATS}). Correct the path."
         )
+    refuse_archives_and_utf16(path)
     lines = _decoded_lines(path)
     records = list(_records(path, lines)) if any(line.strip() for line in lines) else []
     if not records:
@@ -185,7 +192,10 @@ def _list_literal(text: str) -> list[Any] | None:
     """A list written in Python's or JSON's way; no code is run."""
     # JSON first: where text is both, only JSON joins its surrogate pairs (such as \ud83d\ude00).
     for parse in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        with (
+            warnings.catch_warnings(action="ignore", category=SyntaxWarning),
+            contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
+        ):
             value = parse(text.strip())
             return value if isinstance(value, list) else None
     return None

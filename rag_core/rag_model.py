@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from rag_core.artefact import local_copy, open_artefact, publish
@@ -44,6 +44,14 @@ class ModelConfig(BaseModel):
     )
     num_docs: int = Field(5, ge=1, description="K, passages per question")
     prompt: PromptConfig = Field(default_factory=PromptConfig)
+    trust_remote_code: bool = Field(
+        False,
+        description="run code, and read pickled weights, that come with the parts; this is not saved with the model",
+    )
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is trained, apart from the parts' weights."""
+        return self.model_dump(mode="json", exclude={"question_encoder", "generator", "trust_remote_code"})
 
     def with_absolute_sources(self) -> ModelConfig:
         """The same parts, local folders by their absolute paths, so that a worker elsewhere finds them."""
@@ -83,23 +91,38 @@ class RagModel(nn.Module):
         Raises:
             ConfigError: a part cannot be loaded, or the generator is not a seq2seq model.
         """
-        question_encoder = TextEncoder.from_pretrained(config.question_encoder, pooling=config.pooling)
-        generator, tokenizer = load_generator(config.generator)
+        trust = config.trust_remote_code
+        question_encoder = TextEncoder.from_pretrained(
+            config.question_encoder, pooling=config.pooling, trust_remote_code=trust
+        )
+        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
         settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
         return cls(question_encoder, generator, tokenizer, settings)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> RagModel:
+    def from_pretrained(cls, folder: str | Path, *, trust_remote_code: bool = False) -> RagModel:
         """Load a folder written by `save_pretrained`.
+
+        Args:
+            folder: the artefact.
+            trust_remote_code: run code that came with a part of the model and was saved with it.
 
         Raises:
             ArtefactError: the folder is not a RAG model, or it is damaged.
+            ConfigError: a part cannot be loaded, or needs code of its own.
         """
         folder = local_copy(Path(folder))
         open_artefact(folder, KIND)
-        settings = ModelSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
-        question_encoder = TextEncoder.from_pretrained(folder / "question_encoder")
-        generator, tokenizer = load_generator(folder / "generator")
+        try:
+            settings = ModelSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
+        except (ValidationError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtefactError(
+                f"{folder / SETTINGS_FILE} cannot be read ({reason}). Train the model again, or copy it again."
+            ) from error
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", **trust)
+        generator, tokenizer = load_generator(folder / "generator", **trust)
         return cls(question_encoder, generator, tokenizer, settings).eval()
 
     def save_pretrained(
@@ -116,11 +139,13 @@ class RagModel(nn.Module):
             draft.details = details or {}
 
     @classmethod
-    def from_hf_rag(cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None) -> RagModel:
+    def from_hf_rag(
+        cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
+    ) -> RagModel:
         """Read a RAG checkpoint of Hugging Face's; arguments and errors as in `hf_rag.read_hf_rag`."""
         from rag_core.hf_rag import read_hf_rag  # which is built on this module
 
-        return read_hf_rag(folder_or_hub_name, pooling=pooling)
+        return read_hf_rag(folder_or_hub_name, pooling=pooling, trust_remote_code=trust_remote_code)
 
     def to_hf_rag(self, folder: str | Path, *, variant: Variant | None = None) -> None:
         """Write a folder that Hugging Face's RAG class loads; arguments and errors as in `hf_rag.write_hf_rag`."""

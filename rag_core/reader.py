@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from rag_core.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
@@ -27,7 +27,7 @@ from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
 from rag_core.likelihood import Variant, rag_nll
 from rag_core.model_source import (
-    load_from_source,
+    load_config,
     load_tokenizer,
     load_weights,
     quiet_transformers,
@@ -197,21 +197,23 @@ class GeneratorReader:
         )
 
 
-def load_generator(name_or_folder: str | Path) -> tuple[nn.Module, Any]:
-    """A seq2seq model (float32, eval mode) and its tokenizer.
+def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """A seq2seq model (float32, eval mode) and its tokenizer; `trust_remote_code` as in `TextEncoder.from_pretrained`.
 
     Raises:
         ConfigError: not readable, or decoder-only.
     """
     source = resolve_model_source(name_or_folder)
-    config = load_from_source(AutoConfig.from_pretrained, source)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     if not config.is_encoder_decoder:
         raise ConfigError(
             f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
             "BART, T5 or the one that `rag pretrain` makes."
         )
-    model = load_weights(AutoModelForSeq2SeqLM.from_pretrained, source, may_lack="encoder.pooler.", dtype=torch.float32)
-    return without_unused_pooler(model).eval(), load_tokenizer(source)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    load = AutoModelForSeq2SeqLM.from_pretrained
+    model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
+    return without_unused_pooler(model).eval(), load_tokenizer(source, **trust)
 
 
 def without_unused_pooler(generator: Any) -> Any:

@@ -104,7 +104,7 @@ def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs
     named = given.sources or manifest.details.get("inputs", {}).get("sources", [])
     sources = [local_file(Path(one)) for one in named]
     try:
-        config = CorpusConfig.model_validate(manifest.config)
+        config = CorpusConfig.model_validate(manifest.config | {"max_rejects_share": 1.0})
     except ValidationError as error:
         raise ArtefactError(f"{path} was not made from files, so it cannot be repaired from them.") from error
     absent = [str(source) for source in sources if not source.exists()]

@@ -24,13 +24,13 @@ import transformers
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from rag_core.cpu_bfloat16 import cpu_bfloat16
 from rag_core.encoder_settings import SETTINGS_FILE, EncoderSettings, Pooling, encoder_settings_of, transformer_folder
 from rag_core.errors import ConfigError
 from rag_core.model_source import (
-    load_from_source,
+    load_config,
     load_tokenizer,
     load_weights,
     quiet_transformers,
@@ -79,6 +79,7 @@ class TextEncoder(nn.Module):
         normalize: bool | None = None,
         max_tokens: int | None = None,
         prompt: str | None = None,
+        trust_remote_code: bool = False,
     ) -> TextEncoder:
         """Load an encoder.
 
@@ -86,6 +87,7 @@ class TextEncoder(nn.Module):
             name_or_folder: a local folder, a hub name, or `package:NAME/FOLDER` for a model inside a Python package.
             pooling, normalize, max_tokens, prompt: override what the folder says. Without either: mean pooling,
                 vectors as they are, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
+            trust_remote_code: run code that comes with the model, and read pickled weights.
 
         Raises:
             ConfigError: the model or its tokenizer cannot be read, or a sentence-transformers folder asks for what is
@@ -93,15 +95,16 @@ class TextEncoder(nn.Module):
         """
         source = resolve_model_source(name_or_folder)
         subfolder = transformer_folder(source)
-        config = load_from_source(AutoConfig.from_pretrained, source, subfolder=subfolder)
+        config = load_config(source, subfolder, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:
             raise ConfigError(
                 f"{name_or_folder} is an encoder-decoder ({config.model_type}); a text encoder such as BERT, MiniLM or DPR "
                 "is needed here."
             )
         load = _model_class(source, config).from_pretrained
-        model = load_weights(load, source, may_lack="pooler.", subfolder=subfolder, dtype=torch.float32)
-        tokenizer = load_tokenizer(source, subfolder=subfolder)
+        trust: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
+        model = load_weights(load, source, may_lack="pooler.", dtype=torch.float32, **trust)
+        tokenizer = load_tokenizer(source, **trust)
         given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens, "prompt": prompt}
         given = {name: value for name, value in given.items() if value is not None}
         return cls(model, tokenizer, encoder_settings_of(source, model, tokenizer, given)).eval()

@@ -56,6 +56,7 @@ class InferConfig(BaseModel):
     shard_questions: int = Field(256, ge=1, description="questions that a worker answers at a time")
     num_workers: int = Field(0, ge=0, description="actors; 0: one for each GPU, else one for each machine")
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+    trust_remote_code: bool = Field(False, description="run code that was saved with the trained model")
 
 
 class QuestionAnswerer:
@@ -72,7 +73,7 @@ class QuestionAnswerer:
         meter: Any,
     ) -> None:
         self._config, self._parts, self._meter = config, Path(parts), meter
-        self._model = load_model(model).to("cuda" if gpu else "cpu")
+        self._model = load_model(model, config).to("cuda" if gpu else "cpu")
         self._index = open_retriever()
         self._questions = read_questions(Path(questions))
 
@@ -103,7 +104,7 @@ def batch_infer(
 ) -> StageResult:
     """Answer every question of a file. `model` is a trained folder, or the parts of one that is not trained yet."""
     opened_index, opened_questions = PassageIndex.open(index), read_questions(questions)
-    loaded = load_model(model if isinstance(model, ModelConfig) else str(model))
+    loaded = load_model(model if isinstance(model, ModelConfig) else str(model), config)
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
     opened_index.check_num_docs(config.num_docs or loaded.settings.num_docs)
@@ -114,7 +115,8 @@ def batch_infer(
         "index": opened_index.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
     }
-    settings = config.model_dump(mode="json", exclude={"num_workers", "shard_questions", "retrieval"})
+    undecisive = {"num_workers", "shard_questions", "retrieval", "trust_remote_code"}
+    settings = config.model_dump(mode="json", exclude=undecisive)
     size = config.shard_questions
 
     def work(run: StageRun) -> Manifest:
@@ -152,9 +154,11 @@ def batch_infer(
     )
 
 
-def load_model(model: str | ModelConfig) -> RagModel:
+def load_model(model: str | ModelConfig, config: InferConfig) -> RagModel:
     """A trained model from its folder, or an untrained one from its parts."""
-    return RagModel.from_parts(model) if isinstance(model, ModelConfig) else RagModel.from_pretrained(model)
+    if isinstance(model, ModelConfig):
+        return RagModel.from_parts(model)
+    return RagModel.from_pretrained(model, trust_remote_code=config.trust_remote_code)
 
 
 def part_name(number: int, size: int) -> str:

@@ -36,7 +36,8 @@ class ShardEmbedder:
         self._config = config
         self._out_folder = Path(out_folder)
         self._meter = meter
-        self._encoder = TextEncoder.from_pretrained(config.encoder).to("cuda" if gpu else "cpu")
+        encoder = TextEncoder.from_pretrained(config.encoder, trust_remote_code=config.trust_remote_code)
+        self._encoder = encoder.to("cuda" if gpu else "cpu")
 
     def __call__(self, shard: tuple[int, str]) -> int:
         number, path = shard
@@ -58,9 +59,9 @@ class ShardEmbedder:
 def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)
-    encoder = TextEncoder.from_pretrained(config.encoder)
+    encoder = TextEncoder.from_pretrained(config.encoder, trust_remote_code=config.trust_remote_code)
     fingerprint = encoder.fingerprint()
-    # What decides the vectors: not how many workers made them, nor what the encoder is called.
+    # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
     settings = {"dtype": config.dtype, "precision": config.precision, "batch_tokens": config.batch_tokens}
 
     def work(run: StageRun) -> Manifest:

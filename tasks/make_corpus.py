@@ -9,7 +9,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from rag_core.artefact import Manifest, local_file
-from rag_core.corpus import KIND, CorpusConfig, source_files, source_fingerprint, write_corpus
+from rag_core.corpus import KIND, CorpusConfig, refuse_many_rejects, source_files, source_fingerprint, write_corpus
 from tasks.results import StageResult
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
@@ -33,12 +33,14 @@ def make_corpus(
         run.log_metrics({f"rejects_{reason.replace(' ', '_')}": count for reason, count in rejects.items()})
         return manifest
 
-    return run_stage(
+    result = run_stage(
         "corpus",
         KIND,
         out,
-        config=config.model_dump(mode="json"),
+        config=config.decisive(),
         inputs={"sources": Input(named[0], fingerprint)},
         parent_run_id=parent_run_id,
         work=work,
     )
+    refuse_many_rejects(result.counts, result.path, config.max_rejects_share)
+    return result

@@ -58,9 +58,11 @@ def pretrain_generator(
         "corpus": opened.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
         "dev": fingerprint_of_files([local_file(dev)]),
-        "encoder": TextEncoder.from_pretrained(config.encoder).fingerprint(),
+        "encoder": TextEncoder.from_pretrained(
+            config.encoder, trust_remote_code=config.trust_remote_code
+        ).fingerprint(),
     }
-    settings = config.model_dump(mode="json", exclude={"encoder"})
+    settings = config.decisive()
 
     def work(run: StageRun) -> Manifest:
         paths = {"corpus": corpus, "questions": questions, "dev": dev}

@@ -72,7 +72,7 @@ def train(
     made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
     settings = {
         "variant": variant,
-        "model": model.model_dump(mode="json", exclude={"question_encoder", "generator"}),
+        "model": model.decisive(),
         "train": config.model_dump(
             mode="json", exclude={"num_workers": True, "retrieval": True, "optimizer": {"log_every"}}
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rag_core.corpus import (
     Corpus,
     CorpusConfig,
     read_shard,
+    refuse_many_rejects,
     source_files,
     source_fingerprint,
     write_corpus,
@@ -29,6 +31,7 @@ from rag_core.readers.squad import paragraph_id
 
 XQUAD = Path(__file__).resolve().parents[2] / "shared/data/xquad.en.json"
 JSONL = CorpusConfig(format="jsonl")
+TOLERANT = CorpusConfig(format="jsonl", max_rejects_share=1)
 
 
 def put(path: Path, *records: dict[str, Any] | str) -> Path:
@@ -73,7 +76,7 @@ def test_shards_are_zstd_parquet_with_three_string_columns(tmp_path: Path) -> No
 def test_duplicate_ids_are_rejected_with_file_and_line(tmp_path: Path) -> None:
     first = put(tmp_path / "1.jsonl", row("x"), row("a", "kept"))
     second = put(tmp_path / "2.jsonl", row("b"), row("c"), row("a", "dropped"))
-    write_corpus([first, second], tmp_path / "out", JSONL)
+    write_corpus([first, second], tmp_path / "out", TOLERANT)
     assert {p.id: p.text for p in Corpus.open(tmp_path / "out").iter_passages()}["a"] == "kept"
     reason = f"duplicate id: 'a' was first read from {first} line 2"
     assert rejects_of(tmp_path / "out") == [{"file": str(second), "line": 3, "reason": reason, "found": "dropped"}]
@@ -84,7 +87,7 @@ def test_rejects_are_counted_by_reason(tmp_path: Path) -> None:
     put(source, row("a"), row("a"), row("a"), row("b", " "), "{", "[1]", row("c"))
     with source.open("ab") as file:
         file.write(b'{"id": "d", "text": "\xff"}\n')
-    manifest = write_corpus([source], tmp_path / "out", JSONL)
+    manifest = write_corpus([source], tmp_path / "out", TOLERANT)
     assert manifest.counts == {"passages": 2, "rejects": 6}
     assert manifest.details["rejects_by_reason"] == {
         "broken JSON": 1,
@@ -98,11 +101,44 @@ def test_rejects_are_counted_by_reason(tmp_path: Path) -> None:
 
 def test_a_corpus_without_any_passage_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     source = put(tmp_path / "c.jsonl", row("a", ""), "{")
-    with pytest.raises(InputError, match=r"2 rows were rejected. The first: .*c\.jsonl line 1: empty text"):
-        write_corpus([source], tmp_path / "out", JSONL)
+    with pytest.raises(InputError, match=r"2 of 2 rows .* were rejected.* The first: .*c\.jsonl line 1: empty text"):
+        write_corpus([source], tmp_path / "out", TOLERANT)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="the input is empty"):
         write_corpus([put(tmp_path / "c.jsonl")], tmp_path / "out", JSONL)
+
+
+def test_more_rejects_than_allowed_stop_the_run_and_are_kept_while_the_older_corpus_stands(tmp_path: Path) -> None:
+    before = write_corpus([put(tmp_path / "c.jsonl", row("a"))], tmp_path / "out", JSONL)
+    source = put(tmp_path / "c.jsonl", *(row(str(n)) for n in range(197)), row("5"), "{", row("x", ""))
+    with pytest.raises(InputError) as caught:
+        write_corpus([source], tmp_path / "out", CorpusConfig(format="jsonl", max_rejects_share=0.0149))
+    kept = tmp_path / "out.rejects.jsonl"
+    words = f"3 of 200 rows (1.5%) were rejected, more than the 1.5% .*{source} line 198: duplicate id.*{kept}.*--max-rejects"
+    assert re.search(words.replace("(", "\\(").replace(")", "\\)"), str(caught.value))
+    assert [json.loads(line)["line"] for line in kept.read_text().splitlines()] == [198, 199, 200]
+    assert Corpus.open(tmp_path / "out").manifest == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "lock" not in path.name) == ["c.jsonl", "out", kept.name]
+
+    manifest = write_corpus([source], tmp_path / "out", CorpusConfig(format="jsonl", max_rejects_share=0.015))
+    assert manifest.counts == {"passages": 197, "rejects": 3}
+    assert not kept.exists()
+
+
+def test_how_many_rejects_are_allowed_does_not_make_another_corpus(tmp_path: Path) -> None:
+    source = put(tmp_path / "c.jsonl", row("a"))
+    strict, lax = (
+        write_corpus([source], tmp_path / "out", CorpusConfig(format="jsonl", max_rejects_share=share))
+        for share in (0.0, 1.0)
+    )
+    assert strict.key == lax.key
+
+
+def test_a_corpus_that_stands_is_refused_if_fewer_rejects_are_allowed_now(tmp_path: Path) -> None:
+    manifest = write_corpus([put(tmp_path / "c.jsonl", row("a"), "{")], tmp_path / "out", TOLERANT)
+    refuse_many_rejects(manifest.counts, tmp_path / "out", 0.5)
+    with pytest.raises(InputError, match=r"out was made with 1 of 2 rows left out \(50.0%\); at most 1.0%"):
+        refuse_many_rejects(manifest.counts, tmp_path / "out", 0.01)
 
 
 def test_a_failed_run_leaves_the_older_corpus(tmp_path: Path) -> None:
@@ -127,7 +163,7 @@ def test_the_same_content_elsewhere_makes_the_same_corpus_under_the_same_key(tmp
 def test_the_key_can_be_computed_before_the_run(tmp_path: Path) -> None:
     source = put(tmp_path / "c.jsonl", row("a"))
     made_from = {"sources": source_fingerprint([source], "jsonl")}
-    assert write_corpus([source], tmp_path / "out", JSONL).key == stage_key("corpus", JSONL.model_dump(), made_from)
+    assert write_corpus([source], tmp_path / "out", JSONL).key == stage_key("corpus", JSONL.decisive(), made_from)
 
 
 def test_a_renamed_text_file_is_another_source_since_ids_come_from_names(tmp_path: Path) -> None:
@@ -152,7 +188,9 @@ def test_words_per_passage_reaches_the_text_reader(tmp_path: Path) -> None:
 def test_generated_passages_go_through_the_same_checks(tmp_path: Path) -> None:
     passages = [Passage("a", "", "one"), Passage("b", "T", " "), Passage("a", "", "two"), Passage("c", "T", "three")]
     made_from, config = {"generator": "f00"}, {"seed": 1}
-    manifest = write_passages(iter(passages), tmp_path / "out", made_from=made_from, config=config, shard_rows=1)
+    manifest = write_passages(
+        iter(passages), tmp_path / "out", made_from=made_from, config=config, shard_rows=1, max_rejects_share=0.5
+    )
     corpus = Corpus.open(tmp_path / "out")
     assert list(corpus.iter_passages()) == [passages[0], passages[3]]
     assert len(corpus.shards) == 2

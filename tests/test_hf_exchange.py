@@ -175,11 +175,13 @@ def test_an_imported_model_is_saved_loaded_and_answers_as_a_model_of_ours(tmp_pa
     assert torch.isfinite(nll_B).all()
 
 
-def test_a_bin_checkpoint_is_read_like_its_safetensors(tmp_path: Path) -> None:
+def test_a_bin_checkpoint_is_read_like_its_safetensors_if_trusted(tmp_path: Path) -> None:
     theirs = make_hf_checkpoint(tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").unlink()
     torch.save(theirs.state_dict(), tmp_path / "hf/pytorch_model.bin")
-    model = RagModel.from_hf_rag(tmp_path / "hf")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: .* are pickles.*--trust-remote-code"):
+        RagModel.from_hf_rag(tmp_path / "hf")
+    model = RagModel.from_hf_rag(tmp_path / "hf", trust_remote_code=True)
     assert_equal_weights(model.generator, theirs.rag.generator)
     assert tied_groups(model.generator) == tied_groups(theirs.rag.generator)
 
@@ -198,7 +200,7 @@ def test_a_bin_checkpoint_that_would_run_code_is_refused_and_does_not_run(tmp_pa
     marker = tmp_path / "was-here"
     torch.save({**theirs.state_dict(), "attack": _Attack(marker)}, tmp_path / "hf/pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
-        RagModel.from_hf_rag(tmp_path / "hf")
+        RagModel.from_hf_rag(tmp_path / "hf", trust_remote_code=True)
     assert not marker.exists()
     torch.load(tmp_path / "hf/pytorch_model.bin", weights_only=False)
     assert marker.exists(), "the attack must be a real one"

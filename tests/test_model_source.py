@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, dynamic_module_utils
 
 from rag_core.errors import ConfigError
 from rag_core.model_source import load_from_source, load_tokenizer, load_weights, resolve_model_source
@@ -55,9 +55,13 @@ class _MakesAFolder:
         return os.mkdir, (str(self.marker),)
 
 
-def test_pickled_weights_give_the_same_vectors_as_safetensors(folder: Path, whole: Path) -> None:
+def test_pickled_weights_are_read_if_trusted_and_give_the_same_vectors_as_safetensors(
+    folder: Path, whole: Path
+) -> None:
     _pickle_weights(folder)
-    pickled, safe = TextEncoder.from_pretrained(folder), TextEncoder.from_pretrained(whole)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: .* are pickles.*save_pretrained.*--trust-remote-code"):
+        TextEncoder.from_pretrained(folder)
+    pickled, safe = TextEncoder.from_pretrained(folder, trust_remote_code=True), TextEncoder.from_pretrained(whole)
     np.testing.assert_array_equal(pickled.encode(TEXTS), safe.encode(TEXTS))
     assert pickled.fingerprint() == safe.fingerprint()
 
@@ -66,7 +70,7 @@ def test_pickled_weights_that_would_run_code_are_refused_and_run_none(folder: Pa
     marker = tmp_path / "code-was-run"
     file = _pickle_weights(folder, surplus=_MakesAFolder(marker))
     with pytest.raises(ConfigError, match=r"changed-model.*pickle can run any code.*safetensors"):
-        TextEncoder.from_pretrained(folder)
+        TextEncoder.from_pretrained(folder, trust_remote_code=True)
     # Other parts are loaded without the option, by Transformers' default.
     with pytest.raises(ConfigError, match="changed-model"):
         load_from_source(AutoModel.from_pretrained, str(folder))
@@ -92,7 +96,7 @@ def test_that_only_tensors_are_wanted_is_said_and_passed_on_to_torch(
         return AutoModel.from_pretrained(source, **options)
 
     monkeypatch.setattr(torch, "load", spy_on_torch)
-    load_weights(spy_on_transformers, str(folder), may_lack=())
+    load_weights(spy_on_transformers, str(folder), may_lack=(), trust_remote_code=True)
     assert said == [("transformers", True), ("torch", True)]
 
 
@@ -100,8 +104,16 @@ def test_damaged_pickled_weights_are_refused(folder: Path) -> None:
     file = _pickle_weights(folder)
     for content in (b"garbage" * 100, file.read_bytes()[:5000]):
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match="changed-model"):
-            TextEncoder.from_pretrained(folder)
+        with pytest.raises(ConfigError, match=r"changed-model cannot be loaded"):
+            TextEncoder.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_pickles_stay_out_also_where_an_index_of_safetensors_names_them(folder: Path) -> None:
+    _pickle_weights(folder)
+    index = {"metadata": {}, "weight_map": {"embeddings.LayerNorm.bias": "pytorch_model.bin"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="changed-model"):
+        TextEncoder.from_pretrained(folder)
 
 
 def _code(marker: Path, *classes: str) -> str:
@@ -109,15 +121,23 @@ def _code(marker: Path, *classes: str) -> str:
     return f"import os\nos.mkdir({str(marker)!r})\n" + "".join(f"class {one}: pass\n" for one in classes)
 
 
-def test_code_beside_a_model_of_a_known_kind_is_not_run(folder: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_model_of_a_known_kind_is_refused_and_run_only_if_trusted(
+    folder: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marker = tmp_path / "code-was-run"
-    (folder / "own_code.py").write_text(_code(marker, "OwnConfig", "OwnModel", "OwnTokenizer"))
-    auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"}
-    _edit(folder / "config.json", auto_map=auto_map)
-    _edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own_code.OwnTokenizer"]})
-    vectors_ND = TextEncoder.from_pretrained(folder).encode(TEXTS)
-    np.testing.assert_array_equal(vectors_ND, TextEncoder.from_pretrained(whole).encode(TEXTS))
+    code = _code(marker, "OwnModel(BertModel)", "OwnTokenizer(BertTokenizer)")
+    (folder / "own_code.py").write_text(f"from transformers import BertModel, BertTokenizer\n{code}")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    own: dict[str, Any] = {"AutoModel": "own_code.OwnModel"}
+    own = own if file == "config.json" else {"AutoTokenizer": ["own_code.OwnTokenizer", None]}
+    _edit(folder / file, auto_map=own)
+    with pytest.raises(ConfigError, match=rf"changed-model needs code of its own \({file} .*--trust-remote-code"):
+        TextEncoder.from_pretrained(folder)
     assert not marker.exists()
+    TextEncoder.from_pretrained(folder, trust_remote_code=True)
+    assert marker.exists()
 
 
 def test_a_model_that_needs_code_of_its_own_is_refused_and_its_code_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -125,7 +145,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_its_code_is_not_run(f
     (folder / "own_code.py").write_text(_code(marker, "OwnConfig", "OwnModel"))
     auto_map = {"AutoConfig": "own_code.OwnConfig", "AutoModel": "own_code.OwnModel"}
     _edit(folder / "config.json", auto_map=auto_map, model_type="own-kind", architectures=["OwnModel"])
-    with pytest.raises(ConfigError, match=r"changed-model needs code of its own, and code .* is never run"):
+    with pytest.raises(ConfigError, match=r"changed-model needs code of its own .*is not run unless you trust it"):
         TextEncoder.from_pretrained(folder)
     assert not marker.exists()
 

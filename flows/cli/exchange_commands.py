@@ -10,6 +10,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from flows.cli.options import TrustRemoteCode
 from flows.cli.printing import console, parse_variant
 from rag_core.errors import ConfigError
 
@@ -28,11 +29,12 @@ def import_hf(
     pooling: Annotated[
         str | None, typer.Option(help="mean, cls, …: for a question encoder other than DPR's; DPR needs none.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a RAG model folder from a Hugging Face RAG checkpoint.
 
     SOURCE holds config.json with model_type "rag", weights (model.safetensors;
-    a .bin is read without running code), and question_encoder_tokenizer/ and
+    a .bin only with --trust-remote-code), and question_encoder_tokenizer/ and
     generator_tokenizer/, as RagTokenizer.save_pretrained writes them. The result
     is used as --model by ask, infer and retrieve. Embed the passages with the
     document encoder that the checkpoint was trained with.
@@ -43,7 +45,7 @@ def import_hf(
     if pooling not in (None, *get_args(Pooling)):
         raise ConfigError(f"Unknown pooling {pooling!r}. Give one of {', '.join(get_args(Pooling))}.")
     with _notes():
-        model = RagModel.from_hf_rag(source, pooling=pooling)  # type: ignore[arg-type]
+        model = RagModel.from_hf_rag(source, pooling=pooling, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
         model.save_pretrained(folder, made_from={"hf_rag": model.fingerprint()}, details={"hf_rag": source})
     variant = f"RAG-{model.settings.variant.capitalize()}" if model.settings.variant else "no variant"
     console.print(f"import-hf: {variant}, {model.settings.num_docs} passages per question → {folder}", highlight=False)
@@ -56,6 +58,7 @@ def export_hf(
         str | None,
         typer.Option(help="sequence | token: the class it is for; default: what the model was trained as."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a RAG model as a Hugging Face checkpoint.
 
@@ -68,7 +71,7 @@ def export_hf(
 
     chosen = parse_variant(variant)
     with _notes():
-        loaded = RagModel.from_pretrained(model)
+        loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.to_hf_rag(folder, variant=chosen)
     name = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}[loaded.variant_or(chosen)]
     console.print(f"export-hf: {name} → {folder}", highlight=False)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.options import TrustRemoteCode
 from flows.cli.printing import parse_ks, parse_variant, print_answer, print_scores
 
 Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
@@ -27,6 +28,7 @@ def ask(
     num_docs: Annotated[int | None, typer.Option(help="Passages to read; empty: the model's own.")] = None,
     num_beams: Annotated[int, typer.Option(help="Beams.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer one question from a trained model, and show what was read."""
     from flows.cli.settings import parse
@@ -41,7 +43,7 @@ def ask(
         raise ConfigError('The question is empty. Give one in quotes: rag ask "Which country is Lyon in?"')
     chosen = parse_variant(variant)
     decoding = parse(DecodingConfig, {"num_beams": num_beams}, "ask options")
-    loaded, opened = RagModel.from_pretrained(model), PassageIndex.open(index)
+    loaded, opened = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code), PassageIndex.open(index)
     answer = loaded.answer([question], opened, variant=chosen, num_docs=num_docs, decoding=decoding)[0]
     if as_json:
         typer.echo(json.dumps(prediction_row(Question(id="1", question=question), answer), ensure_ascii=False))
@@ -56,6 +58,7 @@ def retrieve(
     model: Annotated[Path | None, typer.Option(help="Use the question encoder of this trained model.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Use this question encoder; default: the index's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
     from rag_core.evaluation import check_own_encoder, evaluate_retrieval
@@ -68,11 +71,13 @@ def retrieve(
     opened = PassageIndex.open(index)
     asked = read_questions(questions)
     if model:
-        loaded = RagModel.from_pretrained(model)
+        loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.check_index(opened)
         question_encoder = loaded.question_encoder
     else:
-        question_encoder = TextEncoder.from_pretrained(encoder or opened.manifest.details["encoder"])
+        question_encoder = TextEncoder.from_pretrained(
+            encoder or opened.manifest.details["encoder"], trust_remote_code=trust_remote_code
+        )
         if encoder is None:
             check_own_encoder(opened, question_encoder)
     scores = evaluate_retrieval(opened, question_encoder, asked, ks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flows.cli.options import TrustRemoteCode
 from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_scores, print_stage
 
@@ -39,13 +40,21 @@ def corpus(
     format: Annotated[str, typer.Option(help="jsonl | dpr-tsv | parquet | squad | text")] = "jsonl",
     words_per_passage: Annotated[int, typer.Option(help="format text: passages of about this many words.")] = 100,
     shard_rows: Annotated[int, typer.Option(help="Passages in a Parquet shard.")] = 50_000,
+    max_rejects_share: Annotated[
+        float, typer.Option(help="Share of the rows that may be rejected, 0 to 1; more stop the run.")
+    ] = 0.01,
 ) -> None:
     """Read passages and write canonical Parquet shards; rows that are none go to rejects.jsonl with file and line."""
     from flows.cli.settings import parse
     from flows.corpus import make_corpus
     from rag_core.corpus import CorpusConfig
 
-    settings = {"format": format, "words_per_passage": words_per_passage, "shard_rows": shard_rows}
+    settings = {
+        "format": format,
+        "words_per_passage": words_per_passage,
+        "shard_rows": shard_rows,
+        "max_rejects_share": max_rejects_share,
+    }
     print_stage(make_corpus(sources, out, parse(CorpusConfig, settings, "corpus options")))
 
 
@@ -59,6 +68,7 @@ def embed(
         int | None, typer.Option(help="Tokens in a batch, padding included; default: what suits the device.")
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Embed a corpus with a frozen document encoder on Ray."""
     from flows.cli.settings import parse
@@ -71,6 +81,7 @@ def embed(
         "precision": precision,
         "batch_tokens": batch_tokens,
         "num_workers": num_workers,
+        "trust_remote_code": trust_remote_code,
     }
     print_stage(embed_corpus(corpus, out, parse(EmbedConfig, settings, "embed options")))
 
@@ -101,17 +112,19 @@ def pretrain(
     out: Out,
     config: ConfigFile = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder that both sides start from; overrides the file.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a generator from an encoder where no pretrained seq2seq model can be had (section `pretrain` of --config).
 
     Questions must name their gold passage (gold_passage_ids).
     """
-    from flows.cli.settings import parse, read_yaml
+    from flows.cli.settings import parse, read_section
     from flows.pretrain_generator import pretrain_generator
     from rag_core.pretraining import PretrainConfig
 
-    content: Any = dict(read_yaml(config).get("pretrain") or {}) if config else {}  # type: ignore[call-overload]
+    content = read_section(config, "pretrain") if config else {}
     content |= {"encoder": encoder} if encoder else {}
+    content |= {"trust_remote_code": True} if trust_remote_code else {}
     settings = parse(PretrainConfig, content, f"{config or 'options'}, section `pretrain`")
     print_stage(pretrain_generator(corpus, questions, dev, out, settings))
 
@@ -129,9 +142,10 @@ def train(
     num_workers: Annotated[int | None, typer.Option(help="Overrides train.num_workers.")] = None,
     retrieval: Retrieval = None,
     replicas: Replicas = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train question encoder and generator end to end, with retrieval inside every step."""
-    from flows.cli.settings import parse, read_yaml
+    from flows.cli.settings import parse, read_section
     from flows.train_sequence import train_sequence
     from flows.train_token import train_token
     from rag_core.errors import ConfigError
@@ -141,14 +155,16 @@ def train(
     flows = {"sequence": train_sequence, "token": train_token}
     if variant not in flows:
         raise ConfigError(f"Unknown variant {variant!r}. Give --variant sequence or --variant token.")
-    content: Any = dict(read_yaml(config).get("model") or {})  # type: ignore[call-overload]
+    content = read_section(config, "model")
     content |= {"generator": generator} if generator else {}
     content |= {"question_encoder": question_encoder} if question_encoder else {}
+    content |= {"trust_remote_code": True} if trust_remote_code else {}
     model = parse(ModelConfig, content, f"{config}, section `model`")
-    training: Any = dict(read_yaml(config).get("train") or {})  # type: ignore[call-overload]
+    training = read_section(config, "train")
     training |= {"num_workers": num_workers} if num_workers is not None else {}
-    training["retrieval"] = {**(training.get("retrieval") or {}), **_retrieval(retrieval, replicas)}
-    training["optimizer"] = {**training.get("optimizer", {}), **({"steps": steps} if steps is not None else {})}
+    training["retrieval"] = {**read_section(config, "train", "retrieval"), **_retrieval(retrieval, replicas)}
+    if steps is not None:
+        training["optimizer"] = {**read_section(config, "train", "optimizer"), "steps": steps}
     settings = parse(TrainConfig, training, f"{config}, section `train`")
     print_stage(flows[variant](index, questions, dev, out, model, settings))
 
@@ -169,6 +185,7 @@ def infer(
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
     retrieval: Retrieval = None,
     replicas: Replicas = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
     from flows.batch_infer import batch_infer
@@ -183,8 +200,14 @@ def infer(
         "batch_size": batch_size,
         "precision": precision,
     }
-    settings = {"variant": variant, "num_docs": num_docs, "decoding": decoding, "num_workers": num_workers}
-    settings["retrieval"] = _retrieval(retrieval, replicas)
+    settings = {
+        "variant": variant,
+        "num_docs": num_docs,
+        "decoding": decoding,
+        "num_workers": num_workers,
+        "retrieval": _retrieval(retrieval, replicas),
+        "trust_remote_code": trust_remote_code,
+    }
     print_stage(batch_infer(model, index, questions, out, parse(InferConfig, settings, "infer options")))
 
 

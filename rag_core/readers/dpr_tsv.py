@@ -47,7 +47,7 @@ def _header(path: Path, line: str | Reject) -> list[str]:
     found = line.found if isinstance(line, Reject) else excerpt(line)
     raise InputError(
         f"{path} line 1: a header with the tab-separated columns id, text and title was expected, found {found!r}. "
-        "Add the header, unpack the file if it is compressed, or choose another format."
+        "Add the header, or choose another format."
     )
 
 

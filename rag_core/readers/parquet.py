@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rag_core.errors import InputError
-from rag_core.readers.rows import Reject, Row, check_row
+from rag_core.readers.rows import Reject, Row, check_row, first_line
 from rag_core.readers.sources import SourceFile
 
 BATCH_ROWS = 1024
@@ -38,9 +38,10 @@ def read(source: SourceFile) -> Iterator[Row | Reject]:
                     yield check_row(
                         source.path, number, record["id"], record.get("title"), record["text"], found=record
                     )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: a column's name that is not UTF-8, a date before the year 1.
         raise InputError(
-            f"{source.path} cannot be read as Parquet after row {number}: {str(error).splitlines()[0]} "
+            f"{source.path} cannot be read as Parquet after row {number}: {first_line(error)} "
             "Write the file again, or choose the format that fits it."
         ) from error
 

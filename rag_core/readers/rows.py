@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_core.passages import Passage
+from rag_core.readers.first_bytes import opened_lines
 
 FOUND_CHARS = 200
 MAX_LINE_BYTES = 16 * 2**20
@@ -52,6 +53,11 @@ def excerpt(value: object) -> str:
         value = value[:FOUND_CHARS].decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else repr(value)
     return text[:FOUND_CHARS].encode("utf-8", "backslashreplace").decode("utf-8")[:FOUND_CHARS]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what Arrow and others write below it."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def field_fault(name: str, value: object, *, required: bool = True) -> str | None:
@@ -102,8 +108,12 @@ def decode_line(file: Path | str, number: int, raw: bytes) -> str | Reject:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
-    """The lines of a file, streamed, with their 1-based numbers; a line that cannot be used comes as a reject."""
-    with path.open("rb") as file:
+    """The lines of a file, streamed, with their 1-based numbers; a line that cannot be used comes as a reject.
+
+    Raises:
+        InputError: an archive other than gzip, cut gzip, or text in UTF-16.
+    """
+    with opened_lines(path) as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1

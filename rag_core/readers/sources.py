@@ -18,8 +18,8 @@ from rag_core.errors import ConfigError, InputError
 CorpusFormat = Literal["jsonl", "dpr-tsv", "parquet", "squad", "text"]
 
 SUFFIXES: dict[CorpusFormat, tuple[str, ...]] = {
-    "jsonl": (".jsonl",),
-    "dpr-tsv": (".tsv",),
+    "jsonl": (".jsonl", ".jsonl.gz"),
+    "dpr-tsv": (".tsv", ".tsv.gz"),
     "parquet": (".parquet",),
     "squad": (".json",),
     "text": (".txt", ".md"),
@@ -65,7 +65,7 @@ def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
             raise InputError(
                 f"{source} holds no {wanted} file, as format {format!r} expects. Correct the path or the format."
             )
-    elif format == "text" and source.suffix.lower() not in suffixes:
+    elif format == "text" and not source.name.lower().endswith(suffixes):
         raise InputError(
             f"{source} is not a {wanted} file. Convert it to plain text first, or give the fitting format."
         )
@@ -82,7 +82,7 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         if (
-            path.suffix.lower() in suffixes
+            path.name.lower().endswith(suffixes)
             and not any(part.startswith(".") for part in relative.parts)
             and path.is_file()
         ):

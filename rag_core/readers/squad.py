@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_core.errors import InputError
+from rag_core.readers.first_bytes import refuse_archives_and_utf16
 from rag_core.readers.rows import Reject, Row, check_row
 from rag_core.readers.sources import SourceFile
 
@@ -48,8 +49,9 @@ def read_articles(path: Path) -> list[Article]:
     """The articles of a SQuAD file.
 
     Raises:
-        InputError: not UTF-8, not JSON, not laid out as SQuAD, or two articles share a title.
+        InputError: an archive, not UTF-8, not JSON, not laid out as SQuAD, or two articles share a title.
     """
+    refuse_archives_and_utf16(path)
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError, OSError) as error:

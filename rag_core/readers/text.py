@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from rag_core.readers.rows import Reject, Row, check_row, decode_line, excerpt
+from rag_core.readers.rows import Reject, Row, check_row, excerpt, numbered_lines
 from rag_core.readers.sources import SourceFile
 
 _WORD = re.compile(r"\S+")
@@ -28,8 +28,7 @@ Unit = tuple[int, int, int]
 def read(source: SourceFile, words_per_passage: int) -> Iterator[Row | Reject]:
     """Rows and rejects of one text file; an undecodable line is rejected and the text around it kept."""
     lines: list[str] = []
-    for number, raw in enumerate(source.path.read_bytes().split(b"\n"), 1):
-        line = decode_line(source.path, number, raw)
+    for number, line in numbered_lines(source.path):
         if isinstance(line, str) and "\0" in line:
             line = Reject(str(source.path), number, "NUL character: in text", excerpt(line))
         if isinstance(line, Reject):

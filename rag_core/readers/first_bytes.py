@@ -1,0 +1,81 @@
+"""What a file's first bytes tell before any of it is parsed: an archive, another encoding, or gzip that can be read.
+
+A gzip stream is read as it is, line by line; no other archive is: nothing is ever unpacked to disk, so that no name inside
+an archive can lead anywhere.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from rag_core.errors import InputError
+
+_GZIP = b"\x1f\x8b"
+# Where the mark stands, the mark, and what has it.
+_ARCHIVES = (
+    (0, b"PK\x03\x04", "a zip archive"),
+    (0, b"PK\x05\x06", "a zip archive"),
+    (0, _GZIP, "compressed with gzip"),
+    (4, b"1AY&SY", "compressed with bzip2"),
+    (0, b"\xfd7zXZ\x00", "compressed with xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!\x1a\x07", "a rar archive"),
+    (257, b"ustar", "a tar archive"),
+)
+# UTF-32 first: its mark begins with UTF-16's.
+_ENCODINGS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_HEAD_BYTES = 512
+
+
+def refuse_archives_and_utf16(path: Path, *, gzip_too: bool = True) -> None:
+    """Raise InputError if the file is an archive, compressed, or text in UTF-16 or UTF-32.
+
+    Args:
+        path: a file that can be opened.
+        gzip_too: whether gzip is refused as well.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    found = next((kind for at, mark, kind in _ARCHIVES if head.startswith(mark, at)), None)
+    if found and (gzip_too or not head.startswith(_GZIP)):
+        raise InputError(f"{path} is {found}; the plain file was expected. Unpack it and name what was in it.")
+    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
+    if encoding:
+        raise InputError(
+            f"{path} is text in {encoding}; UTF-8 was expected. Convert it: "
+            f"iconv -f {encoding} -t UTF-8 {path.name} > {path.stem}.utf8{path.suffix}"
+        )
+
+
+@contextmanager
+def opened_lines(path: Path) -> Iterator[BinaryIO]:
+    """The file for reading by lines, unpacked on the way if it is gzip.
+
+    Raises:
+        InputError: the file is another archive or in UTF-16; or (while it is read) the gzip stream is cut or damaged.
+    """
+    refuse_archives_and_utf16(path, gzip_too=False)
+    with path.open("rb") as file:
+        if file.read(2) != _GZIP:
+            file.seek(0)
+            yield file
+            return
+        file.seek(0)
+        try:
+            with gzip.open(file, "rb") as unpacked:
+                yield unpacked  # type: ignore[misc]
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(
+                f"{path} is cut or damaged gzip ({error}). Copy or download it again; `gzip -t` checks it."
+            ) from error

@@ -1,0 +1,217 @@
+"""The readers that are fuzzed: for each, valid samples, and a function that puts damaged bytes in place and reads them.
+
+A target is made in a folder of its own. What it feeds either is read or raises `RagError`; anything else is a finding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rag_core.artefact import fingerprint_of_json, open_artefact, publish
+from rag_core.readers import CorpusFormat, Reject, read_rows
+
+Feed = Callable[[bytes], None]
+PASSAGES = [("a", "Lyon", "Lyon is a city."), ("b", "", 'Grüße, "quoted"\tand 😀.'), ("c", "T", "two\nlines")]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader's samples, and what reads one damaged input."""
+
+    samples: list[bytes]
+    feed: Feed
+
+
+def _corpus(format: CorpusFormat, name: str, samples: list[bytes], folder: Path) -> Target:
+    file = folder / name
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        for row in read_rows([file], format):
+            # What is kept or reported must be fit to be written.
+            text = row.found + row.reason if isinstance(row, Reject) else "".join(_texts(row.passage))
+            text.encode("utf-8")
+
+    return Target(samples, feed)
+
+
+def _texts(passage: Any) -> tuple[str, str, str]:
+    return passage.id, passage.title, passage.text
+
+
+def _jsonl() -> bytes:
+    return "".join(
+        json.dumps({"id": i, "title": t, "text": x}, ensure_ascii=False) + "\n" for i, t, x in PASSAGES
+    ).encode()
+
+
+JSONL = [_jsonl(), b'{"id": 7, "text": "one", "title": null}\r\n{"id": "x", "text": "\\u00fc"}']
+TSV = [b'id\ttext\ttitle\n1\tone\tT\n2\t"two ""quoted""\nlines"\tT\n3\tthree\tT\n', b"text\tid\r\none\t1\r\ntwo\t2\r\n"]
+QAS = [{"id": "1", "question": "q?", "answers": [{"text": "x", "answer_start": 0}]}, {"id": "2", "question": "r?"}]
+SQUAD = [
+    json.dumps(
+        {"data": [{"title": "A", "paragraphs": [{"context": "c", "qas": QAS}, {"context": "d", "qas": []}]}]}
+    ).encode(),
+    b'{"version": "v2.0", "data": [{"title": "A", "paragraphs": [{"context": "y", "qas": [{"question": "s?"}]}]}, {"title": "B", "paragraphs": [{"context": "x", "qas": []}]}]}',
+]
+TEXT = [
+    b"# Title #\n\none two. Three four!\n\n```sh\n# comment\n```\nfive six\n",
+    "ein Satz.\r\n\r\nnoch „einer“.".encode(),
+]
+CTXS = [{"id": "p", "title": "T", "text": "t", "score": "81.5"}, {"id": 2, "text": "u", "score": -1}]
+RECORDS = [
+    {"id": 5, "question": "q?", "answers": ["a", "b"], "type": "2hop", "gold_passage_ids": ["p", 7]},
+    {"question": "r?", "answer": "c", "ctxs": CTXS},
+]
+QUESTIONS_JSONL = [b"\n".join(json.dumps(one).encode() for one in RECORDS), json.dumps(RECORDS[1]).encode()]
+QUESTIONS_LIST = [json.dumps(RECORDS).encode(), json.dumps(RECORDS[0]).encode()]
+QUESTIONS_CSV = [b'who?\t[\'Paris\', "it\'s"]\nwhere?\t["a\\u00fc"]\n"a ""b"""\t[]\n']
+
+
+def _parquet(folder: Path) -> Target:
+    columns = dict(zip(("id", "title", "text"), (list(one) for one in zip(*PASSAGES, strict=True)), strict=True))
+    samples = []
+    for number, options in enumerate(
+        ({"compression": "zstd"}, {"compression": "none", "use_dictionary": False}, {"compression": "snappy"})
+    ):
+        table = pa.table(columns | ({"id": [1, 2, 3], "more": [[1.5], [], [2.5]]} if number == 2 else {}))
+        pq.write_table(table, folder / "sample.parquet", **options)
+        samples.append((folder / "sample.parquet").read_bytes())
+    return _corpus("parquet", "c.parquet", samples, folder)
+
+
+def _questions(name: str, samples: list[bytes], folder: Path) -> Target:
+    from rag_core.questions import read_questions
+
+    file = folder / name
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        for question in read_questions(file):
+            (question.id + question.question + "".join(question.answers)).encode("utf-8")
+
+    return Target(samples, feed)
+
+
+def _small_artefact(folder: Path, kind: str, files: dict[str, bytes], **described: Any) -> None:
+    with publish(folder, kind, config={"a": 1}, made_from={"b": "c" * 64}) as draft:
+        for name, content in files.items():
+            (draft.folder / name).write_bytes(content)
+        draft.counts.update(described.get("counts", {}))
+        draft.details = described.get("details", {})
+
+
+def _put_consistently(folder: Path, name: str, data: bytes, manifest: dict[str, Any]) -> None:
+    """Put a file in place, and its size and SHA-256 into the manifest: damage that no checksum tells."""
+    (folder / name).write_bytes(data)
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["fingerprint"] = fingerprint_of_json({one: entry["sha256"] for one, entry in manifest["files"].items()})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _manifest(folder: Path) -> Target:
+    from rag_core.corpus import Corpus
+
+    home = folder / "corpus"
+    _small_artefact(home, "corpus", {"passages-00000.parquet": b"xy", "rejects.jsonl": b""}, counts={"passages": 2})
+    sample = (home / "manifest.json").read_bytes()
+
+    def feed(data: bytes) -> None:
+        (home / "manifest.json").write_bytes(data)
+        open_artefact(home, "corpus")
+        len(Corpus.open(home))
+
+    return Target([sample, json.dumps(json.loads(sample)).encode()], feed)
+
+
+def _predictions(folder: Path) -> Target:
+    from rag_core.predictions import read_predictions
+
+    passages = [{"id": "p", "title": "T", "text": "t", "prior": 0.5, "posterior": 0.25}]
+    rows = [
+        {
+            "id": str(number),
+            "question": "q?",
+            "answer": answer,
+            "log_prob": -1.5,
+            "candidates": [{"answer": answer, "log_prob": -1.5}],
+            "passages": passages,
+        }
+        for number, answer in enumerate(("France", "Grüße 😀"))
+    ]
+    sample = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    home = folder / "predictions"
+    _small_artefact(home, "predictions", {"predictions.jsonl": sample})
+    manifest = json.loads((home / "manifest.json").read_bytes())
+
+    def feed(data: bytes) -> None:
+        _put_consistently(home, "predictions.jsonl", data, manifest)
+        for row in read_predictions(home):
+            # What evaluation reads of a row.
+            (row["id"] + row["question"] + row["answer"]).encode("utf-8")
+            for one in row["passages"]:
+                (one["id"] + one["title"] + one["text"]).encode("utf-8")
+
+    return Target([sample, json.dumps(rows[0]).encode()], feed)
+
+
+def _settings(folder: Path) -> Target:
+    from flows.cli.settings import parse, read_yaml
+    from rag_core.corpus import CorpusConfig
+
+    file = folder / "run.yaml"
+    samples = [
+        b"format: text\nwords_per_passage: 100\nshard_rows: 5\n",
+        b'format: "jsonl"\nshard_rows: &n 7\nwords_per_passage: *n\n',
+        b"{format: squad, shard_rows: 0x10}\n",
+        b"<<: [&a {shard_rows: 3}, *a]\nformat: jsonl\nmax_rejects_share: 2.5e-2\n",
+    ]
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        parse(CorpusConfig, read_yaml(file), str(file))
+
+    return Target(samples, feed)
+
+
+def _passage_store(folder: Path) -> Target:
+    from rag_core.passage_store import PassageStore, write_passage_store
+
+    file = folder / "passages.arrow"
+    columns = [list(one) for one in zip(*PASSAGES, strict=True)]
+    write_passage_store([pa.table(columns, names=["id", "title", "text"])], file)
+    sample = file.read_bytes()
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        store = PassageStore(file)
+        for row in range(min(len(store), 10)):
+            "".join(_texts(store[row])).encode("utf-8")
+
+    return Target([sample], feed)
+
+
+TARGETS: dict[str, Callable[[Path], Target]] = {
+    "corpus-jsonl": partial(_corpus, "jsonl", "c.jsonl", JSONL),
+    "corpus-dpr-tsv": partial(_corpus, "dpr-tsv", "c.tsv", TSV),
+    "corpus-parquet": _parquet,
+    "corpus-squad": partial(_corpus, "squad", "c.json", SQUAD),
+    "corpus-text": partial(_corpus, "text", "c.md", TEXT),
+    "questions-jsonl": partial(_questions, "q.jsonl", QUESTIONS_JSONL),
+    "questions-list": partial(_questions, "q.json", QUESTIONS_LIST),
+    "questions-csv": partial(_questions, "q.csv", QUESTIONS_CSV),
+    "questions-squad": partial(_questions, "q.json", SQUAD),
+    "manifest": _manifest,
+    "predictions": _predictions,
+    "settings": _settings,
+    "passage-store": _passage_store,
+}
