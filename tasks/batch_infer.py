@@ -34,6 +34,7 @@ from rag_core.reader import Answer, DecodingConfig
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
 
@@ -88,7 +89,7 @@ class QuestionAnswerer:
         return count
 
 
-@task(name="batch-infer")
+@task(name="batch-infer", **STAGE_RETRIES)
 def batch_infer(
     model: Path | ModelConfig,
     index: Path,

@@ -26,6 +26,7 @@ from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
 from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
 
@@ -44,7 +45,7 @@ class TrainConfig(BaseModel):
     )
 
 
-@task(name="train")
+@task(name="train", **STAGE_RETRIES)
 def train(
     variant: Variant,
     index: Path,
