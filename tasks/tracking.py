@@ -232,7 +232,7 @@ def send_unsent(
         at_home = header.get("mlflow", "") in ("", without_credentials(mine))
         if at_home or anywhere:
             uri = mine if at_home else str(header["mlflow"])
-            why = _journal(uri, file, json.dumps(header)).send(seconds)
+            why = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)
             left |= {file: why} if why else {}
     return left
 

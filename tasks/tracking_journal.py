@@ -31,6 +31,8 @@ SECONDS_FOR_OLDER = 1.0
 # Entries sent with one call: MLflow takes at most 1,000 metrics in a batch.
 MOST_AT_ONCE = 1000
 
+BUSY = "another process is sending it"
+
 Entry = dict[str, Any]
 
 
@@ -88,24 +90,34 @@ class Journal:
                 return
         self._append(entry)
 
-    def send(self, seconds: float) -> str:
-        """Send what waits, oldest first, for about so many seconds; returns why the rest was not sent, or ""."""
+    def send(self, seconds: float, *, wait: float = 0.0) -> str:
+        """Send what waits, oldest first, for about so many seconds; returns why the rest was not sent, or "".
+
+        `wait` is how long another process that is sending may hold it up.
+        """
+        end = time.monotonic() + wait
+        while (why := self._send_alone(seconds)) == BUSY and time.monotonic() < end:
+            time.sleep(0.1)
+        return why
+
+    def _send_alone(self, seconds: float) -> str:
         with self._only_sender() as alone:
             if not alone:
-                return "another process is sending it"
+                return BUSY if self.file.exists() else ""
             try:
                 header, entries = read_journal(self.file)
             except ArtefactError as error:
                 self._refused = True
                 return str(error)
             sent, why, end = 0, "", time.monotonic() + seconds
-            closing = [[self.closing(header)]] if self.closing and entries else []
-            for together in [*_batches(entries), *closing]:
+            for together in _batches(entries):
                 if time.monotonic() > end:
                     why = "there was no time for the rest"
                     break
                 try:
                     self.deliver(header, [self._with_content(entry) for entry in together])
+                    if self.closing and sent + len(together) == len(entries):
+                        self.deliver(header, [self.closing(header)])
                 except UnreachableError as error:
                     self.pause.longer()
                     why = str(error)
@@ -116,7 +128,7 @@ class Journal:
                     break
                 sent += len(together)
             if sent or not entries:
-                self._forget(min(sent, len(entries)))
+                self._forget(sent)
         if sent and not why:
             self.pause.end()
             self.say(f"MLflow answers again: {sent} writes that were kept in {self.file} have been sent.")

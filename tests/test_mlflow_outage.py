@@ -34,16 +34,26 @@ class Scenario:
     sync_said: str
 
 
-def write_until(stop: Path, address, name: str) -> tuple[int, float]:  # type: ignore[no-untyped-def]
-    """Points of one curve, numbered from 0, until the file `stop` is there: how many, and the longest time of one."""
-    step, longest = 0, 0.0
-    while not stop.exists():
-        before = time.monotonic()
-        address.log_metrics({name: float(step)}, step)
-        longest = max(longest, time.monotonic() - before)
-        step += 1
-        time.sleep(0.02)
-    return step, longest
+def writing_worker(stop: str, address):  # type: ignore[no-untyped-def]
+    """Starts a Ray worker that writes a curve until the file `stop` is there: how many points, the longest time of one."""
+    import ray
+
+    # Defined here, so that the worker need not import this file.
+    @ray.remote(num_cpus=0)
+    def write() -> tuple[int, float]:
+        import os
+        import time
+
+        step, longest = 0, 0.0
+        while not os.path.exists(stop):
+            before = time.monotonic()
+            address.log_metrics({"worker": float(step)}, step)
+            longest = max(longest, time.monotonic() - before)
+            step += 1
+            time.sleep(0.02)
+        return step, longest
+
+    return write.remote()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +75,7 @@ def scenario(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         tracking.prepare_store()
         with tracking.open_run("parent") as parent, tracking.open_run("first", parent.run_id) as run:
             stop = folder / "stop"
-            worker = ray.remote(num_cpus=0)(write_until).remote(stop, run.address, "worker")
+            worker = writing_worker(str(stop), run.address)
             written, longest = 0, 0.0
 
             def write(points: int) -> None:
