@@ -37,7 +37,7 @@ SECRETS = (
     "PREFECT_API_KEY",
     "WANDB_API_KEY",
 )
-SECONDS = 150
+SECONDS = 240
 
 
 @dataclass
@@ -92,7 +92,7 @@ def listening(pid: int) -> set[tuple[str, str]]:
         return set()
     for process in tree:
         try:
-            name = " ".join(process.cmdline()[:4])[-60:]
+            name = f"{process.name()} {' '.join(process.cmdline()[:5])}"
             connections = process.net_connections(kind="inet")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
