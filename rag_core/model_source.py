@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import pickle  # nosec B403 (for the name of its error)
+import pickle  # nosec B403
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

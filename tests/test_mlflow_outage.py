@@ -7,6 +7,7 @@ write; a second run begins and ends without it; it comes back while the first go
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tests.mlflow_server import MlflowServer
 
 # A training step may wait this long for one write.
 LONGEST_SECONDS = 2.0
+PASSWORD = "canary-8e21"
 
 
 @dataclass
@@ -68,7 +70,7 @@ def scenario(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     server = MlflowServer(folder)
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", f"http://rag:{PASSWORD}@"))
         patch.setenv("RAG_MLFLOW_UNSENT", str(folder / "unsent"))
         patch.setattr("tasks.notices.Console.print", lambda self, text, **options: told.append(str(text)))
         server.start()
@@ -93,6 +95,7 @@ def scenario(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             run.log_dict({"answer": 42}, "late.json")
             with tracking.open_run("second", parent.run_id) as second:
                 second.log_metrics({"recall@1": 0.5})
+            shutil.copytree(folder / "unsent", folder / "copy")
             in_the_middle = sorted(file.name for file in (folder / "unsent").glob("*.jsonl"))
             server.start()
             said = CliRunner().invoke(app, ["sync-mlflow"])
@@ -161,6 +164,18 @@ def test_a_run_that_began_without_the_server_is_made_once_under_its_parent(scena
     assert set(names) <= set(scenario.unsent_in_the_middle)
 
 
+def test_the_password_of_the_address_is_written_nowhere(scenario: Scenario) -> None:
+    import ray
+
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    folders = scenario.server.folder, logs
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert {"server.db", "raylet.out"} <= {file.name for file in files}
+    assert [file for file in files if file.parent.name == "copy"], "what was kept in the middle is among them"
+    assert [str(file) for file in files if PASSWORD.encode() in file.read_bytes()] == []
+    assert PASSWORD not in scenario.told + scenario.sync_said
+
+
 def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -173,6 +188,8 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     told: list[str] = []
     monkeypatch.setattr("tasks.notices.Console.print", lambda self, text, **options: told.append(str(text)))
     monkeypatch.setenv("RAG_MLFLOW_UNSENT", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", scenario.server.uri)
+    tracking.prepare_store()
     with tracking.open_run("lost") as run:
         scenario.server.kill()
         for step in range(5):
