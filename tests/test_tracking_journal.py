@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from pathlib import Path
@@ -126,16 +125,16 @@ def append(file: Path, name: int) -> None:
         journal.write({"do": "tags", "writer": name, "step": number})
 
 
-def test_several_processes_write_whole_lines_into_one_file(tmp_path: Path) -> None:
-    file = tmp_path / "r1.jsonl"
+def test_what_several_processes_write_while_another_one_sends_arrives_once_and_in_order(tmp_path: Path) -> None:
+    file, server = tmp_path / "r1.jsonl", Server(up=True)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=append, args=(file, name)) for name in range(3)]
     for writer in writers:
         writer.start()
-    for writer in writers:
-        writer.join(60)
-    header, entries = read_journal(file)
-    assert header["run"] == "r1"
+    while any(writer.is_alive() for writer in writers):
+        Journal(file, HEADER, server).send(0.001)
+    Journal(file, HEADER, server).send(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
     for name in range(3):
-        assert steps([entry for entry in entries if entry["writer"] == name]) == list(range(100))
-    assert json.loads(file.read_text().splitlines()[0])["do"] == "open"
+        assert steps([entry for entry in server.got if entry["writer"] == name]) == list(range(100))
