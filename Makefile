@@ -51,11 +51,13 @@ chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (
 chaos-smoke: setup ## the same in short (in CI)
 	CHAOS=smoke $(BIN)/python -m pytest -m chaos --timeout 900
 
-lint: setup ## formatting, lint, types, and the direction of imports
+lint: setup ## formatting, lint, types, the direction of imports, and what is known to be unsafe
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive rag_core tasks flows
+	$(BIN)/python infra/audit.py
 
 format: setup ## format the code
 	$(BIN)/ruff format .

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import pickle
+import pickle  # nosec B403
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

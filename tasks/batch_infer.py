@@ -35,6 +35,7 @@ from rag_core.retriever import Retriever
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.retriever_shards import RetrievalConfig, retrieval
 from tasks.stage import Input, refuse_unseen_parts, run_stage
 from tasks.tracking import StageRun
@@ -92,7 +93,7 @@ class QuestionAnswerer:
         return count
 
 
-@task(name="batch-infer")
+@task(name="batch-infer", **STAGE_RETRIES)
 def batch_infer(
     model: Path | ModelConfig,
     index: Path,

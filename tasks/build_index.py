@@ -13,11 +13,12 @@ from rag_core.index import KIND, IndexConfig, index_inputs
 from rag_core.index import build_index as build
 from tasks.plots import recall_against_latency
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
 
 
-@task(name="build-index")
+@task(name="build-index", **STAGE_RETRIES)
 def build_index(
     embeddings: Path, corpus: Path, out: Path, config: IndexConfig, parent_run_id: str | None = None
 ) -> StageResult:

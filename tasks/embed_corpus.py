@@ -22,6 +22,7 @@ from rag_core.text_encoder import TextEncoder
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, refuse_unseen_parts, run_stage
 from tasks.tracking import StageRun
 
@@ -55,7 +56,7 @@ class ShardEmbedder:
         return rows
 
 
-@task(name="embed-corpus")
+@task(name="embed-corpus", **STAGE_RETRIES)
 def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)

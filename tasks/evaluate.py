@@ -15,11 +15,12 @@ from rag_core.predictions import KIND as PREDICTIONS
 from rag_core.questions import read_questions
 from tasks.plots import recall_curve, scores_by_type
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import publish_table
 from tasks.tracking import open_run, run_link
 
 
-@task(name="evaluate")
+@task(name="evaluate", **STAGE_RETRIES)
 def evaluate(
     predictions: Path,
     questions: Path,

@@ -11,11 +11,12 @@ from prefect.logging import get_run_logger
 from rag_core.artefact import Manifest, local_file
 from rag_core.corpus import KIND, CorpusConfig, refuse_many_rejects, source_files, source_fingerprint, write_corpus
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
 
 
-@task(name="make-corpus")
+@task(name="make-corpus", **STAGE_RETRIES)
 def make_corpus(
     sources: Sequence[Path], out: Path, config: CorpusConfig, parent_run_id: str | None = None
 ) -> StageResult:

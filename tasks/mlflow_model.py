@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
@@ -11,10 +12,15 @@ from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from rag_core.artefact import local_copy
-from rag_core.places import absolute
+from rag_core.artefact import local_copy, open_artefact
+from rag_core.errors import ArtefactError
+from rag_core.places import absolute, as_place
+from rag_core.rag_model import KIND
 from tasks.tracking import StageRun
+from tasks.tracking_delivery import reaching
 
+# A server may answer an upload only when it has stored it.
+UPLOAD_SECONDS = 120
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "question")]),
     outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "log_prob")]),
@@ -23,17 +29,45 @@ SIGNATURE = ModelSignature(
 
 def register_model(run: StageRun, model: Path, index: Path, variant: str) -> None:
     """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`."""
+    manifest = open_artefact(model, KIND, check_content=False)
+    run.write(
+        {
+            "do": "model",
+            "name": f"rag-{variant}",
+            "model": absolute(model),
+            "fingerprint": manifest.fingerprint,
+            "index": absolute(index),
+        }
+    )
+
+
+def register_now(uri: str, run_id: str, entry: Mapping[str, str]) -> None:
+    """Send what `register_model` wrote down, unless this run has registered its model already.
+
+    Raises:
+        ArtefactError: another model lies there by now.
+    """
+    if open_artefact(as_place(entry["model"]), KIND, check_content=False).fingerprint != entry["fingerprint"]:
+        raise ArtefactError(
+            f"{entry['model']} holds another model than the one that MLflow run {run_id} trained, so it is not "
+            f"registered as {entry['name']}. Train again, or delete the line."
+        )
     # An input example would make MLflow load the whole model just to try it; the signature is given instead.
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
-    with warnings.catch_warnings(), mlflow.start_run(run_id=run.run_id, log_system_metrics=False):
+    with reaching(uri, UPLOAD_SECONDS, retries=2) as client, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("answering_model.py")),
-            artifacts={"model": str(local_copy(model).resolve())},
-            model_config={"index": absolute(index)},
-            signature=SIGNATURE,
-            pip_requirements=["rag-pipeline"],
-            registered_model_name=f"rag-{variant}",
-        )
+        if client.search_model_versions(f"name = '{entry['name']}' and run_id = '{run_id}'"):
+            return
+        if mlflow.get_tracking_uri() != uri:
+            mlflow.set_tracking_uri(uri)
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("answering_model.py")),
+                artifacts={"model": str(local_copy(as_place(entry["model"])).resolve())},
+                model_config={"index": entry["index"]},
+                signature=SIGNATURE,
+                pip_requirements=["rag-pipeline"],
+                registered_model_name=entry["name"],
+            )

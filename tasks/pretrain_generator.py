@@ -36,13 +36,14 @@ from rag_core.training import Hooks, run_training, sum_over_workers
 from tasks.plots import training_curves
 from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
 
 KIND = "generator"
 
 
-@task(name="pretrain-generator")
+@task(name="pretrain-generator", **STAGE_RETRIES)
 def pretrain_generator(
     corpus: Path,
     questions: Path,

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,15 +89,31 @@ def _start_ray() -> None:
         for name, value in TRAIN_ALONE.items():
             os.environ.setdefault(name, value)
         # "local": never a cluster that another command on this machine has left running, or its address.
-        ray.init(
-            "local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
+        with _loopback_only():
+            ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     for name in ("ray.train", "ray.tune", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Ray started in the block listens on 127.0.0.1 alone, its workers' process groups for training included.
+
+    `_node_ip_address="127.0.0.1"` does not do that: Ray puts the machine's address in its place. What it does on macOS
+    and Windows, where a cluster of several machines is not supported, is what is wanted here. The environment is for
+    the processes that are started here and goes back after: another cluster may be used later.
+    """
+    before = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ |= {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": interface}
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        for name in (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "GLOO_SOCKET_IFNAME"):
+            os.environ.pop(name)
+            os.environ |= {name: before[0][name]} if name in before[0] else {}
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def share_of_cluster(num_workers: int = 0) -> Share:

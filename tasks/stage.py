@@ -14,15 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from rag_core.artefact import Manifest, find_finished, finish_publishing, working_place
 from rag_core.errors import ArtefactError
 from rag_core.places import absolute, as_place
 from rag_core.writer_lock import reserved
+from tasks.notices import warn
 from tasks.results import StageResult
-from tasks.tracking import StageRun, open_run, run_link
+from tasks.tracking import StageRun, open_run, run_link, unsent_folder
+
+# Prefect's own clients try for a minute; a summary is not worth that.
+PAGE_RETRIES = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,19 @@ def publish_table(stage: str, rows: Mapping[str, str], note: str = "") -> None:
     """Two columns of Markdown as a Prefect artefact with the stage's name as its key."""
     body = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     key = "".join(letter if letter.isalnum() else "-" for letter in stage.lower()).strip("-")
-    create_markdown_artifact(f"## {stage}\n{note}\n\n| | |\n| --- | --- |\n{body}\n", key=key, description=stage)
+    publish_page(f"## {stage}\n{note}\n\n| | |\n| --- | --- |\n{body}\n", key=key, description=stage)
+
+
+def publish_page(markdown: str, key: str, description: str) -> None:
+    """Markdown on the Prefect flow run's page. A server that does not answer costs the page, not the stage."""
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: PAGE_RETRIES}):
+            create_markdown_artifact(markdown, key=key, description=description)
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        file = unsent_folder() / f"{key}-{int(time.time())}.md"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(markdown, encoding="utf-8")
+        warn(f"Prefect's server does not answer ({error}); the summary of {description} is kept in {file}.")
 
 
 def _run_file(out: Path) -> Path:

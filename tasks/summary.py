@@ -6,12 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlflow import MlflowClient
-from prefect.artifacts import create_markdown_artifact
-
 from rag_core.evaluation import Scores
 from tasks.results import StageResult
-from tasks.tracking import RunAddress, metric_name, open_run, tracking_uri
+from tasks.stage import publish_page
+from tasks.tracking import RunAddress, metric_name, open_run
 
 # Share of a stage's contexts above which the user is told what to do about it.
 MANY_CUT = 0.03
@@ -28,13 +26,13 @@ def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
 
 def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[str, Mapping[str, Scores]]) -> None:
     """Scores of every system and seconds of every stage: to the parent run, and as a table to Prefect."""
-    address = RunAddress(tracking_uri(), run_id)
+    address = RunAddress.of(run_id)
     for system, values in scores.items():
         address.log_metrics({f"{system}/{name}": value for name, value in values["overall"].items()})
     address.log_metrics({f"seconds/{result.stage}": result.seconds for result in stages})
     body = results_markdown(scores) + "\n\n" + stages_markdown(stages)
-    MlflowClient(address.tracking_uri).log_text(run_id, body, "summary.md")
-    create_markdown_artifact(body, key="pipeline-summary", description="pipeline")
+    address.log_text(body, "summary.md")
+    publish_page(body, key="pipeline-summary", description="pipeline")
 
 
 def results_markdown(scores: Mapping[str, Mapping[str, Scores]]) -> str:

@@ -2,58 +2,118 @@
 
 A stage opens its run here and nowhere else. Workers never open runs: they are handed a `RunAddress` and write metrics
 to that run. Any `MLFLOW_TRACKING_URI` works; the default is MLflow's own, a SQLite file in the current folder.
+
+Work never waits for MLflow nor fails with it once it has begun: what cannot be sent is kept in the folder
+`unsent_folder()` and sent in order as soon as the server answers (`tasks.tracking_journal`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]  # made at import
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunStatus
+from mlflow.entities import RunStatus
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
+from rag_core.errors import ConfigError
 from rag_core.places import absolute
+from tasks import tracking_delivery as delivery
+from tasks.notices import warn
+from tasks.tracking_delivery import without_credentials
+from tasks.tracking_journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of
 
 EXPERIMENT = "rag"
+UNSENT = "mlflow-unsent"
+# At the end of a run what waits is sent for at most this long.
+SECONDS_AT_THE_END = 30.0
+
+_answered: set[str] = set()
 
 
 @dataclass(frozen=True)
 class RunAddress:
-    """Where a worker writes a stage's metrics."""
+    """Where the driver and the workers of a stage write.
 
-    tracking_uri: str
+    `unsent` is the folder that keeps what the server could not be told; on several machines a shared one. `header` says
+    what to make of it later (`tasks.tracking_journal`).
+    """
+
+    tracking_uri: str = field(repr=False)
     run_id: str
+    unsent: Path
+    header: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, run_id: str) -> RunAddress:
+        """The address of a run in the store of this process."""
+        return cls._make(tracking_uri(), run_id)
+
+    @classmethod
+    def _make(cls, uri: str, run_id: str, **more: Any) -> RunAddress:
+        header = {"do": "open", "run": run_id, "mlflow": without_credentials(uri)}
+        return cls(uri, run_id, unsent_folder(), header | {"experiment": experiment_name()} | more)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Add points to the run's curves."""
-        now = int(time.time() * 1000)
-        points = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
-        MlflowClient(self.tracking_uri).log_batch(self.run_id, metrics=points)
+        """Add points to the run's curves. Takes about a second at most, whether or not the server answers."""
+        points = {metric_name(name): float(value) for name, value in metrics.items()}
+        self.write({"do": "metrics", "time": milliseconds(), "step": step, "metrics": points})
+
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text file."""
+        self.write({"do": "file", "path": name, "content": text.encode()})
+
+    def write(self, entry: Entry) -> None:
+        """Send an entry of `tasks.tracking_delivery`, or keep it until it can be sent."""
+        self.journal.write(entry)
+
+    @property
+    def journal(self) -> Journal:
+        return _journal(self.tracking_uri, self.unsent / f"{self.run_id}.jsonl", json.dumps(dict(self.header)))
+
+
+@functools.lru_cache(maxsize=256)
+def _journal(uri: str, file: Path, header: str) -> Journal:
+    return Journal(
+        file, json.loads(header), functools.partial(delivery.deliver, uri), pause_of(uri), warn, delivery.outage
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def pause_of(uri: str) -> Pause:
+    """One for each server: what one run has found out the others need not try."""
+    return Pause()
 
 
 @dataclass
 class StageRun:
     """An open MLflow run of one stage."""
 
-    client: MlflowClient
-    run_id: str
     address: RunAddress
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; one of ours that begins with `local-` where MLflow could not be reached to make it."""
+        return self.address.run_id
+
+    def write(self, entry: Entry) -> None:
+        """Send an entry of `tasks.tracking_delivery`, or keep it until it can be sent."""
+        self.address.write(entry)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; nested ones get dotted names."""
-        flat = flatten(params)
-        self.client.log_batch(self.run_id, params=[Param(name, str(value)[:500]) for name, value in flat.items()])
+        self.write({"do": "params", "params": {name: str(value)[:500] for name, value in flatten(params).items()}})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Record figures; they also go into the stage's result."""
@@ -62,55 +122,133 @@ class StageRun:
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Keep a plot under plots/."""
-        self.client.log_figure(self.run_id, figure, f"plots/{name}")
+        content = io.BytesIO()
+        figure.savefig(content, format=Path(name).suffix.removeprefix("."))
+        self.write({"do": "file", "path": f"plots/{name}", "content": content.getvalue()})
 
     def log_dict(self, content: Mapping[str, Any], name: str) -> None:
         """Keep a JSON file."""
-        self.client.log_dict(self.run_id, dict(content), name)
+        self.address.log_text(json.dumps(dict(content), indent=2, default=str), name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self.client.set_tag(self.run_id, name, value)
+        self.write({"do": "tags", "tags": dict(tags)})
 
     def log_input(self, name: str, path: Path, fingerprint: str) -> None:
         """Lineage: this stage read the artefact or file `path`, whose content is `fingerprint`."""
-        source = LocalArtifactDatasetSource(absolute(path))
         # MLflow keeps 36 characters of a digest.
-        dataset = MetaDataset(source, name=name, digest=fingerprint[:36])  # type: ignore[abstract]
-        entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", name)])
-        self.client.log_inputs(self.run_id, datasets=[entity])
+        self.write({"do": "input", "name": name, "path": absolute(path), "digest": fingerprint[:36]})
 
 
 @contextlib.contextmanager
 def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> Iterator[StageRun]:
-    """An MLflow run that ends as finished, failed, or killed (Ctrl-C), as the block does."""
-    uri = tracking_uri()
-    client = MlflowClient(uri)
+    """An MLflow run that ends as finished, failed, or killed (Ctrl-C), as the block does.
+
+    Raises:
+        ConfigError: MLflow cannot be reached, and could not be in this process before: better now than after hours.
+    """
     run_tags = {MLFLOW_RUN_NAME: name, MLFLOW_USER: os.environ.get("USER", "rag"), "stage": name, **(tags or {})}
     if parent_run_id:
         run_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
-    run_id = client.create_run(experiment_id(client), tags=run_tags, run_name=name).info.run_id
+    run = StageRun(_new_run(run_tags))
     status = RunStatus.to_string(RunStatus.FAILED)
     try:
-        yield StageRun(client, run_id, RunAddress(uri, run_id))
+        yield run
         status = RunStatus.to_string(RunStatus.FINISHED)
     except KeyboardInterrupt:
         status = RunStatus.to_string(RunStatus.KILLED)
         raise
     finally:
-        client.set_terminated(run_id, status)
+        run.write({"do": "end", "status": status, "time": milliseconds()})
+        left = send_unsent(unsent_files())
+        if why := left.get(run.address.journal.file):
+            report_unsent(run.address.journal.file, why)
 
 
-def experiment_id(client: MlflowClient) -> str:
-    """The experiment that all runs go to: MLFLOW_EXPERIMENT_NAME, or "rag"; made when it is not there."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    return str(found.experiment_id) if found else str(client.create_experiment(name))
+def _new_run(tags: Mapping[str, str]) -> RunAddress:
+    uri, started = tracking_uri(), milliseconds()
+    local = RunAddress._make(uri, f"{delivery.LOCAL}{uuid.uuid4().hex}", create={"tags": dict(tags), "time": started})
+    if not pause_of(uri).over:
+        return local
+    # Its parent may be among them.
+    send_unsent(unsent_files())
+    try:
+        with delivery.reaching(uri) as client:
+            run_id = delivery.make_run(client, local.header)
+    except UnreachableError as error:
+        if uri not in _answered:
+            raise not_reached(error) from error
+        pause_of(uri).longer()
+        return local
+    _answered.add(uri)
+    return RunAddress._make(uri, run_id)
+
+
+def not_reached(error: UnreachableError) -> ConfigError:
+    """MLflow does not answer at the beginning, when nothing is lost by saying so."""
+    return ConfigError(
+        f"{error} Nothing was begun. Start the server, correct MLFLOW_TRACKING_URI, or unset it: runs are then kept in "
+        "mlflow.db in the current folder."
+    )
 
 
 def prepare_store() -> None:
-    """Make the tracking store and the experiment, where they are not there."""
-    experiment_id(MlflowClient(tracking_uri()))
+    """Make the tracking store and the experiment, where they are not there, and send what former commands could not.
+
+    Raises:
+        ConfigError: MLflow cannot be reached.
+    """
+    uri = tracking_uri()
+    try:
+        with delivery.reaching(uri, retries=1) as client:
+            delivery.experiment_id(client, experiment_name())
+    except UnreachableError as error:
+        raise not_reached(error) from error
+    _answered.add(uri)
+    send_unsent(unsent_files())
+
+
+def unsent_folder() -> Path:
+    """Where writes wait for MLflow: `RAG_MLFLOW_UNSENT`, or mlflow-unsent in the current folder (absolute, for workers)."""
+    return Path(os.environ.get("RAG_MLFLOW_UNSENT", UNSENT)).resolve()
+
+
+def unsent_files() -> list[Path]:
+    """The files that wait in it, oldest first: a pipeline's own before those of its stages."""
+    return sorted(unsent_folder().glob(f"*{SUFFIX}"), key=lambda file: str(header_of(file).get("since", "")))
+
+
+def send_unsent(
+    files: Sequence[Path], *, anywhere: bool = False, seconds: float = SECONDS_AT_THE_END
+) -> dict[Path, str]:
+    """Send what waits in `files`; returns why some still wait.
+
+    Args:
+        anywhere: also to servers other than this process's.
+        seconds: for each file.
+    """
+    mine, left = tracking_uri(), dict[Path, str]()
+    for file in files:
+        header = header_of(file)
+        at_home = header.get("mlflow", "") in ("", without_credentials(mine))
+        if at_home or anywhere:
+            uri = mine if at_home else str(header["mlflow"])
+            why = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)
+            left |= {file: why} if why else {}
+    return left
+
+
+def report_unsent(file: Path, why: str) -> None:
+    """Tell the user what MLflow does not have yet."""
+    writes = file.read_bytes().count(b"\n") - 1
+    warn(
+        f"{writes} writes of this run have not reached MLflow ({why}). They are kept in {file}; the next command "
+        "that is started in this folder sends them, or `rag sync-mlflow`."
+    )
+
+
+def experiment_name() -> str:
+    """The experiment that all runs go to: MLFLOW_EXPERIMENT_NAME, or "rag"."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
 
 
 def tracking_uri() -> str:
@@ -120,11 +258,23 @@ def tracking_uri() -> str:
 
 def run_link(run: StageRun) -> str:
     """Where a person finds the run: a link for a tracking server, the command to start one for a local store."""
-    experiment = experiment_id(run.client)
-    uri = run.address.tracking_uri
-    if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run.run_id}"
-    return f"`mlflow ui --backend-store-uri {uri}`, then /#/experiments/{experiment}/runs/{run.run_id}"
+    uri = without_credentials(run.address.tracking_uri)
+    if run.address.journal.file.exists() or not pause_of(run.address.tracking_uri).over:
+        return f"{uri} does not answer; what it is to be told is kept in `{run.address.journal.file}`"
+    try:
+        with delivery.reaching(run.address.tracking_uri) as client:
+            experiment = delivery.experiment_id(client, experiment_name())
+    except UnreachableError as error:
+        return f"run {run.run_id} ({error})"
+    page = f"/#/experiments/{experiment}/runs/{run.run_id}"
+    return (
+        f"{uri.rstrip('/')}{page}" if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`, then {page}"
+    )
+
+
+def milliseconds() -> int:
+    """Now, as MLflow counts time."""
+    return int(time.time() * 1000)
 
 
 def metric_name(name: str) -> str:

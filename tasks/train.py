@@ -27,6 +27,7 @@ from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
 from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
 from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
 from tasks.retriever_shards import RetrievalConfig, retrieval
 from tasks.stage import Input, run_stage
 from tasks.tracking import RunAddress, StageRun
@@ -47,7 +48,7 @@ class TrainConfig(BaseModel):
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
 
 
-@task(name="train")
+@task(name="train", **STAGE_RETRIES)
 def train(
     variant: Variant,
     index: Path,

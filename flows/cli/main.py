@@ -14,7 +14,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flows.cli import artefact_commands, exchange_commands, inspect_commands, run_commands, stage_commands
+from flows.cli import (
+    artefact_commands,
+    exchange_commands,
+    inspect_commands,
+    run_commands,
+    stage_commands,
+    sync_command,
+)
 from rag_core.errors import RagError
 
 app = typer.Typer(
@@ -31,6 +38,7 @@ run_commands.add_to(app)
 inspect_commands.add_to(app)
 exchange_commands.add_to(app)
 artefact_commands.add_to(app)
+sync_command.add_to(app)
 
 
 @app.callback()

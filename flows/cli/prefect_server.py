@@ -15,12 +15,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from rag_core.errors import RagError
+
 START_SECONDS = 120
+# A server that cannot live must not be started for ever.
+REPLACEMENTS = 3
 
 
 def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., None]:
@@ -44,9 +49,30 @@ def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., N
         # A new database takes a second or two, and the server is not up yet.
         prepare_store()
         wait_for_server()
-        command(*arguments, **options)
+        with naming_a_lost_server():
+            command(*arguments, **options)
 
     return run
+
+
+@contextlib.contextmanager
+def naming_a_lost_server() -> Iterator[None]:
+    """What to do when Prefect's server has gone for good, instead of the traceback of its client.
+
+    Raises:
+        RagError: the flow ended because its state could not be reported; its finished stages are published.
+    """
+    import httpx
+    from prefect.settings import get_current_settings
+
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise RagError(
+            f"Prefect's server at {get_current_settings().api.url} does not answer any more ({error}), so the flow "
+            "ended. Finished stages are kept: start the server, or unset PREFECT_API_URL for a temporary one, and run "
+            "the same command to go on after them."
+        ) from error
 
 
 def start_shielded_server() -> Callable[[], None]:
@@ -55,23 +81,53 @@ def start_shielded_server() -> Callable[[], None]:
 
     if os.environ.get("PREFECT_API_URL") or get_current_settings().api.url:
         return lambda: None
-    port = _free_port()
-    server = _start_server(port)
+    server = TemporaryServer()
     until_exit = contextlib.ExitStack()
-    until_exit.callback(_stop_server, server)
-    until_exit.enter_context(temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}))
+    until_exit.callback(server.stop)
+    until_exit.enter_context(temporary_settings({PREFECT_API_URL: server.url}))
     # Not with the command: Prefect sends its last events and log lines when the interpreter ends its threads.
     atexit.register(until_exit.close)
-    return lambda: _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server)
+    return server.wait_until_healthy
 
 
-def _stop_server(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+class TemporaryServer:
+    """A server of this process. If it is lost (out of memory, killed) another takes its place.
+
+    Prefect's clients ask for about a minute before they give up, so a flow goes on.
+    """
+
+    def __init__(self) -> None:
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}/api"
+        self._port, self._losses, self._stopped = port, 0, threading.Event()
+        self._process = _start_server(port)
+        threading.Thread(target=self._watch, name="watch Prefect's server", daemon=True).start()
+
+    def wait_until_healthy(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end and self._losses <= REPLACEMENTS:
+            # The address is our own.
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310  # nosec B310
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"Prefect's temporary server does not answer at {self.url}")
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _watch(self) -> None:
+        while True:
+            self._process.wait()
+            self._losses += 1
+            if self._stopped.is_set() or self._losses > REPLACEMENTS:
+                return
+            self._process = _start_server(self._port)
 
 
 def _start_server(port: int) -> subprocess.Popen[bytes]:
@@ -88,15 +144,6 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=environment)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and server.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):  # noqa: S310
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"Prefect's temporary server does not answer at {url}; it ended with {server.poll()}")
 
 
 def _free_port() -> int:
