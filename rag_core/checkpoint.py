@@ -108,8 +108,10 @@ class Checkpoints:
         Raises:
             ArtefactError: it does not end.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(self.folder / "writer", WAIT_SECONDS):
+        with contextlib.ExitStack() as held:
+            with self._room_for("checkpoints"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_writer(self.folder / "writer", WAIT_SECONDS))
             for left in self.folder.glob(".*"):  # what a killed writer did not finish
                 if left.is_dir():
                     shutil.rmtree(left)
