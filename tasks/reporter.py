@@ -154,8 +154,11 @@ class Reporter:
             self._told = self.link.start_at(self._seen)
         points: list[dict[str, float]] = getattr(self, curve)
         new = [point for point in points if point["step"] > self._told.get(curve, 0)]
+        for point in new:
+            figures = {name: value for name, value in point.items() if name != "step"}
+            if figures:
+                self.address.log_metrics(figures, int(point["step"]))
         if new:
-            self.address.log_curve(new)
             self._told[curve] = int(new[-1]["step"])
             self.link.tell(curve, self._told[curve])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFL
 from rag_core.places import absolute
 
 EXPERIMENT = "rag"
-# MLflow takes no more in one call.
-MOST_METRICS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,6 @@ class RunAddress:
         now = int(time.time() * 1000)
         points = [Metric(metric_name(name), float(value), now, step) for name, value in metrics.items()]
         MlflowClient(self.tracking_uri).log_batch(self.run_id, metrics=points)
-
-    def log_curve(self, points: Sequence[Mapping[str, float]]) -> None:
-        """Add many points at once, each with its `step` among its figures."""
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(metric_name(name), float(value), now, int(point["step"]))
-            for point in points
-            for name, value in point.items()
-            if name != "step"
-        ]
-        for start in range(0, len(metrics), MOST_METRICS):
-            MlflowClient(self.tracking_uri).log_batch(self.run_id, metrics=metrics[start : start + MOST_METRICS])
 
 
 @dataclass

@@ -318,8 +318,8 @@ class _Ear:
     def __init__(self) -> None:
         self.told: list[tuple[int, float]] = []
 
-    def log_curve(self, points: list[dict[str, float]]) -> None:
-        self.told += [(int(point["step"]), point["contexts_cut_share"]) for point in points]
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.told.append((step, metrics["contexts_cut_share"]))
 
     def start_at(self, _: int) -> dict[str, int]:
         return {}
