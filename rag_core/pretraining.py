@@ -54,7 +54,9 @@ class PretrainConfig(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is made of the encoder's weights."""
-        return self.model_dump(mode="json", exclude={"encoder", "trust_remote_code"})
+        return self.model_dump(
+            mode="json", exclude={"encoder": True, "trust_remote_code": True, "optimizer": {"checkpoint_every"}}
+        )
 
 
 def build_generator(config: PretrainConfig) -> tuple[Any, Any]:

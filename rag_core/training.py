@@ -2,7 +2,8 @@
 
 It trains anything whose forward pass returns the nll of a batch of examples (`objectives.py`). It knows nothing of Ray
 or MLflow: whoever runs it hands in hooks, and wraps the objective for data-parallel training. With R workers every
-global batch is dealt out over the ranks, so the examples of a step do not depend on R.
+global batch is dealt out over the ranks, so the examples of a step do not depend on R. With a place for checkpoints it
+goes on after the last one (`checkpoint.py`), and what follows is what would have followed, to the last bit on a CPU.
 
 Shapes: B examples in a rank's part of a batch.
 """
@@ -22,8 +23,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from rag_core.checkpoint import Checkpoints, random_states, set_random_states
 from rag_core.errors import ConfigError
 from rag_core.text_encoder import Precision, autocast
+
+# Settings that do not decide what is trained, so they are no part of an artefact's key.
+NOT_IN_KEY = {"log_every", "checkpoint_every"}
 
 
 class OptimizerConfig(BaseModel):
@@ -47,6 +52,9 @@ class OptimizerConfig(BaseModel):
     eval_every: int = Field(
         100, ge=1, description="steps between evaluations on the dev questions; one comes at the end, too"
     )
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints, from which a killed run goes on; empty: ten minutes"
+    )
 
 
 class Objective(Protocol):
@@ -59,12 +67,19 @@ class Objective(Protocol):
 
 @dataclass
 class Hooks:
-    """What the caller wants to hear. `evaluate` returns dev metrics; `keep` is called after each evaluation."""
+    """What the caller wants to hear. `evaluate` returns dev metrics; `keep` is called after each evaluation.
+
+    `stop` is asked after every step whether to end there, with a checkpoint. `state` is what the caller wants kept in a
+    checkpoint, as JSON, one for each worker; `restore` gets it back.
+    """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     evaluate: Callable[[int], dict[str, float]] = lambda step: {}
     keep: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     batch: Callable[[int, Sequence[Any]], Sequence[Any]] = lambda step, examples: examples
+    stop: Callable[[], bool] = lambda: False
+    state: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[int, dict[str, Any]], None] = lambda step, state: None
 
 
 @dataclass
@@ -77,63 +92,140 @@ class Place:
 
 
 def run_training(
-    objective: nn.Module, examples: Sequence[Any], config: OptimizerConfig, place: Place, hooks: Hooks
-) -> None:
-    """Train `objective` for `config.steps` steps on `examples`.
+    objective: nn.Module,
+    examples: Sequence[Any],
+    config: OptimizerConfig,
+    place: Place,
+    hooks: Hooks,
+    checkpoints: Checkpoints | None = None,
+) -> int:
+    """Train `objective` for `config.steps` steps on `examples`, going on after the newest of `checkpoints`.
+
+    Returns:
+        Steps done: `config.steps`, or fewer if `hooks.stop` ended it.
 
     Raises:
-        ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0, or the
-            loss is not finite.
+        ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0,
+            the loss is not finite, or the checkpoint was made by another number of workers.
+        ArtefactError: a checkpoint finds no room on the disk; the one before it stands.
     """
     part = _part_size(config, place)
     if not examples:
         raise ConfigError("There is nothing to train on: the training set is empty.")
     seed_everything(config.seed + place.rank)
-    groups = objective.parameter_groups()  # type: ignore[operator]
-    if not groups:
-        raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
-    device = groups[0]["params"][0].device
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate_factor(done, config))
-    wrapped = place.wrap(objective)
-    meter = _Meter()
-    for step, batch in zip(range(1, config.steps + 1), global_batches(examples, config), strict=False):
-        objective.train()
-        mine = hooks.batch(step, batch)[place.rank :: place.world_size]
-        nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], device, config)
-        norm = torch.nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), config.max_grad_norm)
+    run = _Run(objective, config, place, hooks)
+    with contextlib.ExitStack() as held:
+        if checkpoints and place.rank == 0:
+            held.enter_context(checkpoints.sole_writer())
+        wrapped = place.wrap(objective)
+        # Last, so that nothing else draws a random number before the step that comes next.
+        done = run.go_on(checkpoints) if checkpoints else 0
+        steps = range(done + 1, config.steps + 1)
+        for step, batch in zip(steps, global_batches(examples, config, skip=done), strict=False):
+            run.step(wrapped, step, hooks.batch(step, batch), part)
+            if checkpoints and run.checkpoint(checkpoints, step):
+                return step
+    return config.steps
+
+
+class _Run:
+    """What changes from step to step."""
+
+    def __init__(self, objective: nn.Module, config: OptimizerConfig, place: Place, hooks: Hooks) -> None:
+        self._groups = objective.parameter_groups()  # type: ignore[operator]
+        if not self._groups:
+            raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
+        self._objective, self._config, self._place, self._hooks = objective, config, place, hooks
+        self._device = self._groups[0]["params"][0].device
+        self._optimizer = torch.optim.AdamW(self._groups, weight_decay=config.weight_decay, fused=True)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: _rate_factor(done, config))
+        self._meter = _Meter()
+
+    def step(self, wrapped: nn.Module, step: int, batch: Sequence[Any], part: int) -> None:
+        """One optimiser step on this worker's share of `batch`, and the report and the evaluation that are due after it."""
+        config, hooks = self._config, self._hooks
+        self._objective.train()
+        mine = batch[self._place.rank :: self._place.world_size]
+        nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], self._device, config)
+        trained = (one for group in self._groups for one in group["params"])
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not math.isfinite(nll) or not torch.isfinite(norm):
             raise ConfigError(
                 f"Training diverged at step {step}: loss {nll}, gradient norm {float(norm)}. Lower the learning rates, "
                 "lengthen the warm-up, or train in float32."
             )
-        rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        meter.add(nll, float(norm), len(batch))
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._meter.add(nll, float(norm), len(batch))
         if step % config.log_every == 0 or step == config.steps:
-            hooks.log(step, {**meter.take(), "learning_rate": rate})
+            hooks.log(step, {**self._meter.take(), "learning_rate": rate})
         if step % config.eval_every == 0 or step == config.steps:
-            objective.eval()
-            hooks.keep(step, hooks.evaluate(step))
-            meter.restart_clock()
+            self._objective.eval()
+            with self._meter.paused():
+                hooks.keep(step, hooks.evaluate(step))
+
+    def checkpoint(self, checkpoints: Checkpoints, step: int) -> bool:
+        """Write a checkpoint if one is due; whether to stop here. Rank 0 decides for all."""
+        ended = step == self._config.steps
+        wanted = {"stop": 0.0, "checkpoint": 0.0}
+        if self._place.rank == 0:
+            stop = self._hooks.stop()
+            due = stop or ended or checkpoints.due(step, self._config.checkpoint_every)
+            wanted = {"stop": float(stop), "checkpoint": float(due)}
+        wanted = sum_over_workers(wanted)
+        if wanted["checkpoint"]:
+            with self._meter.paused():
+                # With the last step done only the state is wanted: by a run that is killed while the model is published.
+                self._write(checkpoints, step, None if ended else self._optimizer)
+        return bool(wanted["stop"])
+
+    def _write(self, checkpoints: Checkpoints, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        mine = {"random": random_states(), "meter": self._meter.state(), "caller": self._hooks.state()}
+        workers = gather_from_workers(mine)
+        if self._place.rank == 0:
+            groups = self._optimizer.state_dict()["param_groups"]
+            state = {"parameter_groups": groups, "schedule": self._schedule.state_dict(), "workers": workers}
+            checkpoints.write(step, self._objective, optimizer, state)
+
+    def go_on(self, checkpoints: Checkpoints) -> int:
+        """Take up the newest checkpoint that is whole; returns the steps done."""
+        newest = checkpoints.take_up() if self._place.rank == 0 else None
+        step = int(sum_over_workers({"step": float(newest.step if newest else 0)})["step"])
+        if not step:
+            return 0
+        checkpoint = checkpoints.at(step)
+        if checkpoint.workers != self._place.world_size:
+            raise ConfigError(
+                f"The unfinished training in {checkpoints.folder} was done by {checkpoint.workers} workers, and now there "
+                f"are {self._place.world_size}, which would add up in another order. Go on with num_workers "
+                f"{checkpoint.workers}, or delete that folder to begin anew."
+            )
+        state = checkpoints.read(checkpoint, self._objective, self._optimizer)
+        self._schedule.load_state_dict(state["schedule"])
+        mine = state["workers"][self._place.rank]
+        self._hooks.restore(step, mine["caller"])
+        self._meter.restore(mine["meter"])
+        set_random_states(mine["random"])
+        return step
 
 
-def global_batches(examples: Sequence[Any], config: OptimizerConfig) -> Iterator[list[Any]]:
+def global_batches(examples: Sequence[Any], config: OptimizerConfig, skip: int = 0) -> Iterator[list[Any]]:
     """Endless batches of `batch_size` examples: every epoch in a new order that follows from the seed alone.
 
-    A batch may run over from one epoch into the next, so that every batch is full.
+    A batch may run over from one epoch into the next, so that every batch is full. The first `skip` are left out, at no
+    cost.
     """
     batch: list[Any] = []
-    epoch = 0
+    epoch, start = divmod(skip * config.batch_size, len(examples))
     while True:
-        for row in np.random.default_rng([config.seed, epoch]).permutation(len(examples)):
+        for row in np.random.default_rng([config.seed, epoch]).permutation(len(examples))[start:]:
             batch.append(examples[row])
             if len(batch) == config.batch_size:
                 yield batch
                 batch = []
-        epoch += 1
+        epoch, start = epoch + 1, 0
 
 
 def sum_over_workers(values: dict[str, float]) -> dict[str, float]:
@@ -144,6 +236,15 @@ def sum_over_workers(values: dict[str, float]) -> dict[str, float]:
     sums = torch.tensor(list(values.values()), dtype=torch.float64, device="cuda" if on_gpu else "cpu")
     torch.distributed.all_reduce(sums)
     return dict(zip(values, sums.tolist(), strict=True))
+
+
+def gather_from_workers(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The values of all workers, by rank (or the only one's, in a single process)."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def seed_everything(seed: int) -> None:
@@ -210,5 +311,19 @@ class _Meter:
         self.__init__()  # type: ignore[misc]
         return metrics
 
-    def restart_clock(self) -> None:
-        self._since = time.perf_counter()
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        seconds = time.perf_counter() - self._since
+        return {"nll": self._nll, "norm": self._norm, "examples": self._examples, "seconds": seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the means that `state` told of."""
+        self._nll, self._norm, self._examples = list(state["nll"]), list(state["norm"]), state["examples"]
+        self._since = time.perf_counter() - state["seconds"]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block takes no time, as far as the examples per second go."""
+        before = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - before

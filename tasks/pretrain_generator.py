@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from prefect import task
 
-from rag_core.artefact import Manifest, fingerprint_of_files, local_file, open_artefact, publish, working_place
+from rag_core.artefact import (
+    Manifest,
+    fingerprint_of_files,
+    local_file,
+    open_artefact,
+    publish,
+    stage_key,
+    working_place,
+)
 from rag_core.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
@@ -32,13 +40,14 @@ from rag_core.questions import Question, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.text_encoder import TextEncoder
-from rag_core.training import Hooks, run_training, sum_over_workers
+from rag_core.training import run_training, sum_over_workers
 from tasks.plots import training_curves
-from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
+from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
+from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
-from tasks.tracking import RunAddress, StageRun
+from tasks.tracking import StageRun
 
 KIND = "generator"
 
@@ -71,22 +80,22 @@ def pretrain_generator(
         loop_settings = {"config": found, "address": run.address} | {
             name: absolute(path) for name, path in paths.items()
         }
-        steps = config.optimizer.steps
-        with train_on_ray(
-            "pretrain-generator",
-            pretraining_loop,
-            loop_settings,
-            steps=steps,
-            num_workers=num_workers,
-            near=working_place(out),
-        ) as trained:
+        folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
+        with deleted_when_done(folder), publish(out, KIND, config=settings, made_from=made_from) as draft:
+            trained = train_on_ray(
+                "pretrain-generator",
+                pretraining_loop,
+                loop_settings,
+                steps=config.optimizer.steps,
+                num_workers=num_workers,
+                folder=folder,
+            )
             for name, figure in training_curves(trained.history, trained.dev):
                 run.log_figure(figure, name)
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
-            with publish(out, KIND, config=settings, made_from=made_from) as draft:
-                trained.copy_to(draft.folder)
-                draft.counts |= trained.counts()
-                draft.details |= {"encoder": config.encoder, "inputs": input_paths(**paths)}
+            trained.copy_to(draft.folder)
+            draft.counts |= trained.counts()
+            draft.details |= {"encoder": config.encoder, "inputs": input_paths(**paths)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
@@ -108,7 +117,6 @@ def pretrain_generator(
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: PretrainConfig = settings["config"]
-    address: RunAddress = settings["address"]
     place = this_place(settings["cpus"])
     torch.manual_seed(config.optimizer.seed)
     generator, tokenizer = build_generator(config)
@@ -129,17 +137,14 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
         # The end of the copying stage is worth keeping only until reading has begun.
         return dev.get("dev_em", -1.0)
 
-    reporter = Reporter(
-        address, settings["meter"], reader.save_pretrained, better, place.rank, reader.count, settings["alone"]
-    )
-    hooks = Hooks(
-        log=reporter.log,
+    reporter = Reporter.of(settings, place, reader.save_pretrained, better, reader.count)
+    hooks = reporter.hooks(
         evaluate=evaluate,
-        keep=reporter.keep,
         batch=lambda step, batch: copy_then_read(copying, step, batch, config),
     )
-    run_training(reading_objective(reader, config), reading, config.optimizer, place, hooks)
-    return reporter.result()
+    objective = reading_objective(reader, config)
+    done = run_training(objective, reading, config.optimizer, place, hooks, reporter.checkpoints)
+    return reporter.result(done)
 
 
 def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:

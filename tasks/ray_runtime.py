@@ -186,7 +186,7 @@ def limit_threads(cpus: int) -> None:
 
 @ray.remote(num_cpus=0)
 class ProgressMeter:
-    """Counts what the workers have done; the driver asks it for the bar."""
+    """Counts what the workers have done; the driver asks it for the bar. Workers ask it what the driver wants."""
 
     def __init__(self) -> None:
         self.reset()
@@ -194,13 +194,39 @@ class ProgressMeter:
     def reset(self, done: int = 0) -> None:
         self._done = done
         self._note = ""
+        self._losses = 0
+        self._stopping = False
+        self._told: dict[str, int] = {}
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
         self._note = note or self._note
 
-    def read(self) -> tuple[int, str]:
-        return self._done, self._note
+    def read(self) -> tuple[int, str, int]:
+        return self._done, self._note, self._losses
+
+    def start_at(self, done: int) -> None:
+        """Training begins here, or goes on from here."""
+        self._done = done
+
+    def lose_worker(self) -> None:
+        """A worker of training was lost, and another goes on."""
+        self._losses += 1
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether training is to stop with a checkpoint."""
+        return self._stopping
+
+    def tell(self, curve: str, step: int) -> None:
+        """The point of that step is in MLflow."""
+        self._told[curve] = step
+
+    def told(self) -> dict[str, int]:
+        """Up to which step the points of each curve are in MLflow: a worker that goes on leaves those out."""
+        return self._told
 
 
 @contextlib.contextmanager
@@ -248,16 +274,21 @@ def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> N
         TextColumn("{task.fields[note]}"),
     )
     started, last_tenth = time.monotonic(), 0
+    done, note, losses = 0, "", 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total, note="")
         while True:
             last = stop.wait(POLL_SECONDS)
             try:
-                done, note = ray.get(meter.read.remote(), timeout=5)
+                done, note, lost = ray.get(meter.read.remote(), timeout=5)
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
                 logging.getLogger(__name__).debug("progress not read: %s", error)
-                done, note = 0, ""
+                lost = losses
             done = min(done, total)  # what a lost worker did is done, and counted, again
+            if lost > losses:
+                losses = lost
+                text = f"{description}: a worker was lost; another one goes on from the last checkpoint"
+                console.print(text, highlight=False, soft_wrap=True)
             bar.update(task, completed=done, note=note)
             if not console.is_terminal and done * 10 // max(total, 1) > last_tenth:
                 last_tenth = done * 10 // max(total, 1)

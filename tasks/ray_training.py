@@ -1,33 +1,35 @@
-"""Ray Train: runs one training function on every worker and hands back the best checkpoint.
+"""Ray Train: runs one training function on every worker, again from its last checkpoint where a worker was lost.
 
-`Reporter` is what a worker's loop talks to: live metrics go to the stage's MLflow run (rank 0 only), checkpoints to
-Ray Train's storage, steps to the progress bar. The loop itself (`rag_core.training`) knows none of them.
+Checkpoints lie in a hidden folder beside the artefact that is trained, named after the work's key, so that the same
+command finds them again (`rag_core/checkpoint.py` owns what is in it). The loop itself (`rag_core/training.py`) knows
+neither Ray nor MLflow; it talks to a `Reporter` (`reporter.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from rich.console import Console
 
+from rag_core.checkpoint import Checkpoints
 from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks
-from rag_core.training import Place, sum_over_workers
+from rag_core.training import Place
 from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
-from tasks.ray_workers import close_workers, run_on_worker
-from tasks.tracking import RunAddress
+from tasks.ray_workers import REPLACEMENTS, close_workers, run_on_worker
+from tasks.stopping import stopping_gently
 
 
 @dataclass
@@ -54,83 +56,6 @@ class TrainedModel:
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
 
-@dataclass
-class Reporter:
-    """A worker's way out: metrics, checkpoints, progress. Only rank 0 writes. `count` is its reader's, as it grows.
-
-    `alone` is the folder in which a worker that has no others beside it keeps the best weights; the weights of several
-    go to Ray Train's storage.
-    """
-
-    address: RunAddress
-    meter: Any
-    save: Callable[[Path], None]
-    better: Callable[[dict[str, float]], float]
-    rank: int
-    count: ContextCount
-    alone: Path | None
-    history: list[dict[str, float]] = field(default_factory=list)
-    dev: list[dict[str, float]] = field(default_factory=list)
-    contexts: ContextCount = field(default_factory=ContextCount)
-    _seen: int = 0
-    _best: float = float("-inf")
-    _best_step: int = 0
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A point of the training curves, with the share of contexts cut since the last one, over all workers.
-
-        All ranks must call it. The other metrics are those of rank 0.
-        """
-        before, self.contexts = self.contexts, count_over_workers(self.count)
-        metrics = {**metrics, "contexts_cut_share": (self.contexts - before).cut_share}
-        if self.rank == 0:
-            self.history.append({"step": step, **metrics})
-            self.address.log_metrics(metrics, step)
-            self.meter.advance.remote(step - self._seen, f"nll {metrics['train_nll']:.3f}")
-            self._seen = step
-
-    def keep(self, step: int, dev: dict[str, float]) -> None:
-        """A point of the dev curves; the weights are kept if they are the best so far. All ranks must call it."""
-        self.dev.append({"step": step, **dev})
-        score = self.better(dev)
-        is_best = score > self._best
-        if is_best:
-            self._best, self._best_step = score, step
-        if self.rank == 0 and dev:
-            self.address.log_metrics(dev, step)
-        if self.alone:
-            if is_best:
-                self._keep_alone(self.alone)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if is_best and self.rank == 0:
-                self.save(Path(folder))
-                checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(dict(dev), checkpoint=checkpoint)
-
-    def _keep_alone(self, folder: Path) -> None:
-        draft = folder.with_name("draft")
-        self.save(draft)
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-
-    def result(self) -> dict[str, Any]:
-        """What a worker's loop returns: all of a `TrainedModel` but its folder."""
-        return {
-            "best_step": self._best_step,
-            "history": self.history,
-            "dev": self.dev,
-            "contexts": self.contexts,
-        }
-
-
-def count_over_workers(count: ContextCount) -> ContextCount:
-    """The sum of all workers' counts. All ranks must call it."""
-    sums = sum_over_workers({name: float(value) for name, value in asdict(count).items()})
-    return ContextCount(**{name: int(value) for name, value in sums.items()})
-
-
 def this_device() -> torch.device:
     """Called in a worker: its GPU, or the CPU."""
     return ray.train.torch.get_device()
@@ -149,7 +74,19 @@ def this_place(cpus: int) -> Place:
     return Place(rank=context.get_world_rank(), world_size=context.get_world_size(), wrap=wrap)
 
 
-@contextmanager
+def training_folder(out: Path, key: str) -> Path:
+    """Where unfinished training of the artefact `out` lies, for the work of that key."""
+    out = Path(out).resolve()
+    return out.parent / f".{out.name}.training-{key[:16]}"
+
+
+@contextlib.contextmanager
+def deleted_when_done(folder: Path) -> Iterator[None]:
+    """Delete a training folder once the block, which publishes what was trained, has ended without an error."""
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def train_on_ray(
     stage: str,
     loop: Callable[[dict[str, Any]], dict[str, Any]],
@@ -157,80 +94,149 @@ def train_on_ray(
     *,
     steps: int,
     num_workers: int,
-    near: Path,
-) -> Iterator[TrainedModel]:
-    """Run `loop` on every worker; yields the best model's folder, which is deleted on leaving.
+    folder: Path,
+) -> TrainedModel:
+    """Run `loop` on every worker, from the newest checkpoint in `folder`, until all steps are done.
+
+    A lost worker is made good from the last checkpoint, `REPLACEMENTS` times. The first Ctrl-C or SIGTERM stops the
+    workers with a checkpoint.
 
     Args:
         stage: name for the progress bar.
-        loop: the function of a worker; it gets `settings` with `cpus` and `meter` added and returns its reporter's
-            `result`.
+        loop: the function of a worker; it gets `settings` with `cpus`, `meter` and `checkpoints` added and returns its
+            reporter's `result`.
         steps: length of the bar.
         num_workers: 0 means one for each GPU, or one for each machine.
-        near: checkpoints are stored beside this path (on a cluster it must be on shared storage).
+        folder: `training_folder` of the artefact, held by `publish` against other writers; that of other work for the same
+            artefact is deleted. On a cluster it must be on shared storage.
 
     Raises:
         RagError: a worker met bad input; its own message. Other failures of workers come as Ray raises them.
     """
     ensure_ray()
     share = share_of_cluster(num_workers)
-    storage = Path(near).resolve().parent / f".{Path(near).name}.training-{uuid.uuid4().hex[:8]}"
-    try:
-        with progress(stage, steps) as meter:
-            settings = {**settings, "cpus": share.cpus, "meter": meter, "alone": None}
-            run = _fit_alone if share.num_workers == 1 else _fit_together
-            folder, found = run(loop, settings, share, storage)
-        # Not Ray's `Result.metrics`: it keeps there what came with the last checkpoint; the curves go on after the best.
-        yield TrainedModel(folder, **found)
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
+    for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    _say_where_it_goes_on(stage, folder, steps)
+    with progress(stage, steps) as meter, stopping_gently(stage, meter):
+        settings = {**settings, "cpus": share.cpus, "meter": meter, "checkpoints": str(folder)}
+        run = _fit_alone if share.num_workers == 1 else _fit_together
+        found = run(loop, settings, share, meter)
+    if found.pop("done") < steps:
+        raise KeyboardInterrupt  # stopped by a signal that another thread was given
+    checkpoints = Checkpoints(folder)
+    checkpoints.best_step = found["best_step"]
+    return TrainedModel(checkpoints.best(), **found)
+
+
+def _say_where_it_goes_on(stage: str, folder: Path, steps: int) -> None:
+    found, console = Checkpoints(folder).find(), Console(stderr=True)
+    for damaged, why in found.damaged.items():
+        text = f"{stage}: the checkpoint {damaged.name} is damaged, so it is not used ({why.partition('. ')[0]})"
+        console.print(text, highlight=False, soft_wrap=True)
+    if found.newest:
+        text = f"{stage}: going on after step {found.newest.step} of {steps} (checkpoint of {found.newest.written_at})"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _fit_alone(
-    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, storage: Path
-) -> tuple[Path, dict[str, Any]]:
+    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, meter: Any
+) -> dict[str, Any]:
     """One worker: Ray Train's local mode in a long-lived process; a controller would start four for it."""
-    best = storage / "best"
-    storage.mkdir(parents=True)
-    return best, run_on_worker(share, _train_locally, loop, settings | {"alone": best}, share.gpus > 0)
+    losses = 0
+    while True:
+        try:
+            return run_on_worker(share, _train_locally, loop, settings, share.gpus > 0)
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+            losses += 1
+            if losses > REPLACEMENTS:
+                raise
+            meter.lose_worker.remote()
 
 
 def _train_locally(loop: Callable[..., dict[str, Any]], settings: dict[str, Any], use_gpu: bool) -> dict[str, Any]:
     scaling = ScalingConfig(num_workers=0, use_gpu=use_gpu)
     trainer = TorchTrainer(loop, train_loop_config=settings, scaling_config=scaling)  # type: ignore[arg-type]
-    found: dict[str, Any] = _fit(trainer).return_value
+    return _returned(trainer.fit())
+
+
+def _returned(result: Any) -> dict[str, Any]:
+    # Not `Result.metrics`, which lacks the curves. Ray's type has no return value; its Result has.
+    found: dict[str, Any] = result.return_value
     return found
 
 
 def _fit_together(
-    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, storage: Path
-) -> tuple[Path, dict[str, Any]]:
-    """Several workers, side by side under Ray Train's controller."""
+    loop: Callable[..., dict[str, Any]], settings: dict[str, Any], share: Share, meter: Any
+) -> dict[str, Any]:
+    """Several workers, side by side under Ray Train's controller, all anew where one is lost.
+
+    Their number stays, since it decides in which order gradients are added up.
+    """
     close_workers()
-    trainer = TorchTrainer(
-        loop,  # type: ignore[arg-type]  # Ray's type has no return value; its Result has.
+    # Ray Train wants a place for its own notes. A new name, or it would take up those of a killed run.
+    notes = Path(settings["checkpoints"]) / f"ray-{uuid.uuid4().hex[:8]}"
+    for old in notes.parent.glob("ray-*"):
+        shutil.rmtree(old)
+    trainer = _Trainer(
+        loop,  # type: ignore[arg-type]  # Ray's type returns nothing
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
         ),
-        run_config=RunConfig(name="run", storage_path=str(storage), checkpoint_config=CheckpointConfig(num_to_keep=1)),
+        run_config=RunConfig(
+            name="run",
+            storage_path=str(notes),
+            failure_config=FailureConfig(max_failures=REPLACEMENTS),
+            callbacks=[_OnlyLossesAgain(meter)],  # type: ignore[list-item]  # its type is Tune's
+        ),
     )
-    result = _fit(trainer)
-    assert result.checkpoint is not None, "the first evaluation always keeps a checkpoint"
-    return Path(result.checkpoint.path), result.return_value
-
-
-def _fit(trainer: TorchTrainer) -> Any:
     try:
-        return trainer.fit()
-    except SystemExit as error:
-        # Ray Train answers Ctrl-C by leaving the process; the stages above want to hear of it.
-        raise KeyboardInterrupt from error
+        return _returned(trainer.fit())
     except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            cause: BaseException | None = failure
-            while cause is not None:
-                if isinstance(cause, RagError):
-                    raise type(cause)(str(cause)) from error
-                cause = getattr(cause, "cause", None) or cause.__cause__
+        failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+        for cause in map(_user_error, failures):
+            if cause:
+                raise type(cause)(str(cause)) from error
         raise
+    finally:
+        trainer.end()
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to `stopping_gently`: Ray Train's own handler ends the workers in the middle of a step."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def end(self) -> None:
+        """End the workers, if a second signal left them at work."""
+        if self._controller is not None:
+            ray.kill(self._controller)
+
+
+class _OnlyLossesAgain(UserCallback):
+    """Ray Train tries every failure again. What a `RagError` tells of will not be better the second time."""
+
+    def __init__(self, meter: Any) -> None:
+        self._meter = meter
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in worker_exceptions.values():
+            cause = _user_error(failure)
+            if cause:
+                raise cause
+        self._meter.lose_worker.remote()
+
+
+def _user_error(failure: BaseException | None) -> RagError | None:
+    """The RagError that a failure stems from."""
+    while failure is not None:
+        if isinstance(failure, RagError):
+            return failure
+        failure = getattr(failure, "cause", None) or failure.__cause__
+    return None

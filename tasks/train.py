@@ -9,7 +9,15 @@ from typing import Any, Literal
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, fingerprint_of_files, local_file, open_artefact, publish, working_place
+from rag_core.artefact import (
+    Manifest,
+    fingerprint_of_files,
+    local_file,
+    open_artefact,
+    publish,
+    stage_key,
+    working_place,
+)
 from rag_core.artefact_inputs import input_paths
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
@@ -22,15 +30,16 @@ from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
 from rag_core.text_encoder import autocast
-from rag_core.training import Hooks, OptimizerConfig, run_training, sum_over_workers
+from rag_core.training import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
-from tasks.ray_training import Reporter, count_over_workers, this_device, this_place, train_on_ray
+from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
+from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
 from tasks.retriever_shards import RetrievalConfig, retrieval
 from tasks.stage import Input, run_stage
-from tasks.tracking import RunAddress, StageRun
+from tasks.tracking import StageRun
 
 
 class TrainConfig(BaseModel):
@@ -75,7 +84,7 @@ def train(
         "variant": variant,
         "model": model.decisive(),
         "train": config.model_dump(
-            mode="json", exclude={"num_workers": True, "retrieval": True, "optimizer": {"log_every"}}
+            mode="json", exclude={"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
         ),
     }
     stage = f"train-{variant}"
@@ -91,18 +100,23 @@ def train(
             "questions": absolute(questions),
             "dev": absolute(dev),
         }
-        steps, workers, near = config.optimizer.steps, config.num_workers, working_place(out)
-        with (
-            retrieval(absolute(index), opened.manifest, config.retrieval) as loop_settings["open_retriever"],
-            train_on_ray(stage, training_loop, loop_settings, steps=steps, num_workers=workers, near=near) as trained,
-        ):
+        folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
+        with deleted_when_done(folder), publish(out, KIND, config=settings, made_from=made_from) as draft:
+            with retrieval(absolute(index), opened.manifest, config.retrieval) as loop_settings["open_retriever"]:
+                trained = train_on_ray(
+                    stage,
+                    training_loop,
+                    loop_settings,
+                    steps=config.optimizer.steps,
+                    num_workers=config.num_workers,
+                    folder=folder,
+                )
             for name, figure in training_curves(trained.history, trained.dev):
                 run.log_figure(figure, name)
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
-            with publish(out, KIND, config=settings, made_from=made_from) as draft:
-                trained.copy_to(draft.folder)
-                draft.counts |= trained.counts()
-                draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
+            trained.copy_to(draft.folder)
+            draft.counts |= trained.counts()
+            draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
         register_model(run, out, index, variant)
         return open_artefact(out, KIND, check_content=False)
 
@@ -122,7 +136,6 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: TrainConfig = settings["config"]
     variant: Variant = settings["variant"]
-    address: RunAddress = settings["address"]
     place = this_place(settings["cpus"])
     index: Retriever = settings["open_retriever"]()
     questions, dev = trainable_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
@@ -137,16 +150,10 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
         tie = -scores["dev_nll"]
         return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
 
-    reporter = Reporter(
-        address, settings["meter"], model.write_files, better, place.rank, model.reader.count, settings["alone"]
-    )
-    hooks = Hooks(
-        log=reporter.log,
-        evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config),
-        keep=reporter.keep,
-    )
-    run_training(objective, questions, config.optimizer, place, hooks)
-    return reporter.result()
+    reporter = Reporter.of(settings, place, model.write_files, better, model.reader.count)
+    hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config))
+    done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
+    return reporter.result(done)
 
 
 def trainable_questions(path: Path) -> list[Question]:

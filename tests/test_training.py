@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rag_core.artefact import fingerprint_of_files, open_artefact
+from rag_core.checkpoint import Checkpoints
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
@@ -316,22 +317,25 @@ def _cut_by_hand(parts: tuple[Path, Path, PassageIndex]) -> dict[str, int]:
 
 
 class _Ear:
-    """Stands for the MLflow run and for the progress bar."""
+    """Stands for the MLflow run and for the driver."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, float]] = []
-        self.advance = self
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         self.told.append((step, metrics["contexts_cut_share"]))
 
-    def remote(self, *_: object) -> None: ...
+    def start_at(self, _: int) -> dict[str, int]:
+        return {}
+
+    def advance(self, *_: object) -> None: ...
+    def tell(self, *_: object) -> None: ...
 
 
 def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last_one_dev_left_out(
-    parts: tuple[Path, Path, PassageIndex],
+    parts: tuple[Path, Path, PassageIndex], tmp_path: Path
 ) -> None:
-    from tasks.ray_training import Reporter
+    from tasks.reporter import Reporter
     from tasks.train import TrainConfig, dev_scores
 
     cut = _cut_by_hand(parts)
@@ -339,7 +343,7 @@ def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last
     objective = EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=0, generator=1e-3))
     config = optimizer(5, batch_size=2, log_every=2, eval_every=1, accumulation=2)
     ear = _Ear()
-    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count, alone=None)
+    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count, Checkpoints(tmp_path))
     shares: list[float] = []
 
     def evaluate(_: int) -> dict[str, float]:
@@ -353,7 +357,7 @@ def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last
     expected = [(2, sum(steps[:2]) / 12), (4, sum(steps[2:4]) / 12), (5, steps[4] / 6)]
     assert len({share for _, share in expected}) > 1
     assert ear.told == [(step, pytest.approx(share)) for step, share in expected]
-    assert reporter.result()["contexts"] == ContextCount(5 * 2 * 3, sum(steps))
+    assert reporter.result(5)["contexts"] == ContextCount(5 * 2 * 3, sum(steps))
     assert shares == pytest.approx([sum(cut[example.id] for example in EXAMPLES[:3]) / 9] * 5)
 
 

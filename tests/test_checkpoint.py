@@ -1,0 +1,394 @@
+"""Training that goes on from its checkpoint: what follows is what would have followed, to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rag_core.checkpoint import Checkpoints, random_states, set_random_states
+from rag_core.errors import ArtefactError, ConfigError
+from rag_core.index import PassageIndex
+from rag_core.objectives import EndToEnd, EndToEndRates
+from rag_core.questions import Question
+from rag_core.rag_model import RagModel
+from rag_core.training import Hooks, OptimizerConfig, Place, global_batches, run_training
+from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
+
+EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
+STEPS = 7
+CONFIG = OptimizerConfig(
+    steps=STEPS, batch_size=6, accumulation=2, warmup_steps=3, log_every=2, eval_every=3, checkpoint_every=1, seed=5
+)
+
+
+@dataclass
+class Told:
+    """A caller: it keeps the curves, and the weights whose nll on dev is the best so far."""
+
+    checkpoints: Checkpoints
+    objective: Any
+    stop_after: int = 0
+    curves: dict[str, list[Any]] = field(default_factory=lambda: {"history": [], "dev": []})
+    best: float = float("inf")
+    asked: int = 0
+
+    def hooks(self) -> Hooks:
+        return Hooks(
+            log=self._log,
+            evaluate=self._evaluate,
+            keep=self._keep,
+            stop=self._stop,
+            state=lambda: {"curves": self.curves, "best": self.best, "asked": self.asked},
+            restore=self._restore,
+        )
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        assert metrics.pop("examples_per_second") > 0
+        self.curves["history"].append({"step": step, **metrics})
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        # Callers may draw random numbers, of all kinds.
+        draws = {"python": random.random(), "numpy": float(np.random.random()), "torch": float(torch.rand(()))}
+        with torch.no_grad():
+            return {"nll": float(self.objective(EXAMPLES[:3]).mean()), **draws}
+
+    def _keep(self, step: int, dev: dict[str, float]) -> None:
+        self.curves["dev"].append({"step": step, **dev})
+        if dev["nll"] < self.best:
+            self.best = dev["nll"]
+            self.checkpoints.keep_best(step, lambda folder: (folder / "best").write_text(f"{step}"))
+
+    def _stop(self) -> bool:
+        self.asked += 1
+        return self.asked == self.stop_after
+
+    def _restore(self, step: int, state: dict[str, Any]) -> None:
+        self.curves, self.best, self.asked = state["curves"], state["best"], state["asked"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, PassageIndex]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    encoder = make_encoder(folder / "encoder")
+    return encoder, make_generator(folder / "generator", encoder), make_index(folder / "index", encoder)
+
+
+def _objective(parts: tuple[Path, Path, PassageIndex]) -> EndToEnd:
+    """With dropout, of which the next step depends on the random state."""
+    model = RagModel.from_parts(model_config(parts[0], parts[1]))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    return EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=1e-3, generator=2e-3))
+
+
+@dataclass
+class Outcome:
+    """All that a run leaves: weights, moments, curves."""
+
+    done: int
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    told: Told
+
+    def assert_equals(self, other: Outcome) -> None:
+        assert self.told.curves == other.told.curves
+        assert self.told.best == other.told.best
+        for mine, others in ((self.weights, other.weights), (self.moments, other.moments)):
+            assert mine.keys() == others.keys()
+            assert all(torch.equal(one, others[name]) for name, one in mine.items())
+        assert self.moments
+
+
+def _run(
+    parts: tuple[Path, Path, PassageIndex] | None,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: OptimizerConfig = CONFIG,
+    stop_after: int = 0,
+    make: Callable[..., Any] = _objective,
+) -> Outcome:
+    made: list[torch.optim.Optimizer] = []
+    plain = torch.optim.AdamW
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", lambda *given, **more: made.append(plain(*given, **more)) or made[-1])
+        checkpoints, objective = Checkpoints(folder), make(parts)
+        told = Told(checkpoints, objective, stop_after)
+        done = run_training(objective, EXAMPLES, config, Place(), told.hooks(), checkpoints)
+    states = made[0].state_dict()["state"]
+    moments = {f"{number}.{name}": one for number, state in states.items() for name, one in state.items()}
+    return Outcome(done, {name: one.clone() for name, one in objective.state_dict().items()}, moments, told)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(parts: tuple[Path, Path, PassageIndex], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return _run(parts, tmp_path_factory.mktemp("undisturbed") / "training", pytest.MonkeyPatch())
+
+
+@pytest.mark.parametrize("stopped_at", range(1, STEPS))
+def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
+    parts: tuple[Path, Path, PassageIndex],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Outcome,
+    stopped_at: int,
+) -> None:
+    first = _run(parts, tmp_path / "training", monkeypatch, stop_after=stopped_at)
+    assert first.done == stopped_at
+    # What another process would have in its generators.
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    second = _run(parts, tmp_path / "training", monkeypatch)
+    assert second.done == STEPS
+    second.assert_equals(undisturbed)
+
+
+def test_a_run_without_checkpoints_is_the_same_run(
+    parts: tuple[Path, Path, PassageIndex], undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rare = CONFIG.model_copy(update={"checkpoint_every": None})
+    _run(parts, tmp_path / "training", monkeypatch, rare).assert_equals(undisturbed)
+    assert sorted(file.name for file in (tmp_path / "training" / "step-00000007").iterdir()) == [
+        "manifest.json",
+        "state.json",
+    ], "when all steps are done only what they led to is wanted"
+
+
+@pytest.mark.chaos
+def test_with_two_threads_too_a_run_is_repeated_and_resumed_to_the_same_bits(
+    parts: tuple[Path, Path, PassageIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.set_num_threads(2)
+    try:
+        first = _run(parts, tmp_path / "one", monkeypatch)
+        first.assert_equals(_run(parts, tmp_path / "two", monkeypatch))
+        _run(parts, tmp_path / "three", monkeypatch, stop_after=4)
+        first.assert_equals(_run(parts, tmp_path / "three", monkeypatch))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_dropout_and_the_curves_depend_on_the_states_that_are_kept(undisturbed: Outcome) -> None:
+    """Else equal bits would prove nothing of them."""
+    assert any(not torch.equal(one, other) for one, other in zip(torch.rand(2, 3), torch.rand(2, 3), strict=True))
+    dev = undisturbed.told.curves["dev"]
+    assert [point["step"] for point in dev] == [3, 6, 7]
+    assert len({point[name] for point in dev for name in ("python", "numpy", "torch")}) == 9
+    assert [point["step"] for point in undisturbed.told.curves["history"]] == [2, 4, 6, 7]
+
+
+def test_random_states_come_back_from_json() -> None:
+    def draw() -> list[float]:
+        random.gauss(0, 1)  # keeps a second one in its state
+        return [random.gauss(0, 1), float(np.random.standard_normal()), float(torch.randn(())), float(torch.rand(()))]
+
+    draw()
+    states = json.loads(json.dumps(random_states()))
+    first = draw()
+    assert draw() != first
+    set_random_states(states)
+    assert draw() == first
+
+
+@pytest.mark.parametrize("skip", range(12))
+def test_batches_that_are_skipped_change_nothing_of_those_that_follow(skip: int) -> None:
+    config = OptimizerConfig(batch_size=4, seed=3)
+    examples = list(range(10))
+    whole = list(islice(global_batches(examples, config), 20))
+    assert list(islice(global_batches(examples, config, skip=skip), 20 - skip)) == whole[skip:]
+
+
+class _Line(nn.Module):
+    """Small enough for many checkpoints."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, size))
+
+    def forward(self, examples: list[Question]) -> torch.Tensor:
+        x_B = torch.tensor([float(len(example.question)) for example in examples])
+        return (self.weight.mean() * x_B - 1).square()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.weight], "lr": 0.01}]
+
+
+def _line(size: int = 3) -> Callable[..., Any]:
+    return lambda _: _Line(size)
+
+
+def _flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [_flip_a_bit, _cut, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "best"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_leads_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, damage: Any
+) -> None:
+    from tasks.ray_training import _say_where_it_goes_on
+
+    undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, make=_line())
+    folder = tmp_path / "training"
+    _run(None, folder, monkeypatch, stop_after=6, make=_line())
+    assert sorted(one.name for one in folder.glob("[sb]*-*")) == [
+        "best-00000003",
+        "best-00000006",
+        "step-00000005",
+        "step-00000006",
+    ], "the last two checkpoints, and the best weights that each speaks of"
+    damage(folder / ("best-00000006/best" if name == "best" else f"step-00000006/{name}"))
+    _say_where_it_goes_on("train", folder, STEPS)
+    said = capsys.readouterr().err
+    assert "train: the checkpoint step-00000006 is damaged, so it is not used" in said
+    assert "train: going on after step 5 of 7 (checkpoint of 20" in said
+    second = _run(None, folder, monkeypatch, make=_line())
+    second.assert_equals(undisturbed)
+    assert second.told.asked == 7
+    assert (second.told.checkpoints.best() / "best").read_text() == (
+        undisturbed.told.checkpoints.best() / "best"
+    ).read_text()
+
+
+def test_with_no_checkpoint_whole_training_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, make=_line())
+    folder = tmp_path / "training"
+    _run(None, folder, monkeypatch, stop_after=6, make=_line())
+    for manifest in folder.glob("step-*/manifest.json"):
+        manifest.unlink()
+    (folder / ".step-00000007.draft-1234").mkdir()
+    _run(None, folder, monkeypatch, make=_line()).assert_equals(undisturbed)
+    assert not list(folder.glob(".*")), "what a killed writer left is gone"
+
+
+class _Killed(BaseException):
+    """The process does nothing more, not even clean up behind it."""
+
+
+@contextlib.contextmanager
+def _killed_at(moment: int, folder: Path) -> Iterator[list[int]]:
+    """In the block the first so many writes, flushes, renames and deletions after step 1 happen; yields how many are left."""
+    import rag_core.checkpoint
+
+    left = [moment]
+
+    def counted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            if (folder / "step-00000001").exists():
+                left[0] -= 1
+                if left[0] <= 0:
+                    raise _Killed
+            return plain(*given, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(_Killed):
+        for owner, names in ((os, ["fsync"]), (Path, ["rename", "mkdir", "unlink"]), (shutil, ["rmtree"])):
+            for name in names:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+        patch.setattr(rag_core.checkpoint, "save_file", counted(rag_core.checkpoint.save_file))
+        yield left
+
+
+def test_a_kill_at_any_moment_of_writing_leaves_a_checkpoint_that_leads_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 3, "eval_every": 2})
+    undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, config, make=_line())
+    for moment in count(1):
+        folder = tmp_path / f"killed-{moment}"
+        with _killed_at(moment, folder) as left:
+            _run(None, folder, monkeypatch, config, stop_after=2, make=_line())
+        if left[0] > 0:
+            break
+        second = _run(None, folder, monkeypatch, config, make=_line())
+        second.assert_equals(undisturbed)
+    assert moment > 12
+
+
+def test_another_number_of_workers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "training"
+    _run(None, folder, monkeypatch, stop_after=2, make=_line())
+    wanted = "was done by 1 workers, and now there are 3, .* Go on with num_workers 1, or delete that folder"
+    with pytest.raises(ConfigError, match=wanted):
+        run_training(_Line(), EXAMPLES, CONFIG, Place(world_size=3), Hooks(), Checkpoints(folder))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("part", ["state.json", "model.safetensors", "optimizer.safetensors"])
+def test_a_full_disk_fails_the_step_and_the_checkpoint_before_stands(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    make = _line(10_000)
+    undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, make=make)
+    folder = small_disk / "training"
+    _run(None, folder, monkeypatch, stop_after=4, make=make)
+    room = {"state.json": 0, "model.safetensors": 80_000, "optimizer.safetensors": 140_000}[part]
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "other").write_bytes(bytes(free - free % 4096 - room))
+    wanted = (
+        r"No space left in .*training for (checkpoints|the checkpoint of step 5)\. The checkpoint of step 4 stands\. "
+        "Free space, and run the same command again: it goes on from there"
+    )
+    for _ in range(2):
+        with pytest.raises(ArtefactError, match=wanted):
+            _run(None, folder, monkeypatch, make=make)
+    assert not list(folder.glob(".*draft*"))
+    (small_disk / "other").unlink()
+    _run(None, folder, monkeypatch, make=make).assert_equals(undisturbed)
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rag_core.checkpoint
+
+    monkeypatch.setattr(rag_core.checkpoint, "WAIT_SECONDS", 0.3)
+    first, second = Checkpoints(tmp_path / "training"), Checkpoints(tmp_path / "training")
+    with first.sole_writer(), pytest.raises(ArtefactError, match="being written by another run"), second.sole_writer():
+        pass
+    with second.sole_writer():
+        pass
+
+
+def test_without_a_number_of_steps_checkpoints_come_after_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    checkpoints = Checkpoints(tmp_path)
+    assert [step for step in range(1, 10) if checkpoints.due(step, 3)] == [3, 6, 9]
+    assert not checkpoints.due(3, None)
+    now += 599
+    assert not checkpoints.due(4, None)
+    now += 1
+    assert checkpoints.due(5, None)
