@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 START_SECONDS = 120
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., None]:
@@ -85,9 +87,15 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     }
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return subprocess.Popen(command, env=environment)
+        return subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end_with_parent() -> None:
+    # A command that is killed with signal 9 cannot stop its server; the kernel does.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
