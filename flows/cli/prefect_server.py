@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
 import signal
@@ -26,6 +27,9 @@ from rag_core.errors import RagError
 START_SECONDS = 120
 # A server that cannot live must not be started for ever.
 REPLACEMENTS = 3
+# Of <linux/prctl.h>. Loaded here: between fork and exec little is safe to do.
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., None]:
@@ -141,9 +145,15 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     }
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return subprocess.Popen(command, env=environment)
+        return subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end_with_parent() -> None:
+    # A command that is killed with signal 9 cannot stop its server; the kernel does.
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -1,0 +1,161 @@
+"""Killed with signal 9 at thirty random moments, embedding and inference end with the output of an undisturbed run.
+
+A kill takes a Ray worker (the run replaces it and goes on), the command itself, or the command's whole process group (the
+same command is given again). The moments follow from a seed, which a failure shows; `CHAOS_SEED` sets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rag_core.artefact import open_artefact
+from rag_core.corpus import CorpusConfig, write_corpus
+from tasks.ray_workers import REPLACEMENTS
+from tests.conftest import MINILM
+from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
+from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files, finish, start
+
+SMOKE = os.environ.get("CHAOS") == "smoke"
+KILLS = 3 if SMOKE else 15  # of each stage
+SHARDS = 30 if SMOKE else 80
+SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
+VICTIMS = ("worker", "command", "group")
+# A worker that holds a shard loses it with the kill; nothing that was finished is made again.
+PARTS_BETWEEN_KILLS = 3
+
+
+@dataclass
+class Killer:
+    """Runs one command again and again and kills as `victims` says, until it is left alone and ends."""
+
+    command: Callable[[], subprocess.Popen[bytes]]
+    out: Path
+    pattern: str
+    chance: random.Random
+    killed: Counter[str] = field(default_factory=Counter)
+    finished: dict[str, int] = field(default_factory=dict)
+
+    def run(self, victims: list[str]) -> None:
+        process, replaced = self.command(), 0
+        for victim in victims:
+            if victim == "worker" and replaced == REPLACEMENTS:
+                process, replaced = self._again(process), 0
+            self._wait_for_parts(process, self.chance.randint(0, PARTS_BETWEEN_KILLS))
+            time.sleep(self.chance.uniform(0, 0.5))
+            if victim == "worker":
+                if self._kill_worker(process):
+                    replaced += 1
+            else:
+                self._kill(process, victim)
+                process, replaced = self.command(), 0
+            self.killed[victim] += 1
+            self._nothing_finished_was_made_again()
+        assert process.wait(WAIT_SECONDS) == 0
+
+    def _again(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(WAIT_SECONDS)
+        return self.command()
+
+    def _wait_for_parts(self, process: subprocess.Popen[bytes], parts: int) -> None:
+        wanted, end = len(draft_files(self.out, self.pattern)) + parts, time.monotonic() + WAIT_SECONDS
+        while len(draft_files(self.out, self.pattern)) < wanted:
+            assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
+            assert time.monotonic() < end, f"seed {SEED}: nothing more was finished after {dict(self.killed)}"
+            time.sleep(0.01)
+
+    def _kill_worker(self, process: subprocess.Popen[bytes]) -> bool:
+        end = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < end:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if child.name().startswith("ray::Worker"):
+                    child.kill()
+                    child.wait(WAIT_SECONDS)
+                    return True
+            assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
+            time.sleep(0.05)
+        raise AssertionError(f"seed {SEED}: no worker was seen")
+
+    def _kill(self, process: subprocess.Popen[bytes], victim: str) -> None:
+        tree = psutil.Process(process.pid).children(recursive=True)
+        if victim == "group":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+        # What the command started ends by itself, whoever was killed: its server, Ray, and Ray's workers.
+        _, alive = psutil.wait_procs(tree, timeout=30)
+        assert not alive, f"seed {SEED}: still there 30 s after the {victim} was killed: {alive}"
+
+    def _nothing_finished_was_made_again(self) -> None:
+        now = draft_files(self.out, self.pattern)
+        assert {name: now.get(name) for name in self.finished} == self.finished, f"seed {SEED}"
+        self.finished = now
+
+
+def victims_of(chance: random.Random) -> list[str]:
+    victims = [VICTIMS[number % len(VICTIMS)] for number in range(KILLS)]
+    chance.shuffle(victims)
+    return victims
+
+
+@pytest.mark.chaos
+def test_embedding_killed_at_random_moments_ends_with_every_row_once(tmp_path: Path) -> None:
+    texts = [f"Place {number} lies {number % 97} km from Lyon." for number in range(40 * SHARDS)]
+    rows = [{"id": str(number), "title": "Places", "text": text} for number, text in enumerate(texts)]
+    source = tmp_path / "passages.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus, out, undisturbed = tmp_path / "corpus", tmp_path / "out", tmp_path / "undisturbed"
+    write_corpus([source], corpus, CorpusConfig(format="jsonl", shard_rows=40))
+    work, chance = EMBED % MINILM, random.Random(SEED)
+    killer = Killer(lambda: start(work, tmp_path, corpus, out), out, "emb*.parquet", chance)
+    killer.run(victims_of(chance))
+    finish(work, tmp_path, corpus, undisturbed)
+    names = sorted(file.name for file in undisturbed.glob("*.parquet"))
+    assert sorted(file.name for file in out.glob("*.parquet")) == names
+    found = pa.concat_tables([pq.read_table(out / name) for name in names])
+    assert found["id"].to_pylist() == [row["id"] for row in rows], "no row twice, none missing, in order"
+    assert found.equals(pa.concat_tables([pq.read_table(undisturbed / name) for name in names]))
+    assert open_artefact(out, "embeddings").fingerprint == open_artefact(undisturbed, "embeddings").fingerprint
+    assert {name: (out / name).stat().st_mtime_ns for name in killer.finished} == killer.finished
+    assert killer.killed.total() == KILLS
+    print(f"embedding: killed {dict(killer.killed)}, {len(rows)} rows equal")
+
+
+@pytest.mark.chaos
+def test_answering_killed_at_random_moments_ends_with_every_answer_once(tmp_path: Path) -> None:
+    from rag_core.rag_model import RagModel
+
+    encoder = make_encoder(tmp_path / "encoder")
+    model = RagModel.from_parts(model_config(encoder, make_generator(tmp_path / "generator", encoder)))
+    model.save_pretrained(tmp_path / "model")
+    make_index(tmp_path, encoder)
+    questions = tmp_path / "questions.jsonl"
+    asked = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(16 * SHARDS)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    arguments, chance = (tmp_path / "model", tmp_path / "index", questions), random.Random(SEED + 1)
+    killer = Killer(lambda: start(INFER, tmp_path, *arguments, out), out, "part*.jsonl", chance)
+    killer.run(victims_of(chance))
+    finish(INFER, tmp_path, *arguments, undisturbed)
+    for name in ("predictions.jsonl", "predictions.parquet"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+    answered = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert answered == [one["id"] for one in asked]
+    assert open_artefact(out, "predictions").counts == open_artefact(undisturbed, "predictions").counts
+    assert killer.killed.total() == KILLS
+    print(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal")
