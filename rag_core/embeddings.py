@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
+from rag_core.heap import return_freed_blocks
 from rag_core.places import as_place
 from rag_core.readers.rows import first_line
 from rag_core.text_encoder import WINDOW, Precision, TextEncoder, passage_text
@@ -69,17 +70,11 @@ def embed_shard(
     vector = pa.list_(pa.from_numpy_dtype(config.dtype), encoder.dim)
     schema = pa.schema([("id", table.schema.field("id").type), ("embedding", vector)])
     with finished_file(out_file) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-        # As many rows at a time as the encoder sorts: the vectors of a whole shard, copied and encoded as Parquet, were
-        # half of what a worker took.
+        # As many rows at a time as the encoder sorts. A whole shard's vectors, copied and encoded as Parquet, and blocks
+        # that tokenizer and encoder free in pieces were more than half of what a worker took.
         for start in range(0, table.num_rows, WINDOW):
             part = table.slice(start, WINDOW)
-            titles, texts = part["title"].to_pylist(), part["text"].to_pylist()
-            vectors_nD = encoder.encode(
-                [passage_text(title, text, encoder.settings) for title, text in zip(titles, texts, strict=True)],
-                batch_tokens=config.batch_tokens,
-                precision=config.precision,
-                on_progress=on_progress,
-            ).astype(config.dtype, copy=False)
+            vectors_nD = _embed_rows(encoder, part, config, on_progress)
             if fault := vector_fault(vectors_nD):
                 row, found = fault
                 raise ArtefactError(
@@ -88,6 +83,9 @@ def embed_shard(
                 )
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_nD.reshape(-1)), encoder.dim)
             writer.write_table(pa.table([part["id"], embedding], schema=schema), row_group_size=10_000)
+            del vectors_nD, embedding
+            pa.default_memory_pool().release_unused()
+            return_freed_blocks()
     return table.num_rows
 
 
@@ -99,6 +97,19 @@ def vector_fault(vectors_ND: np.ndarray) -> tuple[int, str] | None:
         return None
     row = int(np.argmax(bad_N))
     return row, "all zeros" if largest_N[row] == 0 else "not finite"
+
+
+def _embed_rows(
+    encoder: TextEncoder, part: pa.Table, config: EmbedConfig, on_progress: Callable[[int], None] | None
+) -> np.ndarray:
+    texts = zip(part["title"].to_pylist(), part["text"].to_pylist(), strict=True)
+    vectors_nD = encoder.encode(
+        [passage_text(title, text, encoder.settings) for title, text in texts],
+        batch_tokens=config.batch_tokens,
+        precision=config.precision,
+        on_progress=on_progress,
+    )
+    return vectors_nD.astype(config.dtype, copy=False)
 
 
 class Embeddings:

@@ -1,4 +1,4 @@
-"""The memory of a command and of every process below it, sampled while they live."""
+"""A command and every process below it: their memory, sampled while they live, and their end."""
 
 from __future__ import annotations
 
@@ -76,6 +76,16 @@ class MemoryWatch:
         # A worker's title comes after its start.
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         self._roles[pid] = "command" if pid == self._root.pid else role_of(words)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Signal 9 to a process and all below it, if it still runs; waits for its end."""
+    if process.poll() is not None:
+        return
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def role_of(command: str) -> str:

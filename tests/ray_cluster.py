@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+from tests.processes import kill_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 180
@@ -35,7 +35,7 @@ class LocalCluster:
 
     def __init__(self, nodes: int) -> None:
         self._first = nodes
-        self.nodes: list[psutil.Popen] = []
+        self.nodes: list[subprocess.Popen[bytes]] = []
         self._hosts = 1
 
     def __enter__(self) -> LocalCluster:
@@ -67,17 +67,17 @@ class LocalCluster:
 
     def __exit__(self, *_: object) -> None:
         for node in [*self.nodes, self._head]:
-            _kill(node)
+            kill_tree(node)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, cpus: int = 1) -> psutil.Popen:
+    def add(self, cpus: int = 1) -> subprocess.Popen[bytes]:
         """Another node; it joins a few seconds later."""
         self.nodes.append(self._start("--address", self.address, cpus=cpus))
         return self.nodes[-1]
 
-    def remove(self, node: psutil.Popen) -> None:
+    def remove(self, node: subprocess.Popen[bytes]) -> None:
         """Signal 9 to everything that runs on a node, as when its machine is taken away."""
-        _kill(node)
+        kill_tree(node)
         self.nodes.remove(node)
 
     def wait_for_nodes(self, number: int) -> None:
@@ -98,7 +98,7 @@ class LocalCluster:
         """What the nodes printed."""
         return (self._folder / "log").read_text()
 
-    def _start(self, *options: object, cpus: int) -> psutil.Popen:
+    def _start(self, *options: object, cpus: int) -> subprocess.Popen[bytes]:
         self._hosts += 1
         command = [str(Path(sys.executable).with_name("ray")), "start", *map(str, options), "--block"]
         command += ["--node-ip-address", f"127.0.0.{self._hosts}", "--num-cpus", str(cpus), "--num-gpus", "0"]
@@ -106,26 +106,13 @@ class LocalCluster:
         command += ["--include-dashboard", "false"] if "--head" in options else []
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with (self._folder / "log").open("ab") as log:
-            return psutil.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def _wait(self, ready: Callable[[], bool], fault: str) -> None:
         end = time.monotonic() + START_SECONDS
         while not ready():
             assert time.monotonic() < end, f"{fault}: {self.log()}"
             time.sleep(0.1)
-
-
-def _kill(process: psutil.Popen) -> None:
-    try:
-        tree = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for one in tree:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
 
 
 def _answers(address: str) -> bool:

@@ -20,6 +20,7 @@ import yaml
 from rag_core.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.rag_model import RagModel
+from tests.processes import kill_tree
 from tests.ray_cluster import LocalCluster
 from tests.small_corpus import FACTS, QUESTIONS, make_encoder, make_generator, model_config, optimizer
 
@@ -38,6 +39,7 @@ class Site:
 
     def __init__(self, cluster: LocalCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
+        self.started: list[subprocess.Popen[bytes]] = []
         encoder = make_encoder(folder / "encoder")
         generator = make_generator(folder / "generator", encoder)
         model = model_config(encoder, generator)
@@ -63,7 +65,9 @@ class Site:
         environment = self.cluster.environment | {"PREFECT_HOME": str(self.folder / "prefect")} | environment
         with (self.folder / "log").open("wb") as log:
             command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
-            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        self.started.append(process)
+        return process
 
     def finish(self, *words: object, out: str) -> str:
         """Run a command to its end; the fingerprint of what it published in `out`."""
@@ -106,6 +110,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         found = Site(cluster, tmp_path_factory.mktemp("site"))
         cluster.wait_for_nodes(2)
         yield found
+        for process in found.started:
+            kill_tree(process)
 
 
 def test_embedding_ends_on_the_node_that_is_left(site: Site) -> None:

@@ -22,7 +22,7 @@ from rag_core.pretraining import PretrainConfig, build_generator
 from rag_core.rag_model import ModelConfig, RagModel
 from rag_core.text_encoder import TextEncoder
 from tests.conftest import MINILM
-from tests.processes import MemoryWatch, Peak
+from tests.processes import MemoryWatch, Peak, kill_tree
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -97,8 +97,11 @@ def run(folder: Path, *words: object) -> dict[str, Peak]:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    with MemoryWatch(process) as watch:
-        assert process.wait(600) == 0, (folder / "log").read_text()[-4000:]
+    try:
+        with MemoryWatch(process) as watch:
+            assert process.wait(600) == 0, (folder / "log").read_text()[-4000:]
+    finally:
+        kill_tree(process)
     return watch.peaks
 
 
