@@ -148,6 +148,7 @@ def test_while_an_actor_is_killed_and_replaced_every_answer_is_complete(
     assert process_of(victim) != process
 
 
+@pytest.mark.chaos
 def test_an_actor_that_hangs_is_started_again(
     two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex]
 ) -> None:
