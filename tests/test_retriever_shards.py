@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,3 +244,28 @@ def test_predictions_are_the_same_bytes_and_no_actor_outlives_the_stage(
         assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
     again = batch_infer(model, parts[2].path, questions, tmp_path / "local", sharded)
     assert again.skipped, "where questions are searched is not part of the work's key"
+
+
+def test_the_commands_hand_on_the_number_of_shards_and_where_to_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.cli import stage_commands
+
+    given: list[Any] = []
+    for flow in ("build_index.build_index", "batch_infer.batch_infer", "train_token.train_token"):
+        monkeypatch.setattr(f"flows.{flow}", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(stage_commands, "print_stage", lambda result: None)
+    paths = [tmp_path / name for name in ("model", "index", "questions", "out")]
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {question_encoder: e, generator: g}\ntrain: {retrieval: {threads: 2, replicas: 3}}\n")
+    stage_commands.index(*paths[:3], shards=4)
+    stage_commands.infer(*paths)
+    stage_commands.infer(*paths, retrieval="sharded", replicas=2)
+    stage_commands.train("token", *paths[:3], file, paths[3], retrieval="sharded")
+    index, local, sharded, train = given
+    assert index.shards == 4
+    assert local.retrieval == RetrievalConfig()
+    assert sharded.retrieval == RetrievalConfig(mode="sharded", replicas=2)
+    assert train.retrieval == RetrievalConfig(mode="sharded", replicas=3, threads=2), "options override the file"
+    with pytest.raises(ConfigError, match=r"retrieval\.mode: Input should be 'local' or 'sharded'"):
+        stage_commands.infer(*paths, retrieval="nearby")
