@@ -199,7 +199,7 @@ class ShardedRetriever(Retriever):
         number, reason = next(iter(lost.items()))
         return (
             f"{len(lost)} of {len(self._replicas)} shards of the index {self.path} did not answer within "
-            f"{self._config.give_up_seconds:.0f} s (shard {number}: {reason}). {_needs(self._config)}"
+            f"{self._config.give_up_seconds:g} s (shard {number}: {reason}). {_needs(self._config)}"
         )
 
 
@@ -273,7 +273,7 @@ def _wait_until_ready(path: Path, replicas: Sequence[Sequence[Any]], config: Ret
         shards = ", ".join(str(number) for number in sorted({calls[call] for call in late}))
         raise ConfigError(
             f"{len(late)} of {len(calls)} actors for the index {path} (shards {shards}) did not start within "
-            f"{config.start_seconds:.0f} s. {_needs(config)}"
+            f"{config.start_seconds:g} s. {_needs(config)}"
         )
 
 

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
+from rag_core.artefact import manifest_at
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
@@ -25,7 +27,7 @@ from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
 from tasks import retriever_shards
 from tasks.batch_infer import InferConfig
-from tasks.retriever_shards import RetrievalConfig, ShardedRetriever, retrieval
+from tasks.retriever_shards import RetrievalConfig, RetrieverShard, ShardedRetriever, retrieval
 from tests.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 from tests.test_sharded_index import assert_same
 
@@ -53,6 +55,19 @@ def served(index: PassageIndex, **settings: object) -> Iterator[ShardedRetriever
         retriever = open_retriever()
         assert isinstance(retriever, ShardedRetriever)
         yield retriever
+
+
+@pytest.fixture(scope="module")
+def two_replicas(services: Path, parts: tuple[Path, Path, PassageIndex]) -> Iterator[ShardedRetriever]:
+    """Two actors for each shard, for the tests of this file."""
+    with served(parts[2], replicas=2) as retriever:
+        yield retriever
+
+
+def client(retriever: ShardedRetriever, *, replicas: int, **settings: float) -> ShardedRetriever:
+    """Another worker's, which knows only so many replicas of each shard."""
+    known = [ones[:replicas] for ones in retriever._replicas]
+    return ShardedRetriever(retriever.path, retriever.manifest, known, RetrievalConfig.model_validate(settings))
 
 
 def actors(retriever: ShardedRetriever) -> list[object]:
@@ -93,81 +108,67 @@ def queries(index: Retriever, count: int = 4) -> np.ndarray:
 
 
 def test_actors_answer_as_the_index_does_and_a_training_loss_is_equal_to_the_last_bit(
-    services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path
+    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex], tmp_path: Path
 ) -> None:
-    index = parts[2]
-    questions = read_questions(write_questions_jsonl(tmp_path / "questions.jsonl"))
-    with served(index) as retriever:
-        for k in (1, 5, len(index)):  # up to more than a shard has
-            found, expected = retriever.search(queries(index), k), index.search(queries(index), k)
-            assert_same(found, expected)
-            assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
-        losses = []
-        for one in (index, retriever):
-            model = RagModel.from_parts(model_config(parts[0], parts[1]))
-            objective = EndToEnd(model, one, "token", EndToEndRates(question_encoder=1e-3, generator=1e-3)).eval()
-            loss = objective(questions).sum()
-            loss.backward()
-            gradient = next(model.question_encoder.parameters()).grad
-            assert gradient is not None
-            losses.append((loss.item(), gradient.numpy().tobytes()))
-        assert losses[0] == losses[1]
-        with pytest.raises(ConfigError, match=r"10 passages per question .* holds 9"):
-            retriever.search(queries(index), 10)
+    index, retriever = parts[2], two_replicas
+    for k in (1, 5, len(index)):  # up to more than a shard has
+        found, expected = retriever.search(queries(index), k), index.search(queries(index), k)
+        assert_same(found, expected)
+        assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+    with pytest.raises(ConfigError, match=r"10 passages per question .* holds 9"):
+        retriever.search(queries(index), 10)
+    questions, learnt = read_questions(write_questions_jsonl(tmp_path / "questions.jsonl")), []
+    for one in (index, retriever):
+        model = RagModel.from_parts(model_config(parts[0], parts[1]))
+        objective = EndToEnd(model, one, "token", EndToEndRates(question_encoder=1e-3, generator=1e-3)).eval()
+        loss = objective(questions).sum()
+        loss.backward()
+        gradients = [weight.grad.numpy().tobytes() for weight in model.parameters() if weight.grad is not None]
+        learnt.append((loss.item(), gradients))
+    assert learnt[0] == learnt[1]
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_while_an_actor_is_killed_and_replaced_every_answer_is_complete(
-    services: Path, parts: tuple[Path, Path, PassageIndex], replicas: int
+    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex], replicas: int
 ) -> None:
-    index = parts[2]
+    index, retriever = parts[2], client(two_replicas, replicas=replicas)
     asked, expected = queries(index), index.search(queries(index), 5)
-    with served(index, replicas=replicas) as retriever:
-        victim = actors(retriever)[0]
-        process, times = process_of(victim), []
-        stop = threading.Event()
-
-        def kill_and_wait() -> None:
-            time.sleep(0.2)
-            os.kill(process, signal.SIGKILL)
-            process_of(victim, but=process)
-            stop.set()
-
-        killer = threading.Thread(target=kill_and_wait)
-        killer.start()
-        while not stop.is_set() or len(times) < 20:
-            start = time.monotonic()
-            found = retriever.search(asked, 5)
-            times.append(time.monotonic() - start)
-            assert_same(found, expected)
-            assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
-        killer.join()
-        assert not alive(process)
-        if replicas > 1:
-            assert max(times) < 2, "the other replica answers meanwhile"
-        assert_same(retriever.search(asked, 5), expected)
-        processes = [process_of(actor) for actor in actors(retriever)]
-    assert gone(processes), "actors end with the stage"
+    victim = retriever._replicas[0][0]
+    process, answers = process_of(victim), 0
+    killer = threading.Thread(
+        target=lambda: (time.sleep(0.2), os.kill(process, signal.SIGKILL), process_of(victim, but=process))
+    )
+    killer.start()
+    while killer.is_alive() or answers < 20:
+        found = retriever.search(asked, 5)
+        answers += 1
+        assert_same(found, expected)
+        assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+    assert not alive(process)
+    assert process_of(victim) != process
 
 
-def test_an_actor_that_hangs_is_started_again(services: Path, parts: tuple[Path, Path, PassageIndex]) -> None:
-    index = parts[2]
-    with served(index, answer_seconds=1) as retriever:
-        process = process_of(actors(retriever)[1])
-        os.kill(process, signal.SIGSTOP)
-        assert_same(retriever.search(queries(index), 5), index.search(queries(index), 5))
-        assert gone([process])
+@pytest.mark.chaos
+def test_an_actor_that_hangs_is_started_again(
+    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex]
+) -> None:
+    index, retriever = parts[2], client(two_replicas, replicas=1, answer_seconds=1)
+    process = process_of(retriever._replicas[1][0])
+    os.kill(process, signal.SIGSTOP)
+    assert_same(retriever.search(queries(index), 5), index.search(queries(index), 5))
+    assert gone([process])
 
 
 def test_a_search_that_no_replica_answers_is_an_error_and_never_half_an_answer(
-    services: Path, parts: tuple[Path, Path, PassageIndex]
+    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex]
 ) -> None:
-    index = parts[2]
-    with served(index, replicas=2, give_up_seconds=1) as retriever:
-        for actor in retriever._replicas[1]:
-            ray.kill(actor)
-        with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 1 s \(shard 1: "):
-            retriever.search(queries(index), 5)
+    lost = RetrieverShard.remote(str(parts[2].path), 1, parts[2].manifest.fingerprint, 1)
+    ray.kill(lost)
+    retriever = client(two_replicas, replicas=1, give_up_seconds=0.5)
+    retriever._replicas = [retriever._replicas[0], [lost]]
+    with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 0\.5 s \(shard 1: "):
+        retriever.search(queries(parts[2]), 5)
 
 
 def test_actors_that_find_no_place_are_an_error_that_says_what_is_missing(
@@ -184,27 +185,34 @@ def test_actors_that_find_no_place_are_an_error_that_says_what_is_missing(
     assert time.monotonic() - start < 10
 
 
-def test_an_actor_refuses_a_damaged_shard_and_another_index(
+def test_an_actor_refuses_a_damaged_shard_and_another_index_and_ends_with_its_stage(
     services: Path, parts: tuple[Path, Path, PassageIndex], tmp_path: Path
 ) -> None:
-    folder = parts[2].path.parent
+    folder, path = parts[2].path.parent, tmp_path / "index"
     corpus, embeddings = Corpus.open(folder / "corpus"), Embeddings.open(folder / "embeddings")
-    build_index(embeddings, corpus, tmp_path / "index", IndexConfig(shards=2))
-    index = PassageIndex.open(tmp_path / "index")
-    with served(index) as retriever:
-        build_index(embeddings, corpus, tmp_path / "index", IndexConfig(shards=2, factory="HNSW8"))
-        process = process_of(actors(retriever)[0])
-        os.kill(process, signal.SIGKILL)
-        with pytest.raises(
-            ArtefactError, match=r"holds another index \(\w{12}…\) than the one that this stage began with"
-        ):
-            retriever.search(queries(index), 5)
-    index = PassageIndex.open(tmp_path / "index")
-    file = tmp_path / "index" / "shard-00001" / "index.faiss"
+    build_index(embeddings, corpus, path, IndexConfig(shards=2))
+    index = PassageIndex.open(path)
+    processes: list[int] = []
+
+    def interrupted_stage() -> None:
+        with served(index) as retriever:
+            processes.extend(process_of(actor) for actor in actors(retriever))
+            build_index(embeddings, corpus, path, IndexConfig(shards=2, factory="HNSW8"))
+            os.kill(processes[0], signal.SIGKILL)
+            with pytest.raises(
+                ArtefactError, match=r"holds another index \(\w{12}…\) than the one that this stage began"
+            ):
+                retriever.search(queries(index), 5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_stage()
+    assert gone(processes)
+    file = path / "shard-00001" / "index.faiss"
     file.write_bytes(file.read_bytes()[:-1])
     with (
         pytest.raises(ArtefactError, match=r"shard-00001/index\.faiss has \d+ bytes, the manifest says"),
-        served(index),
+        served(PassageIndex(path, manifest_at(path))),
     ):
         pass
 
@@ -236,3 +244,28 @@ def test_predictions_are_the_same_bytes_and_no_actor_outlives_the_stage(
         assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "sharded" / name).read_bytes()
     again = batch_infer(model, parts[2].path, questions, tmp_path / "local", sharded)
     assert again.skipped, "where questions are searched is not part of the work's key"
+
+
+def test_the_commands_hand_on_the_number_of_shards_and_where_to_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.cli import stage_commands
+
+    given: list[Any] = []
+    for flow in ("build_index.build_index", "batch_infer.batch_infer", "train_token.train_token"):
+        monkeypatch.setattr(f"flows.{flow}", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr(stage_commands, "print_stage", lambda result: None)
+    paths = [tmp_path / name for name in ("model", "index", "questions", "out")]
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {question_encoder: e, generator: g}\ntrain: {retrieval: {threads: 2, replicas: 3}}\n")
+    stage_commands.index(*paths[:3], shards=4)
+    stage_commands.infer(*paths)
+    stage_commands.infer(*paths, retrieval="sharded", replicas=2)
+    stage_commands.train("token", *paths[:3], file, paths[3], retrieval="sharded")
+    index, local, sharded, train = given
+    assert index.shards == 4
+    assert local.retrieval == RetrievalConfig()
+    assert sharded.retrieval == RetrievalConfig(mode="sharded", replicas=2)
+    assert train.retrieval == RetrievalConfig(mode="sharded", replicas=3, threads=2), "options override the file"
+    with pytest.raises(ConfigError, match=r"retrieval\.mode: Input should be 'local' or 'sharded'"):
+        stage_commands.infer(*paths, retrieval="nearby")

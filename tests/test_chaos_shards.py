@@ -1,0 +1,152 @@
+"""Sharded retrieval where actors and machines are lost again and again: training learns the same weights, no search fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rag_core.corpus import Corpus
+from rag_core.embeddings import Embeddings
+from rag_core.index import IndexConfig, build_index
+from tasks import retriever_shards
+from tasks.retriever_shards import RetrievalConfig
+from tasks.train import TrainConfig
+from tests.small_corpus import make_encoder, make_generator, make_index, model_config, optimizer, write_questions_jsonl
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = os.environ.get("CHAOS") == "smoke"
+
+ON_TWO_MACHINES = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+from rag_core.index import PassageIndex
+from tasks.retriever_shards import RetrievalConfig, retrieval
+
+index = PassageIndex.open(Path(sys.argv[1]))
+queries_BD = np.random.default_rng(1).normal(size=(8, index.dim)).astype(np.float32)
+expected = index.search(queries_BD, 5)
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+machines = [cluster.add_node(num_cpus=1, resources={"retriever": 4}) for _ in range(2)]
+cluster.wait_for_nodes()
+ray.init(cluster.address, log_to_driver=False)
+
+def home(actor):
+    return ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()), timeout=60)
+
+def all_homes(retriever, seconds):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return [[home(actor) for actor in replicas] for replicas in retriever._replicas]
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+config = RetrievalConfig(mode="sharded", replicas=2, resources={"retriever": 1})
+with retrieval(str(index.path), index.manifest, config) as open_retriever:
+    retriever = open_retriever()
+    before = all_homes(retriever, 60)
+    cluster.remove_node(machines[0], allow_graceful=False)
+    answers, longest, end = 0, 0.0, time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < end:
+        start = time.monotonic()
+        found = retriever.search(queries_BD, 5)
+        longest = max(longest, time.monotonic() - start)
+        for name in ("rows_BK", "scores_BK", "vectors_BKD"):
+            assert getattr(found, name).tobytes() == getattr(expected, name).tobytes()
+        answers += 1
+    after = all_homes(retriever, 120)
+print(json.dumps({"before": before, "after": after, "answers": answers, "longest": longest}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoder, generator, and an index of nine facts in two shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    encoder = make_encoder(folder / "encoder")
+    make_generator(folder / "generator", encoder)
+    make_index(folder, encoder)
+    corpus, embeddings = Corpus.open(folder / "corpus"), Embeddings.open(folder / "embeddings")
+    build_index(embeddings, corpus, folder / "sharded", IndexConfig(shards=2))
+    return folder
+
+
+def test_replicas_are_on_different_machines_and_losing_one_loses_no_answer(folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TWO_MACHINES, str(folder / "sharded"), "5" if SMOKE else "20"],
+        env=environment | {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert all(len(set(homes)) == 2 for homes in told["before"]), "the replicas of a shard are on two machines"
+    assert len({home for homes in told["after"] for home in homes}) == 1, "the other machine holds all of them"
+    assert told["answers"] > 0
+
+
+def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_weights(
+    services: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.train_token import train_token
+
+    stop, kills = threading.Event(), 0
+    killers: list[threading.Thread] = []
+    wait = retriever_shards._wait_until_ready
+
+    def then_kill(path: Path, replicas: list[list[Any]], config: RetrievalConfig) -> None:
+        wait(path, replicas, config)
+        rng = np.random.default_rng(0)
+
+        def kill() -> None:
+            nonlocal kills
+            while not stop.wait(2):
+                victim = replicas[rng.integers(2)][rng.integers(2)]
+                try:
+                    os.kill(ray.get(victim.process.remote(), timeout=10), signal.SIGKILL)
+                    kills += 1
+                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ProcessLookupError):
+                    continue  # it is being replaced
+
+        killers.append(threading.Thread(target=kill))
+        killers[0].start()
+
+    monkeypatch.setattr(retriever_shards, "_wait_until_ready", then_kill)
+    questions = write_questions_jsonl(tmp_path / "questions.jsonl")
+    model = model_config(folder / "encoder", folder / "generator")
+    steps = 60 if SMOKE else 300
+    local = TrainConfig(optimizer=optimizer(steps, eval_every=steps // 2, log_every=20))
+    sharded = local.model_copy(update={"retrieval": RetrievalConfig(mode="sharded", replicas=2)})
+    undisturbed = train_token(folder / "sharded", questions, questions, tmp_path / "local", model, local)
+    start = time.monotonic()
+    try:
+        disturbed = train_token(folder / "sharded", questions, questions, tmp_path / "sharded", model, sharded)
+    finally:
+        stop.set()
+        for killer in killers:
+            killer.join()
+    assert kills > 0, f"nobody was killed in {time.monotonic() - start:.0f} s"
+    assert disturbed.fingerprint == undisturbed.fingerprint
+    assert disturbed.counts == undisturbed.counts
