@@ -22,12 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from rag_core.artefact import publish
+from rag_core.contexts import PromptConfig, check_questions
 from rag_core.corpus import Corpus, CorpusConfig, rejects_beside, write_corpus
-from rag_core.embeddings import Embeddings
-from rag_core.errors import InputError, RagError
+from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name
+from rag_core.errors import ConfigError, InputError, RagError
+from rag_core.index import IndexConfig, PassageIndex, build_index
 from rag_core.passages import Passage
-from rag_core.questions import read_questions
+from rag_core.questions import Question, read_questions
 from rag_core.readers import CorpusFormat
+from rag_core.text_encoder import TextEncoder
+from tests.small_corpus import make_encoder
 
 GOOD = '{"id": "good", "text": "fine"}\n'
 REMEDY = re.compile(
@@ -269,6 +273,53 @@ def test_a_shard_of_embeddings(case: VectorCase, tmp_path: Path) -> None:
     with pytest.raises(RagError, match=case.error) as caught:
         list(Embeddings.open(tmp_path / "embeddings").iter_vectors())
     names_place_and_remedy(caught.value, tmp_path / "embeddings" / "embeddings-00000.parquet")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    return TextEncoder.from_pretrained(make_encoder(tmp_path_factory.mktemp("models") / "encoder"))
+
+
+def test_a_question_longer_than_the_limit_is_named_before_anything_is_read(encoder: TextEncoder) -> None:
+    questions = [Question("q1", "who?"), Question("q2", "which river flows through Lyon " * 3)]
+    prompt = PromptConfig(max_context_tokens=12)
+    with pytest.raises(
+        InputError, match=r"'q2' takes \d+ tokens .*max_context_tokens is 12 \(it begins 'which"
+    ) as caught:
+        check_questions(encoder.tokenizer, prompt, questions, "dev.jsonl", learnt=True)
+    names_place_and_remedy(caught.value, "dev.jsonl")
+    check_questions(encoder.tokenizer, prompt, questions[:1], "dev.jsonl", learnt=True)
+
+
+def test_an_answer_without_tokens_is_named_where_it_is_to_be_learnt(encoder: TextEncoder) -> None:
+    questions = [Question("q1", "who?", ("Lyon",)), Question("q2", "who?", ("\u200d\x7f",))]
+    with pytest.raises(InputError, match=r"train\.jsonl: question 'q2' has an answer without tokens") as caught:
+        check_questions(encoder.tokenizer, PromptConfig(), questions, "train.jsonl", learnt=True)
+    names_place_and_remedy(caught.value, "train.jsonl")
+    check_questions(encoder.tokenizer, PromptConfig(), questions, "test.jsonl", learnt=False)
+
+
+def test_a_passage_longer_than_the_encoders_limit_is_embedded_by_what_fits(encoder: TextEncoder) -> None:
+    beginning = "the river of Lyon is the Rhone . " * 20
+    cut, short, long = encoder.encode([beginning, "the river of Lyon", beginning + "people live in Oslo " * 1000])
+    np.testing.assert_array_equal(cut, long)
+    assert np.isfinite(long).all()
+    assert not np.array_equal(cut, short)
+
+
+def test_a_corpus_of_one_passage_is_indexed_and_found_and_two_are_not(tmp_path: Path, encoder: TextEncoder) -> None:
+    (tmp_path / "c.jsonl").write_text(GOOD)
+    write_corpus([tmp_path / "c.jsonl"], tmp_path / "corpus", CorpusConfig(format="jsonl"))
+    corpus = Corpus.open(tmp_path / "corpus")
+    with publish(tmp_path / "vectors", "embeddings", made_from={"corpus": corpus.manifest.fingerprint}) as draft:
+        embed_shard(encoder, corpus.shards[0], draft.folder / shard_name(0), EmbedConfig(encoder="e"))
+        draft.counts["passages"] = 1
+        draft.details = {"dim": 32, "dtype": "float32", "encoder": "e", "encoder_fingerprint": encoder.fingerprint()}
+    build_index(Embeddings.open(tmp_path / "vectors"), corpus, tmp_path / "index", IndexConfig())
+    index, queries_BD = PassageIndex.open(tmp_path / "index"), encoder.encode(["who?"])
+    assert index.passages_of(index.search(queries_BD, 1).rows_BK) == [[Passage("good", "", "fine")]]
+    with pytest.raises(ConfigError, match=r"2 passages .* holds 1\. Ask for 1 to 1\."):
+        index.search(queries_BD, 2)
 
 
 def test_there_are_sixty_cases() -> None:
