@@ -13,14 +13,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from rag_core.errors import ConfigError
+from rag_core.errors import ConfigError, InputError
 from rag_core.likelihood import IGNORE_INDEX
 from rag_core.passages import Passage
+from rag_core.questions import Question
+from rag_core.readers.rows import excerpt
 from rag_core.text_encoder import pad_ids
 
 # "bart" is the paper's (Hugging Face's `title_sep` and `doc_sep`).
@@ -117,6 +120,38 @@ def assemble_contexts(
     return Contexts(input_ids_PS.view(shape), mask_PS.view(shape), cut)
 
 
+def check_questions(
+    tokenizer: Any, prompt: PromptConfig, questions: Sequence[Question], place: Path | str, *, learnt: bool
+) -> None:
+    """Raise InputError for the first question that cannot be read, before hours of work meet it.
+
+    Args:
+        tokenizer: the generator's.
+        prompt: how contexts are made.
+        questions: those of a file.
+        place: the file's name, for the message.
+        learnt: whether the first answer of each is to be learnt; it then needs a token.
+    """
+    empty = Passage(id="", title="", text="")
+    contexts = [_fill(prompt.template, question.question, empty).text for question in questions]
+    for question, ids in zip(questions, tokenizer(contexts)["input_ids"] if contexts else (), strict=True):
+        if len(ids) > prompt.max_context_tokens:
+            raise InputError(
+                f"{place}: question {question.id!r} takes {len(ids)} tokens without any passage, but max_context_tokens is "
+                f"{prompt.max_context_tokens} (it begins {excerpt(question.question)[:60]!r}). Shorten it, leave it out, or "
+                "raise max_context_tokens."
+            )
+    answered = [question for question in questions if learnt and question.answers]
+    answers = [question.answers[0] for question in answered]
+    labels = tokenizer(text_target=answers, add_special_tokens=False)["input_ids"] if answers else ()
+    for question, ids in zip(answered, labels, strict=True):
+        if not ids:
+            raise InputError(
+                f"{place}: question {question.id!r} has an answer without tokens ({question.answers[0]!r}), so there is "
+                "nothing to learn. Correct the answer, or leave the question out."
+            )
+
+
 def answer_labels(
     tokenizer: Any, answers: Sequence[str], max_answer_tokens: int, device: torch.device, *, end: int | None = None
 ) -> torch.Tensor:
@@ -164,7 +199,7 @@ def _drop_tokens(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
     ids: list[int] = encoded["input_ids"]
     excess = len(ids) - room
     if excess > len(inside):
-        raise _no_room(len(ids) - len(inside), room)
+        raise _no_room(filled, len(ids) - len(inside), room)
     dropped = set(inside[len(inside) - excess :])
     return [one for place, one in enumerate(ids) if place not in dropped]
 
@@ -179,7 +214,7 @@ def _drop_characters(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
 
     ids, fits, too_many = with_prefix(0), 0, filled.end - filled.start
     if len(ids) > room:
-        raise _no_room(len(ids), room)
+        raise _no_room(filled, len(ids), room)
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         found = with_prefix(middle)
@@ -190,8 +225,9 @@ def _drop_characters(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
     return ids
 
 
-def _no_room(tokens: int, room: int) -> ConfigError:
+def _no_room(filled: _Filled, tokens: int, room: int) -> ConfigError:
+    rest = excerpt(filled.text[: filled.start] + filled.text[filled.end :])
     return ConfigError(
-        f"A question with its title takes {tokens} tokens, but max_context_tokens is {room}. Shorten the question or "
-        "raise max_context_tokens."
+        f"A question with its title takes {tokens} tokens, but max_context_tokens is {room}: {rest!r}. Shorten the question "
+        "or raise max_context_tokens."
     )

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, local_file, open_artefact, publish
 from rag_core.artefact_inputs import input_paths
-from rag_core.contexts import ContextCount
+from rag_core.contexts import ContextCount, check_questions
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
@@ -109,6 +109,7 @@ def batch_infer(
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
     opened_index.check_num_docs(config.num_docs or loaded.settings.num_docs)
+    check_questions(loaded.generator_tokenizer, loaded.settings.prompt, opened_questions, questions, learnt=False)
     settings_print = hashlib.sha256(loaded.settings.model_dump_json().encode()).hexdigest()
     made_from = {
         "model": loaded.fingerprint(),

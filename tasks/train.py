@@ -19,6 +19,7 @@ from rag_core.artefact import (
     working_place,
 )
 from rag_core.artefact_inputs import input_paths
+from rag_core.contexts import check_questions
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
@@ -73,7 +74,8 @@ def train(
     start = RagModel.from_parts(model)
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
-    trainable_questions(Path(questions))
+    asked = trainable_questions(Path(questions))
+    check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
         "questions": Input(questions, fingerprint_of_files([local_file(questions)])),

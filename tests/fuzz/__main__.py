@@ -21,7 +21,7 @@ from typing import Any
 
 from rag_core.errors import RagError
 from tests.fuzz.mutations import numbered
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import MODEL_TARGETS, TARGETS, Target
 
 KEPT = Path(__file__).parent / "corpus"
 SECONDS = 2.0
@@ -47,6 +47,23 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES,) * 2)
 
 
+def _feed(fuzzed: Target, data: bytes) -> str:
+    """Whether an input was read or refused. One that is too slow may try again: the machine may have been busy."""
+    for attempt in (1, 2, 3):
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            fuzzed.feed(data)
+            return "read"
+        except RagError:
+            return "refused"
+        except TooSlowError:
+            if attempt == 3:
+                raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    raise AssertionError
+
+
 def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[str, Any]:
     """Feed inputs `start` … `inputs` − 1."""
 
@@ -55,11 +72,11 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
 
     signal.signal(signal.SIGALRM, too_slow)
     home = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    read = refused = 0
+    outcomes = {"read": 0, "refused": 0}
     slowest = 0.0
     findings: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=home) as folder:
-        fuzzed = TARGETS[target](Path(folder))
+        fuzzed = (TARGETS | MODEL_TARGETS)[target](Path(folder))
         for sample in fuzzed.samples:
             fuzzed.feed(sample)
         limit_memory()
@@ -69,29 +86,22 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
             os.pwrite(progress, number.to_bytes(8, "little"), 0)
             data = numbered(seed, number, fuzzed.samples)
             at = time.perf_counter()
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
             try:
-                fuzzed.feed(data)
-                read += 1
-            except RagError:
-                refused += 1
+                outcomes[_feed(fuzzed, data)] += 1
             except (Exception, TooSlowError) as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 findings.append(
                     f"{number}: {type(error).__name__}: {str(error)[:200]} at {last.filename}:{last.lineno}"
                 )
                 keep(target, data)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             slowest = max(slowest, time.perf_counter() - at)
             if len(findings) >= MOST_FINDINGS:
                 break
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "target": target,
-        "inputs": read + refused + len(findings),
-        "read": read,
-        "refused": refused,
+        "inputs": sum(outcomes.values()) + len(findings),
+        **outcomes,
         "seconds": round(time.monotonic() - began, 1),
         "slowest": round(slowest, 3),
         "grown_mb": grown // 1024,
@@ -102,7 +112,7 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("target", choices=[*TARGETS, *MODEL_TARGETS])
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--start", type=int, default=0)

@@ -82,7 +82,7 @@ NASTY_VALUES: tuple[Any, ...] = (
     "../../x", [], {}, [[]], [None], ["a", 1], [{}], {"": None}, {"id": "a"}, {"text": ["x"]}, {"bytes": -1, "sha256": ""},
 )  # fmt: skip
 # Longer than this, an input would tell more about the disk than about the reader.
-MOST_BYTES = 50_000
+MOST_BYTES = 500_000
 
 Operation = Callable[[random.Random, bytearray, Sequence[bytes]], None]
 

@@ -192,10 +192,49 @@ def _passage_store(folder: Path) -> Target:
     sample = file.read_bytes()
 
     def feed(data: bytes) -> None:
+        file.unlink()  # what is mapped must not be cut under who maps it
         file.write_bytes(data)
         store = PassageStore(file)
         for row in range(min(len(store), 10)):
             "".join(_texts(store[row])).encode("utf-8")
+
+    return Target([sample], feed)
+
+
+def _embeddings(folder: Path) -> Target:
+    import numpy as np
+
+    from rag_core.embeddings import Embeddings
+
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(1, 13, dtype=np.float32)), 4)
+    pq.write_table(
+        pa.table({"id": ["a", "b", "c"], "embedding": column}), folder / "sample.parquet", compression="zstd"
+    )
+    sample, name = (folder / "sample.parquet").read_bytes(), "embeddings-00000.parquet"
+    home = folder / "embeddings"
+    described = {"counts": {"passages": 3}, "details": {"dim": 4, "dtype": "float32"}}
+    _small_artefact(home, "embeddings", {name: sample}, **described)
+    manifest = json.loads((home / "manifest.json").read_bytes())
+
+    def feed(data: bytes) -> None:
+        _put_consistently(home, name, data, manifest)
+        for ids, vectors_nD in Embeddings.open(home).iter_vectors():
+            assert vectors_nD.shape == (len(ids), 4)
+            assert np.isfinite(vectors_nD).all()
+
+    return Target([sample], feed)
+
+
+def _model_folder(name: str, folder: Path) -> Target:
+    from rag_core.text_encoder import TextEncoder
+    from tests.small_corpus import make_encoder
+
+    home = make_encoder(folder / "encoder")
+    sample = (home / name).read_bytes()
+
+    def feed(data: bytes) -> None:
+        (home / name).write_bytes(data)
+        TextEncoder.from_pretrained(home)
 
     return Target([sample], feed)
 
@@ -214,4 +253,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "predictions": _predictions,
     "settings": _settings,
     "passage-store": _passage_store,
+    "embeddings": _embeddings,
+}
+# Each input loads a model, so there are fewer.
+MODEL_TARGETS: dict[str, Callable[[Path], Target]] = {
+    f"model-{name}": partial(_model_folder, name)
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "text_encoder.json", "model.safetensors")
 }

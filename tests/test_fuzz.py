@@ -1,0 +1,92 @@
+"""Fuzzing: whatever bytes a reader is given, it reads them or raises `RagError`, soon and without much memory.
+
+`make test` reads again what was ever found, and a few hundred inputs that Hypothesis draws and shrinks; `make chaos` feeds
+every reader 100,000 numbered inputs in a process of its own, so that one that dies is noticed, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rag_core.errors import RagError
+from tests.fuzz.__main__ import BYTES, KEPT
+from tests.fuzz.mutations import mutate, numbered
+from tests.fuzz.targets import MODEL_TARGETS, TARGETS, Feed
+
+SEED = 5
+SMOKE = os.environ.get("CHAOS") == "smoke"
+
+
+def read_or_refused(feed: Feed, data: bytes) -> None:
+    with contextlib.suppress(RagError):
+        feed(data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_was_ever_found_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    target = TARGETS[name](tmp_path)
+    for file in sorted((KEPT / name).glob("*")):
+        read_or_refused(target.feed, file.read_bytes())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_samples_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    target = TARGETS[name](tmp_path)
+
+    @settings(max_examples=60, derandomize=True, database=None, deadline=2000, suppress_health_check=list(HealthCheck))
+    @given(st.randoms(use_true_random=False))
+    def check(rng: random.Random) -> None:
+        read_or_refused(target.feed, mutate(rng, target.samples))
+
+    check()
+
+
+@pytest.mark.parametrize("name", MODEL_TARGETS)
+def test_a_damaged_model_folder_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    target = MODEL_TARGETS[name](tmp_path)
+    for file in sorted((KEPT / name).glob("*")):
+        read_or_refused(target.feed, file.read_bytes())
+    for number in range(10):
+        read_or_refused(target.feed, numbered(SEED, number, target.samples))
+
+
+def test_numbered_inputs_can_be_made_again_and_are_seldom_the_samples() -> None:
+    samples = [b'{"id": "a", "text": "one"}\n', b"id\ttext\n1\tone\n"]
+    inputs = [numbered(SEED, number, samples) for number in range(200)]
+    assert inputs == [numbered(SEED, number, samples) for number in range(200)]
+    assert sum(data in samples for data in inputs) < 40
+    assert len(set(inputs)) > 150
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "inputs"), [*((one, 100_000) for one in TARGETS), *((one, 1_000) for one in MODEL_TARGETS)]
+)
+def test_a_hundred_thousand_inputs_are_read_or_refused_soon_and_in_little_memory(
+    name: str, inputs: int, tmp_path: Path
+) -> None:
+    inputs = inputs // 100 if SMOKE else inputs
+    progress = tmp_path / "progress"
+    command = [sys.executable, "-m", "tests.fuzz", name, "--inputs", str(inputs), "--seed", str(SEED)]
+    done = subprocess.run(
+        [*command, "--progress", progress], capture_output=True, text=True, timeout=1000, cwd=Path(__file__).parents[1]
+    )
+    at = int.from_bytes(progress.read_bytes()[:8], "little")
+    assert done.returncode == 0, f"ended with {done.returncode} at input {at} of seed {SEED}: {done.stderr[-2000:]}"
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(done.stdout.splitlines()[-1])
+    assert result["findings"] == []
+    assert result["read"] + result["refused"] == inputs
+    assert result["read"] > 0
+    assert result["grown_mb"] < BYTES // 2**20
