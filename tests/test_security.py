@@ -145,6 +145,24 @@ def test_ray_refuses_a_client_without_the_token(services: Path) -> None:
     assert with_token.returncode == 0, with_token.stderr
 
 
+def test_addresses_are_shown_without_their_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import doctor, printing
+    from rag_core.addresses import without_credentials
+
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, f"https://rag:{CANARY}@servers.example/api")
+    printing.print_pages()
+    doctor.examine()
+    shown = capsys.readouterr().out
+    assert "servers.example" in shown
+    assert CANARY not in shown
+    for kept in ("sqlite:////tmp/a@b/mlflow.db", "http://127.0.0.1:5000", "mlruns", "file:///x"):
+        assert without_credentials(kept) == kept
+    assert without_credentials("postgresql://u:p@host:5432/mlflow") == "postgresql://host:5432/mlflow"
+
+
 def test_containers_publish_their_ports_to_this_machine_only() -> None:
     services = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())["services"]
     ports = [port for service in services.values() for port in service.get("ports", [])]

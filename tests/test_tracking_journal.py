@@ -23,7 +23,7 @@ class Server:
         self.up = up
         self.got: list[dict[str, Any]] = []
 
-    def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
         if not self.up:
             raise UnreachableError("It does not answer.")
         self.got += entries
@@ -62,10 +62,10 @@ def test_a_line_cut_off_by_a_kill_is_not_joined_to_the_next(tmp_path: Path) -> N
 
 def test_what_the_server_refuses_stays_with_all_that_follows(tmp_path: Path) -> None:
     class Refusing(Server):
-        def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+        def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
             if self.up and entries[0]["step"] == 1:
                 raise ValueError("no such metric")
-            super().__call__(header, entries)
+            super().__call__(header, entries, hurry)
 
     server = Refusing()
     journal = Journal(tmp_path / "r1.jsonl", HEADER, server)
@@ -102,8 +102,8 @@ def test_a_kept_file_travels_with_its_entry_and_is_deleted_after(tmp_path: Path)
 
 def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path) -> None:
     class Slow(Server):
-        def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-            super().__call__(header, entries)
+        def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
+            super().__call__(header, entries, hurry)
             time.sleep(0.4)
 
     server = Slow()
