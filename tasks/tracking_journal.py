@@ -149,10 +149,9 @@ class Journal:
     def _append(self, entry: Entry) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with _locked_folder(self.file.parent):
-            if content := entry.get("content"):
-                entry = {name: value for name, value in entry.items() if name != "content"} | {
-                    "kept": self._keep(Path(entry["path"]).name, content)
-                }
+            if "content" in entry:
+                kept = self._keep(Path(entry["path"]).name, entry["content"])
+                entry = {name: value for name, value in entry.items() if name != "content"} | {"kept": kept}
             with self.file.open("ab+") as file:
                 new = not _whole_lines(file)
                 lines = ([self.header | {"since": now()}] if new else []) + [entry | {"at": now()}]

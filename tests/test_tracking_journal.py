@@ -93,10 +93,11 @@ def test_a_kept_file_travels_with_its_entry_and_is_deleted_after(tmp_path: Path)
     server = Server()
     journal = Journal(tmp_path / "r1.jsonl", HEADER, server)
     journal.write({"do": "file", "path": "plots/loss.png", "content": b"\x89PNG"})
+    journal.write({"do": "file", "path": "empty.txt", "content": b""})
     assert b"PNG" not in journal.file.read_bytes(), "the journal stays readable"
     server.up = True
     assert journal.send(60) == ""
-    assert server.got[0]["content"] == b"\x89PNG"
+    assert [entry["content"] for entry in server.got] == [b"\x89PNG", b""]
     assert list(tmp_path.iterdir()) == []
 
 
