@@ -22,6 +22,8 @@ from tests.mlflow_server import MlflowServer
 LONGEST_SECONDS = 2.0
 PASSWORD = "canary-8e21"
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
 
 @dataclass
 class Scenario:

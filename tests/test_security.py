@@ -37,7 +37,9 @@ SECRETS = (
     "PREFECT_API_KEY",
     "WANDB_API_KEY",
 )
-SECONDS = 240
+SECONDS = 280
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @dataclass
