@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from mlflow import MlflowClient
 from mlflow.data.meta_dataset import MetaDataset
@@ -31,6 +30,7 @@ from mlflow.environment_variables import (
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from rag_core.addresses import without_credentials
 from rag_core.errors import ArtefactError
 from tasks.tracking_journal import Entry, UnreachableError, now
 
@@ -106,29 +106,21 @@ def _short(text: str) -> str:
     return found.group() if found else "no connection"
 
 
-def without_credentials(uri: str) -> str:
-    """The address without user and password, for messages, files and pages."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def experiment_id(client: MlflowClient, name: str) -> str:
     """The experiment of that name; made when it is not there."""
     found = client.get_experiment_by_name(name)
     return str(found.experiment_id) if found else str(client.create_experiment(name))
 
 
-def deliver(uri: str, header: Entry, entries: list[Entry]) -> None:
-    """Send entries of the run that `header` names.
+def deliver(uri: str, header: Entry, entries: list[Entry], hurry: bool) -> None:
+    """Send entries of the run that `header` names; in a hurry, the server must answer each within PROMPT_SECONDS.
 
     Raises:
         UnreachableError: the server does not answer.
         MlflowException: it refuses them.
     """
     only_metrics = all("metrics" in entry for entry in entries)
-    with reaching(uri, PROMPT_SECONDS if only_metrics and len(entries) == 1 else None) as client:
+    with reaching(uri, PROMPT_SECONDS if hurry else None) as client:
         run_id = found_run(client, header)
         if only_metrics:
             client.log_batch(run_id, metrics=[point for entry in entries for point in _points(entry)])

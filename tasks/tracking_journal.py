@@ -66,8 +66,8 @@ class Journal:
     Args:
         file: where entries wait; it exists only while some do.
         header: first line of the file; says whose entries they are. `since` is added.
-        deliver: sends entries under that header; raises UnreachableError if the server does not answer, and anything
-            else if it refuses them.
+        deliver: sends entries under that header, in a hurry or not; raises UnreachableError if the server does not
+            answer, and anything else if it refuses them.
         pause: of the server.
         say: tells the user.
         closing: makes a last entry from the header once all others have been sent.
@@ -75,7 +75,7 @@ class Journal:
 
     file: Path
     header: Entry
-    deliver: Callable[[Entry, list[Entry]], None]
+    deliver: Callable[[Entry, list[Entry], bool], None]
     pause: Pause = field(default_factory=Pause)
     say: Callable[[str], None] = lambda text: None
     closing: Callable[[Entry], Entry] | None = None
@@ -85,22 +85,22 @@ class Journal:
         """Send the entry, or keep it. An entry's `content` (bytes) is kept as a file beside the journal."""
         if self.pause.over:
             if self.file.exists() and not self._refused:
-                self.send(SECONDS_FOR_OLDER)
+                self.send(SECONDS_FOR_OLDER, hurry=True)
             if not self.file.exists() and self._delivered(entry):
                 return
         self._append(entry)
 
-    def send(self, seconds: float, *, wait: float = 0.0) -> str:
+    def send(self, seconds: float, *, wait: float = 0.0, hurry: bool = False) -> str:
         """Send what waits, oldest first, for about so many seconds; returns why the rest was not sent, or "".
 
-        `wait` is how long another process that is sending may hold it up.
+        `wait` is how long another process that is sending may hold it up, `hurry` that the server must answer at once.
         """
         end = time.monotonic() + wait
-        while (why := self._send_alone(seconds)) == BUSY and time.monotonic() < end:
+        while (why := self._send_alone(seconds, hurry)) == BUSY and time.monotonic() < end:
             time.sleep(0.1)
         return why
 
-    def _send_alone(self, seconds: float) -> str:
+    def _send_alone(self, seconds: float, hurry: bool) -> str:
         with self._only_sender() as alone:
             if not alone:
                 return BUSY if self.file.exists() else ""
@@ -115,9 +115,9 @@ class Journal:
                     why = "there was no time for the rest"
                     break
                 try:
-                    self.deliver(header, [self._with_content(entry) for entry in together])
+                    self.deliver(header, [self._with_content(entry) for entry in together], hurry)
                     if self.closing and sent + len(together) == len(entries):
-                        self.deliver(header, [self.closing(header)])
+                        self.deliver(header, [self.closing(header)], hurry)
                 except UnreachableError as error:
                     self.pause.longer()
                     why = str(error)
@@ -136,7 +136,7 @@ class Journal:
 
     def _delivered(self, entry: Entry) -> bool:
         try:
-            self.deliver(self.header, [entry])
+            self.deliver(self.header, [entry], "metrics" in entry)
         except UnreachableError as error:
             first = not self.pause.seconds
             self.pause.longer()
@@ -149,10 +149,9 @@ class Journal:
     def _append(self, entry: Entry) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with _locked_folder(self.file.parent):
-            if content := entry.get("content"):
-                entry = {name: value for name, value in entry.items() if name != "content"} | {
-                    "kept": self._keep(Path(entry["path"]).name, content)
-                }
+            if "content" in entry:
+                kept = self._keep(Path(entry["path"]).name, entry["content"])
+                entry = {name: value for name, value in entry.items() if name != "content"} | {"kept": kept}
             with self.file.open("ab+") as file:
                 new = not _whole_lines(file)
                 lines = ([self.header | {"since": now()}] if new else []) + [entry | {"at": now()}]

@@ -50,6 +50,11 @@ class MlflowServer:
                 assert time.monotonic() < end, "the MLflow server did not start"
                 time.sleep(0.1)
 
+    def freeze(self) -> None:
+        """From now on it takes connections and answers none."""
+        assert self._process
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         """SIGKILL to the server and its workers."""
         if self._process and self._process.poll() is None:

@@ -14,6 +14,8 @@ from rag_core.corpus import CorpusConfig
 from rag_core.errors import InputError
 from tests.small_corpus import write_passages_jsonl
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
 
 def copy_stage(corpus: Path, out: Path, marker: Path, parent: str | None):  # type: ignore[no-untyped-def]
     """A stage that asks a Ray actor for something, and publishes an artefact after."""

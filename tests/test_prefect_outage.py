@@ -19,6 +19,8 @@ from tests.conftest import _free_port, _wait_until_healthy
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 280
 
+pytestmark = pytest.mark.timeout(900)
+
 # Two stages; between them, in the middle of a task, somebody deletes the file that the test waits for.
 TWO_STAGES = """
 import os, sys, time

