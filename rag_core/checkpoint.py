@@ -123,7 +123,7 @@ class Checkpoints:
         """Keep the weights that `save` writes into a folder as the best so far, found at `step`."""
         self.best_step = step
         with self._room_for(f"the best weights so far, those of step {step}"):
-            shutil.rmtree(self.best(), ignore_errors=True)  # of a run that was killed after this step
+            shutil.rmtree(self.best(), ignore_errors=True)  # of a run that was killed after this step, or damaged
             with publish(self.best(), BEST) as draft:
                 save(draft.folder)
         self._clear_up()
@@ -138,14 +138,12 @@ class Checkpoints:
             state: anything JSON; `run_training` says what.
         """
         folder = self.folder / f"step-{step:08d}"
-        with self._room_for(f"the checkpoint of step {step}"):
-            shutil.rmtree(folder, ignore_errors=True)
-            with publish(folder, CHECKPOINT) as draft:
-                draft.counts = {"step": step, "best_step": self.best_step, "workers": len(state["workers"])}
-                (draft.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
-                if optimizer is not None:
-                    save_file(_tensors_of(objective), draft.folder / MODEL)
-                    save_file(_moments_of(optimizer), draft.folder / OPTIMIZER)
+        with self._room_for(f"the checkpoint of step {step}"), publish(folder, CHECKPOINT) as draft:
+            draft.counts = {"step": step, "best_step": self.best_step, "workers": len(state["workers"])}
+            (draft.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+            if optimizer is not None:
+                save_file(_tensors_of(objective), draft.folder / MODEL)
+                save_file(_moments_of(optimizer), draft.folder / OPTIMIZER)
         self._written = time.monotonic()
         self._clear_up()
 

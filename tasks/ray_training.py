@@ -22,6 +22,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
+from rag_core.artefact import MANIFEST
 from rag_core.checkpoint import Checkpoints
 from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
@@ -34,7 +35,7 @@ from tasks.stopping import stopping_gently
 
 @dataclass
 class TrainedModel:
-    """Where the best checkpoint lies, the curves, and how many contexts training read and cut, over all workers."""
+    """Where the best weights lie, the curves, and how many contexts training read and cut, over all workers."""
 
     folder: Path
     best_step: int
@@ -47,13 +48,13 @@ class TrainedModel:
         return {"best_step": self.best_step, **asdict(self.contexts)}
 
     def best_scores(self) -> dict[str, float]:
-        """Dev scores of the checkpoint that was kept."""
+        """Dev scores of the weights that were kept."""
         at_best = [point for point in self.dev if point["step"] == self.best_step]
         return {name: value for point in at_best for name, value in point.items() if name != "step"}
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the checkpoint's files into an artefact's draft."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        """Copy the weights' files into an artefact's draft, which gets a manifest of its own."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
 def this_device() -> torch.device:

@@ -53,6 +53,7 @@ def stopping_gently(stage: str, meter: Any) -> Iterator[None]:
                 f"\n{stage}: stopping after this step, with a checkpoint. A second signal stops at once, without one."
             )
             Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            meter.stop.remote()
 
     threading.Thread(target=pass_on, name="pass a signal on", daemon=True).start()
     for number in SIGNALS:

@@ -241,8 +241,18 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("damage", [_flip_a_bit, _cut, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "best"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("step-00000006/model.safetensors", _flip_a_bit),
+        ("step-00000006/optimizer.safetensors", _cut),
+        ("step-00000006/state.json", Path.unlink),
+        ("step-00000006/manifest.json", _cut),
+        ("step-00000006/manifest.json", Path.unlink),
+        ("best-00000006/best", _flip_a_bit),
+        ("best-00000006/manifest.json", Path.unlink),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_leads_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, damage: Any
 ) -> None:
@@ -257,7 +267,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_leads_to_the_sam
         "step-00000005",
         "step-00000006",
     ], "the last two checkpoints, and the best weights that each speaks of"
-    damage(folder / ("best-00000006/best" if name == "best" else f"step-00000006/{name}"))
+    damage(folder / name)
     _say_where_it_goes_on("train", folder, STEPS)
     said = capsys.readouterr().err
     assert "train: the checkpoint step-00000006 is damaged, so it is not used" in said
