@@ -7,6 +7,7 @@ only this cluster knows.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -33,8 +34,8 @@ print(sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()))
 class LocalCluster:
     """`with LocalCluster(nodes=2) as cluster:` … `cluster.remove(cluster.nodes[0])`; commands get `cluster.environment`."""
 
-    def __init__(self, nodes: int) -> None:
-        self._first = nodes
+    def __init__(self, nodes: int, resources: dict[str, float] | None = None) -> None:
+        self._first, self._resources = nodes, json.dumps(resources or {})
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._hosts = 1
 
@@ -103,7 +104,7 @@ class LocalCluster:
         command = [str(Path(sys.executable).with_name("ray")), "start", *map(str, options), "--block"]
         command += ["--node-ip-address", f"127.0.0.{self._hosts}", "--num-cpus", str(cpus), "--num-gpus", "0"]
         command += ["--object-store-memory", str(OBJECT_STORE_BYTES), "--disable-usage-stats"]
-        command += ["--include-dashboard", "false"] if "--head" in options else []
+        command += ["--include-dashboard", "false"] if "--head" in options else ["--resources", self._resources]
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
         with (self._folder / "log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

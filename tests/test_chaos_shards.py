@@ -22,11 +22,11 @@ from rag_core.index import IndexConfig, build_index
 from tasks import retriever_shards
 from tasks.retriever_shards import RetrievalConfig
 from tasks.train import TrainConfig
+from tests.ray_cluster import LocalCluster
 from tests.small_corpus import make_encoder, make_generator, make_index, model_config, optimizer, write_questions_jsonl
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parents[1]
 SMOKE = os.environ.get("CHAOS") == "smoke"
 
 ON_TWO_MACHINES = """
@@ -34,17 +34,14 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 import ray
-from ray.cluster_utils import Cluster
 from rag_core.index import PassageIndex
+from tasks.ray_runtime import ensure_ray
 from tasks.retriever_shards import RetrievalConfig, retrieval
 
 index = PassageIndex.open(Path(sys.argv[1]))
 queries_BD = np.random.default_rng(1).normal(size=(8, index.dim)).astype(np.float32)
 expected = index.search(queries_BD, 5)
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-machines = [cluster.add_node(num_cpus=1, resources={"retriever": 4}) for _ in range(2)]
-cluster.wait_for_nodes()
-ray.init(cluster.address, log_to_driver=False)
+ensure_ray()
 
 def home(actor):
     return ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()), timeout=60)
@@ -63,7 +60,7 @@ config = RetrievalConfig(mode="sharded", replicas=2, resources={"retriever": 1})
 with retrieval(str(index.path), index.manifest, config) as open_retriever:
     retriever = open_retriever()
     before = all_homes(retriever, 60)
-    cluster.remove_node(machines[0], allow_graceful=False)
+    print("ready", flush=True)
     answers, longest, end = 0, 0.0, time.monotonic() + float(sys.argv[2])
     while time.monotonic() < end:
         start = time.monotonic()
@@ -74,8 +71,6 @@ with retrieval(str(index.path), index.manifest, config) as open_retriever:
         answers += 1
     after = all_homes(retriever, 120)
 print(json.dumps({"before": before, "after": after, "answers": answers, "longest": longest}))
-ray.shutdown()
-cluster.shutdown()
 """
 
 
@@ -92,16 +87,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_replicas_are_on_different_machines_and_losing_one_loses_no_answer(folder: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_TWO_MACHINES, str(folder / "sharded"), "5" if SMOKE else "20"],
-        env=environment | {"PYTHONPATH": str(ROOT), "RAY_BACKEND_LOG_LEVEL": "fatal"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", ON_TWO_MACHINES, str(folder / "sharded"), "5" if SMOKE else "20"]
+    with LocalCluster(nodes=2, resources={"retriever": 4}) as cluster:
+        cluster.wait_for_nodes(2)
+        with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as driver:
+            assert driver.stdout
+            assert driver.stdout.readline() == "ready\n"
+            cluster.remove(cluster.nodes[0])
+            output = driver.stdout.read()
+        assert driver.returncode == 0
+    told = json.loads(output)
     assert all(len(set(homes)) == 2 for homes in told["before"]), "the replicas of a shard are on two machines"
     assert len({home for homes in told["after"] for home in homes}) == 1, "the other machine holds all of them"
     assert told["answers"] > 0
