@@ -51,7 +51,7 @@ def read_yaml(file: Path) -> dict[str, object]:
             "configs/demo.yaml is an example of one."
         )
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # nosec B506
     except _NOT_YAML as error:
         raise InputError(f"{file} is not readable as YAML: {' '.join(str(error).split())}. Correct it.") from error
     if not isinstance(content, dict):
