@@ -167,11 +167,13 @@ class _Deal(Generic[Item, Found]):
         self._losses: Counter[str] = Counter()
         # What each call under way is: the worker, and a place in `items` or one of the two steps before the first.
         self._running: dict[Any, tuple[Any, int | str]] = {}
+        # Workers that run but are not prepared, and those that are and wait for an item.
+        self._spare: list[Any] = []
         self._idle: list[Any] = []
 
     def results(self) -> list[Found]:
         """What was found for each item, in their order."""
-        for worker in workers_for(self._share)[: len(self._items)]:
+        for worker in workers_for(self._share):
             self._running[worker.here.remote()] = (worker, HERE)
         patience = Patience(self._share)
         while len(self._found) < len(self._items):
@@ -187,12 +189,9 @@ class _Deal(Generic[Item, Found]):
         return [self._found[place] for place in range(len(self._items))]
 
     def _go_on(self, worker: Any, step: int | str, found: Any) -> None:
-        if step == HERE:
-            self._running[worker.prepare.remote(self._make, *self._shared)] = (worker, PREPARE)
-            return
         if isinstance(step, int):
             self._found[step] = found
-        self._idle.append(worker)
+        (self._spare if step == HERE else self._idle).append(worker)
         self._deal_out()
 
     def _make_good(self, lost: Any, step: int | str, error: Exception) -> None:
@@ -211,6 +210,10 @@ class _Deal(Generic[Item, Found]):
         while self._idle and self._waiting:
             worker, place = self._idle.pop(), self._waiting.pop()
             self._running[worker.call.remote(self._items[place])] = (worker, place)
+        preparing = sum(1 for _, step in self._running.values() if step == PREPARE)
+        while self._spare and preparing < len(self._waiting):  # no more models than items
+            worker, preparing = self._spare.pop(), preparing + 1
+            self._running[worker.prepare.remote(self._make, *self._shared)] = (worker, PREPARE)
 
 
 def _worker_that_is_here(share: Share) -> Any:
