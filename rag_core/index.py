@@ -158,7 +158,7 @@ def _write_shards(
         indexes.append(make_faiss_index(open_vectors(shard), factory, seed))
         if len(ranges) > 1:  # the next one takes its place in memory
             faiss.write_index(indexes.pop(), str(shard / INDEX_FILE))
-            indexes.append(open_faiss(shard))
+            indexes.append(open_faiss(shard, *open_vectors(shard).shape))
     num_vectors, num_passages = vectors.count_all(), passages.count_all()
     if num_vectors != len(embeddings):
         raise ArtefactError(

@@ -18,7 +18,11 @@ from typing import Any
 import faiss
 import numpy as np
 
+from rag_core.errors import ArtefactError
 from rag_core.index_factory import refine_factor
+from rag_core.index_files import check_rows, set_search_parameter
+from rag_core.index_files import open_faiss as mapped_faiss
+from rag_core.index_files import open_vectors as mapped_vectors
 from rag_core.passage_store import PassageStore
 from rag_core.passages import Passage
 from rag_core.retriever import Retrieved, best_first
@@ -41,14 +45,17 @@ class IndexShard:
         self._first_row = first_row
         self._passages = PassageStore(folder / PASSAGES_FILE)
         self._vectors_nD = open_vectors(folder)
-        self._faiss = open_faiss(folder)
+        if len(self._passages) != len(self._vectors_nD):
+            raise ArtefactError(
+                f"{folder} has {len(self._passages)} passages and {len(self._vectors_nD)} vectors. Build the index again."
+            )
+        self._file = folder / INDEX_FILE
+        self._faiss = open_faiss(folder, *self._vectors_nD.shape)
         self._exact = isinstance(self._faiss, faiss.IndexFlat)
         self._refine_factor = 1 if self._exact else refine_factor(details["factory"])
         self._rounding: float | None = None
         if details["search_parameter"]:
-            faiss.ParameterSpace().set_index_parameter(
-                self._faiss, details["search_parameter"], details["search_value"]
-            )
+            set_search_parameter(folder, self._faiss, details["search_parameter"], details["search_value"])
 
     def __len__(self) -> int:
         return len(self._vectors_nD)
@@ -64,6 +71,7 @@ class IndexShard:
             rows_BK, scores_BK = self._search_exactly(queries_BD, k, k + max(k, SPARE_ROWS))
         else:
             _, rows_BP = self._faiss.search(queries_BD, min(len(self), k * self._refine_factor))
+            check_rows(self._file, rows_BP, len(self))
             rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         vectors_BKD = self._vectors_nD[rows_BK].astype(np.float32, copy=False)
         return Retrieved(np.where(rows_BK < 0, -1, rows_BK + self._first_row), vectors_BKD, scores_BK)
@@ -80,6 +88,7 @@ class IndexShard:
         """
         proposed = min(proposed, len(self))
         own_BP, rows_BP = self._faiss.search(queries_BD, proposed)
+        check_rows(self._file, rows_BP, len(self))
         rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         if proposed < len(self):
             limit_B = own_BP[:, -1] + self._rounding_of_unit_queries() * np.linalg.norm(queries_BD, axis=1)
@@ -122,14 +131,13 @@ class IndexShard:
 
 
 def open_vectors(folder: Path) -> np.ndarray:
-    """A shard's stored vectors (n, D), memory-mapped."""
-    vectors_nD: np.ndarray = np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False)
-    return vectors_nD
+    """A shard's stored vectors (n, D), memory-mapped; ArtefactError if the file holds none."""
+    return mapped_vectors(folder / VECTORS_FILE)
 
 
-def open_faiss(folder: Path) -> faiss.Index:
-    """A shard's FAISS index; what FAISS can map is mapped."""
-    return faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP)
+def open_faiss(folder: Path, rows: int, dim: int) -> faiss.Index:
+    """A shard's FAISS index of so many rows and dimensions; what FAISS can map is mapped. ArtefactError if it is another."""
+    return mapped_faiss(folder / INDEX_FILE, rows, dim)
 
 
 def _best(rows_BP: np.ndarray, scores_BP: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_core.artefact import Manifest
-from rag_core.errors import ConfigError
+from rag_core.errors import ArtefactError, ConfigError
 from rag_core.passages import Passage
 
 
@@ -82,9 +82,14 @@ class Retriever(ABC):
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.dim: int = manifest.details["dim"]
-        self.encoder_fingerprint: str = manifest.details["encoder_fingerprint"]
-        self.ranges = shard_ranges(manifest)
+        try:
+            self.dim: int = manifest.details["dim"]
+            self.encoder_fingerprint: str = manifest.details["encoder_fingerprint"]
+            self.ranges = shard_ranges(manifest)
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(
+                f"{path}: the manifest does not describe an index ({error!r}). Build it again."
+            ) from error
 
     @abstractmethod
     def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:

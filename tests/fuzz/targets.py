@@ -225,6 +225,37 @@ def _embeddings(folder: Path) -> Target:
     return Target([sample], feed)
 
 
+def _index(name: str, factory: str, folder: Path) -> Target:
+    """`name`, one of an index's files, behind a manifest that agrees with it."""
+    import faiss
+    import numpy as np
+
+    from rag_core.index import PassageIndex
+    from rag_core.passage_store import write_passage_store
+
+    rows, vectors_ND = range(300), np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors_ND)
+    index.add(vectors_ND)
+    faiss.write_index(index, str(folder / "index.faiss"))
+    np.save(folder / "vectors.npy", vectors_ND)
+    texts = [f"p{row}" for row in rows]
+    write_passage_store([pa.table([texts, texts, texts], names=["id", "title", "text"])], folder / "passages.arrow")
+    files = {one: (folder / one).read_bytes() for one in ("index.faiss", "vectors.npy", "passages.arrow")}
+    home = folder / "index"
+    details = {"dim": 8, "encoder_fingerprint": "f", "factory": factory, "search_parameter": "", "search_value": 0}
+    _small_artefact(home, "index", files, counts={"passages": 300}, details=details)
+    manifest = json.loads((home / "manifest.json").read_bytes())
+
+    def feed(data: bytes) -> None:
+        (home / name).unlink()  # what is mapped must not be cut under who maps it
+        _put_consistently(home, name, data, manifest)
+        opened = PassageIndex.open(home, check_content=False)
+        opened.passages_of(opened.search(vectors_ND[:2], 3).rows_BK)
+
+    return Target([files[name]], feed)
+
+
 def _model_folder(name: str, folder: Path) -> Target:
     from rag_core.text_encoder import TextEncoder
     from tests.small_corpus import make_encoder
@@ -254,6 +285,11 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "settings": _settings,
     "passage-store": _passage_store,
     "embeddings": _embeddings,
+    "index-vectors": partial(_index, "vectors.npy", "Flat"),
+    "index-flat": partial(_index, "index.faiss", "Flat"),
+    "index-hnsw": partial(_index, "index.faiss", "HNSW8"),
+    "index-ivf": partial(_index, "index.faiss", "IVF8,SQ8"),
+    "index-pq": partial(_index, "index.faiss", "OPQ4,IVF8,PQ4x4fs"),
 }
 # Each input loads a model, so there are fewer.
 MODEL_TARGETS: dict[str, Callable[[Path], Target]] = {
