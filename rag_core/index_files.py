@@ -64,7 +64,7 @@ def open_faiss(file: Path, rows: int, dim: int) -> Any:
     return index
 
 
-def set_search_parameter(folder: Path, index: Any, parameter: object, value: object) -> None:
+def set_search_parameter(folder: Path, index: Any, parameter: Any, value: Any) -> None:
     """Set what an index was tuned to, or raise ArtefactError if the index has no such parameter."""
     try:
         faiss.ParameterSpace().set_index_parameter(index, parameter, value)
