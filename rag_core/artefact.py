@@ -23,6 +23,7 @@ from rag_core.draft import (
     describe,
     disk_errors_named,
     draft_folder,
+    drop_unfinished,
     finished_file,
     swap_into_place,
     write_synced,
@@ -184,6 +185,7 @@ def publish(
         published = False
         try:
             yield draft
+            drop_unfinished(draft.folder)
             manifest = describe(draft, kind, config, made_from)
             write_synced(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
             swap_into_place(draft.folder, out)

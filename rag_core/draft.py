@@ -98,7 +98,13 @@ def clear_up(out: Path, kept: Path | None) -> None:
     for draft in out.parent.glob(f".{name}.draft-*"):
         if draft != kept or draft.is_symlink():
             _remove(draft)
-    for part in kept.rglob(f"{UNFINISHED}*") if kept else ():
+    if kept:
+        drop_unfinished(kept)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Delete the halves of parts: their writers were killed before `finished_file` could."""
+    for part in list(folder.rglob(f"{UNFINISHED}*")):
         _remove(part)
 
 

@@ -29,7 +29,7 @@ from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks
 from rag_core.training import Place
 from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
-from tasks.ray_workers import REPLACEMENTS, close_workers, run_on_worker
+from tasks.ray_workers import LOST, REPLACEMENTS, close_workers, run_on_worker
 from tasks.stopping import stopping_gently
 
 
@@ -149,7 +149,7 @@ def _fit_alone(
     while True:
         try:
             return run_on_worker(share, _train_locally, loop, settings, share.gpus > 0)
-        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+        except LOST:
             losses += 1
             if losses > REPLACEMENTS:
                 raise

@@ -169,6 +169,14 @@ def test_unfinished_work_is_kept_for_the_same_work_only(tmp_path: Path) -> None:
     assert stopped({"seed": 1}) == [], "the draft of other settings was deleted"
 
 
+def test_what_a_killed_worker_left_half_written_is_not_published(tmp_path: Path) -> None:
+    with publish(tmp_path / "out", "thing", resume=True) as draft:
+        (draft.folder / "part-0").write_text("whole")
+        (draft.folder / ".unfinished-1").write_text("half")
+    assert list(open_artefact(tmp_path / "out", "thing").files) == ["part-0"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["manifest.json", "part-0"]
+
+
 def test_an_artefact_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     with publish(tmp_path / "out", "thing") as draft:
         (draft.folder / "data.txt").write_text("first")
