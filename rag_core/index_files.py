@@ -74,10 +74,21 @@ def set_search_parameter(folder: Path, index: Any, parameter: Any, value: Any) -
         ) from error
 
 
-def check_rows(file: Path, rows_BP: np.ndarray, rows: int) -> None:
-    """Raise ArtefactError if FAISS proposes a row that there is not (−1 means none)."""
-    if rows_BP.size and not (rows_BP.min() >= -1 and rows_BP.max() < rows):
-        raise _damaged(file, f"it names row {max(rows_BP.max(), -rows_BP.min())}, but there are {rows}")
+def propose(file: Path, index: Any, queries_BD: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows (B, count) that a FAISS index, opened from `file`, proposes; −1 means no row.
+
+    Raises:
+        ArtefactError: FAISS cannot search it after all, or proposes a row that there is not.
+    """
+    try:
+        scores_BP, rows_BP = index.search(queries_BD, count)
+    except (RuntimeError, MemoryError) as error:
+        raise _damaged(file, first_line(error)[-300:]) from error
+    if rows_BP.size and not (rows_BP.min() >= -1 and rows_BP.max() < index.ntotal):
+        raise _damaged(
+            file, f"it names a row between {rows_BP.min()} and {rows_BP.max()}, but there are {index.ntotal}"
+        )
+    return scores_BP, rows_BP
 
 
 def _damaged(file: Path, reason: str) -> ArtefactError:

@@ -20,9 +20,9 @@ import numpy as np
 
 from rag_core.errors import ArtefactError
 from rag_core.index_factory import refine_factor
-from rag_core.index_files import check_rows, set_search_parameter
 from rag_core.index_files import open_faiss as mapped_faiss
 from rag_core.index_files import open_vectors as mapped_vectors
+from rag_core.index_files import propose, set_search_parameter
 from rag_core.passage_store import PassageStore
 from rag_core.passages import Passage
 from rag_core.retriever import Retrieved, best_first
@@ -70,8 +70,7 @@ class IndexShard:
         if self._exact:
             rows_BK, scores_BK = self._search_exactly(queries_BD, k, k + max(k, SPARE_ROWS))
         else:
-            _, rows_BP = self._faiss.search(queries_BD, min(len(self), k * self._refine_factor))
-            check_rows(self._file, rows_BP, len(self))
+            _, rows_BP = propose(self._file, self._faiss, queries_BD, min(len(self), k * self._refine_factor))
             rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         vectors_BKD = self._vectors_nD[rows_BK].astype(np.float32, copy=False)
         return Retrieved(np.where(rows_BK < 0, -1, rows_BK + self._first_row), vectors_BKD, scores_BK)
@@ -87,8 +86,7 @@ class IndexShard:
         rounding. Where that does not rule it out, more rows are proposed.
         """
         proposed = min(proposed, len(self))
-        own_BP, rows_BP = self._faiss.search(queries_BD, proposed)
-        check_rows(self._file, rows_BP, len(self))
+        own_BP, rows_BP = propose(self._file, self._faiss, queries_BD, proposed)
         rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         if proposed < len(self):
             limit_B = own_BP[:, -1] + self._rounding_of_unit_queries() * np.linalg.norm(queries_BD, axis=1)

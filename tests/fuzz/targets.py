@@ -233,6 +233,7 @@ def _index(name: str, factory: str, folder: Path) -> Target:
     from rag_core.index import PassageIndex
     from rag_core.passage_store import write_passage_store
 
+    faiss.omp_set_num_threads(1)  # searches are tiny: threads would only wait for one another
     rows, vectors_ND = range(300), np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
     index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors_ND)
