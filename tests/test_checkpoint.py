@@ -168,7 +168,7 @@ def test_a_run_without_checkpoints_is_the_same_run(
     ], "when all steps are done only what they led to is wanted"
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 def test_with_two_threads_too_a_run_is_repeated_and_resumed_to_the_same_bits(
     parts: tuple[Path, Path, PassageIndex], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -24,14 +24,12 @@ from tests.processes import kill_tree
 from tests.ray_cluster import LocalCluster
 from tests.small_corpus import FACTS, QUESTIONS, make_encoder, make_generator, model_config, optimizer
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
 WAIT_SECONDS = 180
 PASSAGES, SHARD_ROWS = (24_000, 1_000) if SMOKE else (48_000, 1_000)
 ASKED = 768 if SMOKE else 2_560
-
-not_in_short = pytest.mark.skipif(SMOKE, reason="not in the short form (CHAOS=smoke)")
 
 
 class Site:
@@ -114,6 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             kill_tree(process)
 
 
+@pytest.mark.chaos
 def test_embedding_ends_on_the_node_that_is_left(site: Site) -> None:
     command = "embed", "--corpus", site.folder / "corpus", "--encoder", site.folder / "encoder"
     undisturbed = site.finish(*command, out="embeddings")
@@ -124,7 +123,7 @@ def test_embedding_ends_on_the_node_that_is_left(site: Site) -> None:
     site.cluster.add()
 
 
-@not_in_short
+@pytest.mark.chaos(short=False)
 def test_an_index_is_built_while_a_node_goes(site: Site) -> None:
     inputs = "--corpus", site.folder / "corpus", "--embeddings", site.folder / "embeddings"
     command = "index", *inputs, "--factory", "IVF256,SQ8"
@@ -132,7 +131,7 @@ def test_an_index_is_built_while_a_node_goes(site: Site) -> None:
     assert site.disturbed(*command, out="index-2", when=lambda: site.parts_of("index-2", "*") >= 1) == undisturbed
 
 
-@not_in_short
+@pytest.mark.chaos(short=False)
 def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--dev", site.folder / "dev.jsonl"
     command = "train", "--variant", "token", "--config", site.folder / "run.yaml", "--index", site.folder / "index"
@@ -143,7 +142,7 @@ def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site) -> None:
     assert site.disturbed(*command, out="trained-2", when=lambda: "train-token: " in site.said()) == undisturbed
 
 
-@not_in_short
+@pytest.mark.chaos(short=False)
 def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(site: Site) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--index", site.folder / "index"
     command = "infer", "--model", site.folder / "model", *files, "--variant", "token", "--num-workers", 2
@@ -154,7 +153,7 @@ def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(s
     assert found == undisturbed
 
 
-@not_in_short
+@pytest.mark.chaos(short=False)
 def test_a_command_with_another_token_is_kept_out_and_told_so(site: Site) -> None:
     wrong = {"RAY_AUTH_TOKEN": "0" * 64}
     process = site.start("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
@@ -164,7 +163,7 @@ def test_a_command_with_another_token_is_kept_out_and_told_so(site: Site) -> Non
     )
 
 
-@not_in_short
+@pytest.mark.chaos(short=False)
 def test_without_a_machine_a_stage_waits_for_so_long_and_says_what_is_missing(site: Site) -> None:
     for node in list(site.cluster.nodes):
         site.cluster.remove(node)

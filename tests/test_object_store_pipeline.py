@@ -23,7 +23,7 @@ from tests.small_corpus import (
 )
 from tests.test_resume import finish
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos(short=False), pytest.mark.timeout(600)]
 
 PIPELINE = """
 def work(config, out):

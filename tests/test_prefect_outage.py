@@ -96,7 +96,7 @@ def test_a_summary_that_prefect_does_not_take_is_kept_in_a_file(
     assert str(page) in said
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 def test_a_lost_temporary_server_is_replaced_and_the_flow_goes_on(tmp_path: Path) -> None:
     write_passages(tmp_path)
     process = start(tmp_path)
@@ -110,7 +110,7 @@ def test_a_lost_temporary_server_is_replaced_and_the_flow_goes_on(tmp_path: Path
         assert open_artefact(tmp_path / name, "corpus").counts["passages"] == 10
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 def test_a_server_that_is_lost_for_good_ends_the_flow_with_a_paragraph_and_costs_no_finished_stage(
     tmp_path: Path,
 ) -> None:

@@ -161,7 +161,7 @@ def train_workers() -> list[int]:
     return sorted(one for one in ours if "TrainWorker" in names.get(one, ""))
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_workers_that_is_killed_is_made_good_by_ray_trains_failure_policy(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str], which: int
@@ -172,7 +172,7 @@ def test_one_of_two_workers_that_is_killed_is_made_good_by_ray_trains_failure_po
     assert "train-token: a worker was lost; another one goes on from the last checkpoint" in capfd.readouterr().err
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 def test_two_workers_stop_at_the_same_step_with_a_checkpoint(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +184,7 @@ def test_two_workers_stop_at_the_same_step_with_a_checkpoint(
     assert "train-token: going on after step" in capfd.readouterr().err
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_another_try_cannot_mend_is_not_tried_again(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
@@ -260,7 +260,7 @@ def test_a_command_killed_at_random_moments_of_training_ends_as_the_undisturbed_
     assert (folder / "log").read_text().count("train-token: going on after step") == rounds
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos(short=False)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_a_second_sigterm_does_not_harm_the_checkpoint(site: tuple[Path, str, Any], pause: float) -> None:

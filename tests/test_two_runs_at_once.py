@@ -14,7 +14,7 @@ from rag_core.verification import verify
 from tests.conftest import MINILM
 from tests.test_resume import EMBED, WAIT_SECONDS, start
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos(short=False), pytest.mark.timeout(600)]
 
 # Both must have begun before the first ends, however quick or busy the machine is.
 SLOW_EMBED = (EMBED % MINILM).replace(
