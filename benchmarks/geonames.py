@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from rag_core.artefact import fingerprint_of_json, publish
+from rag_core.artefacts.artefact import fingerprint_of_json, publish
 from rag_core.corpus import KIND as CORPUS
 from rag_core.corpus import Corpus, write_passages
 from rag_core.embeddings import KIND as EMBEDDINGS

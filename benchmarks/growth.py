@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.geonames import ALL, MINILM, bench_cache, geonames_corpus
 from benchmarks.harness import Line, Side, Size, Spread, main
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, Embeddings
 from rag_core.index import IndexConfig, build_index

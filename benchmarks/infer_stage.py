@@ -27,7 +27,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartF
 
 from benchmarks.fixed_cost import clean_environment
 from benchmarks.harness import Line, Precision, Run, Side, Size, Spread, main
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.contexts import PromptConfig, assemble_contexts
 from rag_core.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name

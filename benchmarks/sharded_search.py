@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.index import IndexConfig, PassageIndex, build_index

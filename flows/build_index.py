@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.index import IndexConfig
-from rag_core.places import ArtefactPath
 from tasks.build_index import build_index as run_task
 from tasks.results import StageResult
 

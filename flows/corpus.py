@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.corpus import CorpusConfig
-from rag_core.places import ArtefactPath
 from tasks.make_corpus import make_corpus as run_task
 from tasks.results import StageResult
 

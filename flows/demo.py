@@ -8,9 +8,9 @@ from prefect import flow
 from pydantic import Field
 
 from flows.pipeline import PipelineConfig, PipelineResult, QuestionFiles, pipeline
+from rag_core.artefacts.places import ObjectPath, as_place
 from rag_core.errors import ConfigError
 from rag_core.geonames.config import GeonamesConfig
-from rag_core.places import ObjectPath, as_place
 from tasks.make_demo_data import make_demo_data
 
 

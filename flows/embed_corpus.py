@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prefect import flow
 
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.embeddings import EmbedConfig
-from rag_core.places import ArtefactPath
 from tasks.embed_corpus import embed_corpus as run_task
 from tasks.results import StageResult
 

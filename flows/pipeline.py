@@ -18,12 +18,12 @@ from flows.evaluate import evaluate
 from flows.pretrain_generator import pretrain_generator
 from flows.train_sequence import train_sequence
 from flows.train_token import train_token
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.corpus import CorpusConfig
 from rag_core.embeddings import EmbedConfig
 from rag_core.evaluation import Scores
 from rag_core.index import IndexConfig
 from rag_core.likelihood import Variant
-from rag_core.places import ArtefactPath
 from rag_core.pretraining import PretrainConfig
 from rag_core.rag_model import ModelConfig
 from tasks.batch_infer import InferConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from rag_core.places import ArtefactPath
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.pretraining import PretrainConfig
 from tasks.pretrain_generator import pretrain_generator as run_task
 from tasks.results import StageResult

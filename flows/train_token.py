@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from rag_core.places import ArtefactPath
+from rag_core.artefacts.places import ArtefactPath
 from rag_core.rag_model import ModelConfig
 from tasks.results import StageResult
 from tasks.train import TrainConfig

@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from rag_core.artefact import open_artefact, publish
+from rag_core.artefacts.artefact import open_artefact, publish
+from rag_core.artefacts.writer_lock import lock_file, only_writer
 from rag_core.errors import ArtefactError
-from rag_core.writer_lock import lock_file, only_writer
 
 CHECKPOINT, BEST = "training-checkpoint", "training-best"
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"

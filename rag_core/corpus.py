@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import (
+from rag_core.artefacts.artefact import (
     Draft,
     Manifest,
     fingerprint_of_files,
@@ -32,10 +32,10 @@ from rag_core.artefact import (
     sha256_of_file,
     working_place,
 )
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact_inputs import input_paths
+from rag_core.artefacts.places import as_place
 from rag_core.errors import ArtefactError, InputError
 from rag_core.passages import Passage
-from rag_core.places import as_place
 from rag_core.readers import CorpusFormat, Reject, Row, expand_sources, read_rows
 from rag_core.readers.rows import check_row, first_line
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, finished_file, local_copy, open_artefact
+from rag_core.artefacts.artefact import Manifest, finished_file, local_copy, open_artefact
+from rag_core.artefacts.places import as_place
 from rag_core.errors import ArtefactError
 from rag_core.heap import return_freed_blocks
-from rag_core.places import as_place
 from rag_core.readers.rows import first_line
 from rag_core.text_encoder import WINDOW, Precision, TextEncoder, passage_text
 

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.lib.format import write_array_header_1_0
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, local_copy, open_artefact, publish
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact import Manifest, local_copy, open_artefact, publish
+from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from rag_core.artefact import local_copy
+from rag_core.artefacts.artefact import local_copy
+from rag_core.artefacts.places import ObjectPath, as_place
 from rag_core.errors import ConfigError
-from rag_core.places import ObjectPath, as_place
 
 PACKAGE_PREFIX = "package:"
 

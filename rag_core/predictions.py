@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefact import finished_file, local_copy, open_artefact
+from rag_core.artefacts.artefact import finished_file, local_copy, open_artefact
 from rag_core.errors import ArtefactError
 from rag_core.questions import Question
 from rag_core.reader import Answer

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core.artefact import local_file
+from rag_core.artefacts.artefact import local_file
 from rag_core.errors import InputError
 from rag_core.passages import Passage
 from rag_core.readers.first_bytes import refuse_archives_and_utf16

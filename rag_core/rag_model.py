@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from rag_core.artefact import local_copy, open_artefact, publish
+from rag_core.artefacts.artefact import local_copy, open_artefact, publish
 from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.likelihood import Variant

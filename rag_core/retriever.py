@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_core.artefact import Manifest
+from rag_core.artefacts.artefact import Manifest
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.passages import Passage
 

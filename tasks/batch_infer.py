@@ -19,14 +19,21 @@ import torch
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import Manifest, fingerprint_of_files, finished_file, local_file, open_artefact, publish
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact import (
+    Manifest,
+    fingerprint_of_files,
+    finished_file,
+    local_file,
+    open_artefact,
+    publish,
+)
+from rag_core.artefacts.artefact_inputs import input_paths
+from rag_core.artefacts.places import absolute
 from rag_core.contexts import ContextCount, check_questions
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.passages import Passage
-from rag_core.places import absolute
 from rag_core.predictions import KIND, join_parts, prediction_row, write_part
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import ModelConfig, RagModel, batches_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefect import task
 
-from rag_core.artefact import Manifest
+from rag_core.artefacts.artefact import Manifest
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.index import KIND, IndexConfig, index_inputs

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from prefect import task
 
-from rag_core.artefact import Manifest, open_artefact, publish
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact import Manifest, open_artefact, publish
+from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, embed_shard, shard_name
 from rag_core.errors import ArtefactError

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from prefect import task
 
-from rag_core.artefact import fingerprint_of_files, local_file, open_artefact
+from rag_core.artefacts.artefact import fingerprint_of_files, local_file, open_artefact
+from rag_core.artefacts.places import as_place
 from rag_core.evaluation import Scores, evaluate_predictions
-from rag_core.places import as_place
 from rag_core.predictions import KIND as PREDICTIONS
 from rag_core.questions import read_questions
 from tasks.plots import recall_curve, scores_by_type

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import task
 from prefect.logging import get_run_logger
 
-from rag_core.artefact import Manifest, local_file
+from rag_core.artefacts.artefact import Manifest, local_file
 from rag_core.corpus import KIND, CorpusConfig, refuse_many_rejects, source_files, source_fingerprint, write_corpus
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES

@@ -12,9 +12,9 @@ from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from rag_core.artefact import local_copy, open_artefact
+from rag_core.artefacts.artefact import local_copy, open_artefact
+from rag_core.artefacts.places import absolute, as_place
 from rag_core.errors import ArtefactError
-from rag_core.places import absolute, as_place
 from rag_core.rag_model import KIND
 from tasks.tracking import StageRun
 from tasks.tracking_delivery import reaching

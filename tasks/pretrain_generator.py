@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from prefect import task
 
-from rag_core.artefact import (
+from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
     local_file,
@@ -22,12 +22,12 @@ from rag_core.artefact import (
     stage_key,
     working_place,
 )
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact_inputs import input_paths
+from rag_core.artefacts.places import absolute
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
 from rag_core.model_source import absolute_source
 from rag_core.passages import Passage
-from rag_core.places import absolute
 from rag_core.pretraining import (
     PretrainConfig,
     build_generator,

@@ -22,7 +22,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 
-from rag_core.artefact import MANIFEST
+from rag_core.artefacts.artefact import MANIFEST
 from rag_core.checkpoint import Checkpoints
 from rag_core.contexts import ContextCount
 from rag_core.errors import RagError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from rag_core.places import ArtefactPath
+from rag_core.artefacts.places import ArtefactPath
 
 
 class StageResult(BaseModel):

@@ -23,11 +23,11 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rag_core.artefact import Manifest, local_copy, open_artefact
+from rag_core.artefacts.artefact import Manifest, local_copy, open_artefact
+from rag_core.artefacts.places import as_place
 from rag_core.errors import ArtefactError, ConfigError, RagError
 from rag_core.index_shard import IndexShard
 from rag_core.passages import Passage
-from rag_core.places import as_place
 from rag_core.retriever import Retrieved, Retriever, shard_ranges
 from tasks.ray_runtime import ensure_ray
 

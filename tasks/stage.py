@@ -20,10 +20,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from rag_core.artefact import Manifest, find_finished, finish_publishing, working_place
+from rag_core.artefacts.artefact import Manifest, find_finished, finish_publishing, working_place
+from rag_core.artefacts.places import absolute, as_place
+from rag_core.artefacts.writer_lock import reserved
 from rag_core.errors import ArtefactError
-from rag_core.places import absolute, as_place
-from rag_core.writer_lock import reserved
 from tasks.notices import warn
 from tasks.results import StageResult
 from tasks.tracking import StageRun, open_run, run_link, unsent_folder

@@ -27,8 +27,8 @@ from mlflow.entities import RunStatus
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
 
 from rag_core.addresses import without_credentials
+from rag_core.artefacts.places import absolute
 from rag_core.errors import ConfigError
-from rag_core.places import absolute
 from tasks import tracking_delivery as delivery
 from tasks.notices import warn
 from tasks.tracking_journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
-from rag_core.artefact import (
+from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
     local_file,
@@ -18,14 +18,14 @@ from rag_core.artefact import (
     stage_key,
     working_place,
 )
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact_inputs import input_paths
+from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.objectives import EndToEnd, EndToEndRates
-from rag_core.places import absolute
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.contexts import PromptConfig
 from rag_core.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_core.artefact import MANIFEST, Manifest, find_finished, fingerprint_of_files, open_artefact, publish
+from rag_core.artefacts.artefact import MANIFEST, Manifest, find_finished, fingerprint_of_files, open_artefact, publish
 from rag_core.errors import ArtefactError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.index import PassageIndex
 from rag_core.questions import read_questions

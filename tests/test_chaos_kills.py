@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from tasks.ray_workers import REPLACEMENTS
 from tests.conftest import MINILM

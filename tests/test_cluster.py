@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.rag_model import RagModel
 from tests.processes import kill_tree

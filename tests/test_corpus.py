@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from rag_core.artefact import stage_key
+from rag_core.artefacts.artefact import stage_key
 from rag_core.corpus import (
     SCHEMA,
     Corpus,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from tests.small_corpus import (
     make_encoder,
     make_generator,

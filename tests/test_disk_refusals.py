@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import MANIFEST, finished_file, open_artefact, publish
+from rag_core.artefacts.artefact import MANIFEST, finished_file, open_artefact, publish
 from rag_core.errors import ArtefactError
 
 MEBIBYTE = 2**20

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.errors import ArtefactError, InputError
 from rag_core.evaluation import evaluate_predictions, evaluate_retrieval, mean_scores, retrieval_scores
 from rag_core.passages import Passage

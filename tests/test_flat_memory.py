@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.geonames import ALL, geonames_passages
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.contexts import PromptConfig
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.pretraining import PretrainConfig, build_generator

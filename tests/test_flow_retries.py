@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rag_core.artefact import Manifest, open_artefact, publish
+from rag_core.artefacts.artefact import Manifest, open_artefact, publish
 from rag_core.corpus import CorpusConfig
 from rag_core.errors import InputError
 from tests.small_corpus import write_passages_jsonl

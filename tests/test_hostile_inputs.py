@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.contexts import PromptConfig, check_questions
 from rag_core.corpus import Corpus, CorpusConfig, rejects_beside, write_corpus
 from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name

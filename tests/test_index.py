@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import publish
+from rag_core.artefacts.artefact import publish
 from rag_core.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.embeddings import Embeddings, shard_name
 from rag_core.errors import ArtefactError, ConfigError

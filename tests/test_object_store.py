@@ -15,12 +15,12 @@ import boto3
 import pytest
 from pydantic import BaseModel
 
-from rag_core import object_store, stored_artefact
-from rag_core.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
+from rag_core.artefacts import object_store, stored_artefact
+from rag_core.artefacts.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
+from rag_core.artefacts.places import ArtefactPath, ObjectPath, absolute, as_place
+from rag_core.artefacts.stored_artefact import work_folder
 from rag_core.errors import ArtefactError
-from rag_core.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.questions import read_questions
-from rag_core.stored_artefact import work_folder
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def keys(s3: Any, place: ObjectPath) -> list[str]:
 
 def contents(place: Path) -> dict[str, str]:
     """What a machine reads that has no copy yet."""
-    from rag_core.artefact import local_copy
+    from rag_core.artefacts.artefact import local_copy
 
     folder = local_copy(place)
     names = open_artefact(folder, "thing").files
@@ -178,7 +178,7 @@ def test_a_reader_that_meets_a_replaced_artefact_looks_once_more(
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from rag_core.artefact import find_finished, finish_publishing, publish
+from rag_core.artefacts.artefact import find_finished, finish_publishing, publish
 from rag_core.errors import ArtefactError
 place, text, go, files = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 try:
@@ -286,9 +286,9 @@ def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(
 def test_verify_reads_every_object_and_repair_replaces_the_damaged_ones(
     place: ObjectPath, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from rag_core.artefacts.repair import repair
+    from rag_core.artefacts.verification import artefacts_below, verify
     from rag_core.corpus import CorpusConfig, write_corpus
-    from rag_core.repair import repair
-    from rag_core.verification import artefacts_below, verify
     from tests.small_corpus import write_passages_jsonl
 
     source = write_passages_jsonl(tmp_path / "passages.jsonl")

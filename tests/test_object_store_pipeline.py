@@ -9,9 +9,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from rag_core.artefact import manifest_at
-from rag_core.places import ObjectPath
-from rag_core.verification import artefacts_below, verify
+from rag_core.artefacts.artefact import manifest_at
+from rag_core.artefacts.places import ObjectPath
+from rag_core.artefacts.verification import artefacts_below, verify
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 from tests.small_corpus import (
     PROMPT,

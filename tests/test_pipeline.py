@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import Corpus, CorpusConfig
 from rag_core.embeddings import EmbedConfig, Embeddings
 from rag_core.errors import ArtefactError
@@ -253,7 +253,7 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
 
 def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  # type: ignore[no-untyped-def]
     _, out, _ = ran
-    from rag_core.verification import artefacts_below, verify
+    from rag_core.artefacts.verification import artefacts_below, verify
 
     reports = [verify(path) for path in artefacts_below(out)]
     assert [one for report in reports for one in (*report.findings, *report.notes)] == []
@@ -263,7 +263,7 @@ def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  #
 
 def test_damaged_files_of_every_stage_are_made_again_byte_for_byte(ran) -> None:  # type: ignore[no-untyped-def]
     _, out, _ = ran
-    from rag_core.repair import repair
+    from rag_core.artefacts.repair import repair
 
     for name in (
         "corpus/passages-00001.parquet",

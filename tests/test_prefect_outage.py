@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from tests.conftest import _free_port, _wait_until_healthy
 
 ROOT = Path(__file__).resolve().parents[1]

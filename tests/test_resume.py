@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.artefact import open_artefact, publish
+from rag_core.artefacts.artefact import open_artefact, publish
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.errors import ArtefactError
 from tests.conftest import MINILM

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 
-from rag_core.artefact import manifest_at
+from rag_core.artefacts.artefact import manifest_at
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError

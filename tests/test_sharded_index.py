@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_core.artefact import Manifest, open_artefact, stage_key
+from rag_core.artefacts.artefact import Manifest, open_artefact, stage_key
+from rag_core.artefacts.repair import repair
+from rag_core.artefacts.verification import verify
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import IndexConfig, PassageIndex, build_index, index_inputs
 from rag_core.passage_store import write_passage_store
-from rag_core.repair import repair
 from rag_core.retriever import Retrieved
-from rag_core.verification import verify
 from tests.test_index import QUERIES_BD, D, N, _brute_force, _corpus, _embeddings, _vectors
 
 SHARDS = (1, 2, 3, 7)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rag_core.artefact import fingerprint_of_files, open_artefact
+from rag_core.artefacts.artefact import fingerprint_of_files, open_artefact
 from rag_core.checkpoint import Checkpoints
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError

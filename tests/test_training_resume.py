@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rag_core.artefact import open_artefact
+from rag_core.artefacts.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.objectives import EndToEndRates
 from tests.small_corpus import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rag_core.artefacts.verification import verify
 from rag_core.corpus import CorpusConfig, write_corpus
-from rag_core.verification import verify
 from tests.conftest import MINILM
 from tests.test_resume import EMBED, WAIT_SECONDS, start
 

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from rag_core.artefact import MANIFEST, Draft, open_artefact, publish
-from rag_core.artefact_inputs import GivenInputs
+from rag_core.artefacts.artefact import MANIFEST, Draft, open_artefact, publish
+from rag_core.artefacts.artefact_inputs import GivenInputs
+from rag_core.artefacts.repair import repair
+from rag_core.artefacts.verification import artefacts_below, verify
 from rag_core.errors import ArtefactError
 from rag_core.predictions import join_parts, write_part
-from rag_core.repair import repair
-from rag_core.verification import artefacts_below, verify
 from tests.small_corpus import make_encoder, make_index
 
 KINDS = ("corpus", "embeddings", "index", "predictions")

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from rag_core.artefact import open_artefact, publish
+from rag_core.artefacts.artefact import open_artefact, publish
+from rag_core.artefacts.writer_lock import lock_file, only_writer, reserved, wait_setting
 from rag_core.errors import ArtefactError, ConfigError
-from rag_core.writer_lock import lock_file, only_writer, reserved, wait_setting
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from rag_core.artefact import find_finished, publish
+from rag_core.artefacts.artefact import find_finished, publish
 from rag_core.errors import ArtefactError
-from rag_core.writer_lock import reserved
+from rag_core.artefacts.writer_lock import reserved
 
 out, go = Path(sys.argv[1]), Path(sys.argv[2])
 while not go.exists():

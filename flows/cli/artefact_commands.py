@@ -14,8 +14,8 @@ from flows.cli.printing import console
 from rag_core.errors import RagError
 
 if TYPE_CHECKING:
-    from rag_core.artefact_inputs import GivenInputs
-    from rag_core.verification import Report
+    from rag_core.artefacts.artefact_inputs import GivenInputs
+    from rag_core.artefacts.verification import Report
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,8 +41,8 @@ def verify(
     embeddings and of an index, and either file of predictions. A file takes
     its place only if it is byte for byte what was published.
     """
-    from rag_core.artefact_inputs import GivenInputs
-    from rag_core.verification import artefacts_below
+    from rag_core.artefacts.artefact_inputs import GivenInputs
+    from rag_core.artefacts.verification import artefacts_below
 
     given = GivenInputs(tuple(source or ()), corpus, embeddings)
     found = list(dict.fromkeys(artefact for path in paths for artefact in artefacts_below(path)))
@@ -57,8 +57,8 @@ def verify(
 
 
 def _examine(path: Path, given: GivenInputs, repair: bool) -> Report:
-    from rag_core.repair import repair as make_again
-    from rag_core.verification import verify as examine
+    from rag_core.artefacts.repair import repair as make_again
+    from rag_core.artefacts.verification import verify as examine
 
     report = examine(path, given)
     if not (repair and report.manifest and report.findings):

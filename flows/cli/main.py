@@ -56,7 +56,7 @@ def settings(
     if wait is not None:
         os.environ["RAG_WAIT_SECONDS"] = str(wait)
     if "RAG_WAIT_SECONDS" in os.environ:
-        from rag_core.writer_lock import wait_setting
+        from rag_core.artefacts.writer_lock import wait_setting
 
         wait_setting()
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefact import fingerprint_of_json, open_artefact, publish
+from rag_core.artefacts.artefact import fingerprint_of_json, open_artefact, publish
 from rag_core.readers import CorpusFormat, Reject, read_rows
 
 Feed = Callable[[bytes], None]

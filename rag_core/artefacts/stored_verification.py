@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from rag_core.draft import finished_file
+from rag_core.artefacts.draft import finished_file
+from rag_core.artefacts.manifest import MANIFEST, Finding, Manifest, examine_file, sha256_of_file
+from rag_core.artefacts.object_store import download, download_plain, list_objects, upload
+from rag_core.artefacts.places import ObjectPath
+from rag_core.artefacts.stored_artefact import cache_folder, copy_folder, files_place, needed_manifest
 from rag_core.errors import ArtefactError
-from rag_core.manifest import MANIFEST, Finding, Manifest, examine_file, sha256_of_file
-from rag_core.object_store import download, download_plain, list_objects, upload
-from rag_core.places import ObjectPath
-from rag_core.stored_artefact import cache_folder, copy_folder, files_place, needed_manifest
 
 
 def stored_artefacts_below(place: ObjectPath) -> list[ObjectPath]:

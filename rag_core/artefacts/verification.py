@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rag_core.artefact import local_copy, manifest_at
-from rag_core.artefact_contents import content_findings
-from rag_core.artefact_inputs import GivenInputs, command_for, find_input
+from rag_core.artefacts.artefact import local_copy, manifest_at
+from rag_core.artefacts.artefact_contents import content_findings
+from rag_core.artefacts.artefact_inputs import GivenInputs, command_for, find_input
+from rag_core.artefacts.manifest import MANIFEST, REPAIRABLE, Finding, Manifest, examine_files, foreign_files
+from rag_core.artefacts.places import ObjectPath, as_place
+from rag_core.artefacts.stored_verification import stored_artefacts_below, stored_findings
 from rag_core.errors import ArtefactError
-from rag_core.manifest import MANIFEST, REPAIRABLE, Finding, Manifest, examine_files, foreign_files
-from rag_core.places import ObjectPath, as_place
-from rag_core.stored_verification import stored_artefacts_below, stored_findings
 
 # In the order in which they are made: what is repaired first may be needed for what follows.
 ORDER = ("corpus", "embeddings", "index", "generator", "rag-model", "predictions")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.draft import (
+from rag_core.artefacts.draft import (
     Draft,
     clear_up,
     describe,
@@ -28,8 +28,7 @@ from rag_core.draft import (
     swap_into_place,
     write_synced,
 )
-from rag_core.errors import ArtefactError
-from rag_core.manifest import (
+from rag_core.artefacts.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     FileEntry,
@@ -42,8 +41,9 @@ from rag_core.manifest import (
     sha256_of_file,
     stage_key,
 )
-from rag_core.places import ObjectPath, as_place
-from rag_core.writer_lock import only_writer
+from rag_core.artefacts.places import ObjectPath, as_place
+from rag_core.artefacts.writer_lock import only_writer
+from rag_core.errors import ArtefactError
 
 __all__ = [
     "MANIFEST",
@@ -87,7 +87,7 @@ def manifest_at(path: Path, kind: str | None = None) -> Manifest:
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return read_manifest(place, kind)
-    from rag_core.stored_artefact import needed_manifest
+    from rag_core.artefacts.stored_artefact import needed_manifest
 
     return needed_manifest(place, kind).manifest
 
@@ -101,7 +101,7 @@ def local_copy(path: Path) -> Path:
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return place
-    from rag_core.stored_artefact import fetch
+    from rag_core.artefacts.stored_artefact import fetch
 
     return fetch(place)
 
@@ -111,7 +111,7 @@ def local_file(path: Path) -> Path:
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return place
-    from rag_core.stored_artefact import fetch_file
+    from rag_core.artefacts.stored_artefact import fetch_file
 
     return fetch_file(place)
 
@@ -121,7 +121,7 @@ def finish_publishing(out: Path, kind: str, config: dict[str, Any], made_from: d
     place = as_place(out)
     if not isinstance(place, ObjectPath):
         return None
-    from rag_core.stored_artefact import finish_upload
+    from rag_core.artefacts.stored_artefact import finish_upload
 
     return finish_upload(place, kind, config, made_from)
 
@@ -131,7 +131,7 @@ def working_place(out: Path) -> Path:
     place = as_place(out)
     if not isinstance(place, ObjectPath):
         return place
-    from rag_core.stored_artefact import work_folder
+    from rag_core.artefacts.stored_artefact import work_folder
 
     return work_folder(place)
 
@@ -166,7 +166,7 @@ def publish(
     """
     place = as_place(out)
     if isinstance(place, ObjectPath):
-        from rag_core.stored_artefact import publish_to_store  # which is built on this module
+        from rag_core.artefacts.stored_artefact import publish_to_store  # which is built on this module
 
         options: dict[str, Any] = {"config": config, "made_from": made_from, "wait_seconds": wait_seconds}
         with publish_to_store(place, kind, resume=resume, **options) as draft:

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rag_core.artefacts.manifest import MANIFEST, Finding, Manifest
 from rag_core.corpus import REJECTS, Corpus, read_shard
 from rag_core.embeddings import Embeddings
 from rag_core.errors import RagError
-from rag_core.manifest import MANIFEST, Finding, Manifest
 from rag_core.predictions import JSONL, PARQUET, read_predictions
 from rag_core.predictions import SCHEMA as PREDICTIONS_SCHEMA
 

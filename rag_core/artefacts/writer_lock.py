@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
-from rag_core.draft import disk_errors_named
+from rag_core.artefacts.draft import disk_errors_named
 from rag_core.errors import ArtefactError, ConfigError
 
 WAIT_SETTING = "RAG_WAIT_SECONDS"

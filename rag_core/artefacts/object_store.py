@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.draft import finished_file
+from rag_core.artefacts.draft import finished_file
+from rag_core.artefacts.manifest import FileEntry, sha256_of_file
+from rag_core.artefacts.places import ObjectPath
 from rag_core.errors import ArtefactError
-from rag_core.manifest import FileEntry, sha256_of_file
-from rag_core.places import ObjectPath
 
 # Answers to a conditional write that another one was faster.
 _LOST = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey")

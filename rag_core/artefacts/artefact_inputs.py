@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core.artefact import manifest_at
+from rag_core.artefacts.artefact import manifest_at
+from rag_core.artefacts.manifest import Manifest
+from rag_core.artefacts.places import absolute
 from rag_core.errors import ArtefactError
-from rag_core.manifest import Manifest
-from rag_core.places import absolute
 
 
 @dataclass(frozen=True, slots=True)

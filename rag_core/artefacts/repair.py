@@ -16,20 +16,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from rag_core.artefact import local_file, sha256_of_file
-from rag_core.artefact_inputs import GivenInputs, command_for, find_input
+from rag_core.artefacts.artefact import local_file, sha256_of_file
+from rag_core.artefacts.artefact_inputs import GivenInputs, command_for, find_input
+from rag_core.artefacts.draft import disk_errors_named, draft_folder, sync
+from rag_core.artefacts.manifest import REPAIRABLE, Manifest, examine_files, read_manifest
+from rag_core.artefacts.places import ObjectPath, as_place
+from rag_core.artefacts.stored_verification import replace_damaged
+from rag_core.artefacts.verification import NOT_REPAIRED
+from rag_core.artefacts.writer_lock import only_writer
 from rag_core.corpus import Corpus, CorpusConfig, source_fingerprint, write_corpus
-from rag_core.draft import disk_errors_named, draft_folder, sync
 from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name
 from rag_core.errors import ArtefactError
 from rag_core.index import IndexConfig, build_index
-from rag_core.manifest import REPAIRABLE, Manifest, examine_files, read_manifest
-from rag_core.places import ObjectPath, as_place
 from rag_core.predictions import JSONL, PARQUET, write_jsonl, write_parquet
-from rag_core.stored_verification import replace_damaged
 from rag_core.text_encoder import TextEncoder
-from rag_core.verification import NOT_REPAIRED
-from rag_core.writer_lock import only_writer
 
 # Makes the wanted files again in a folder, under their names in the artefact.
 Rebuild = Callable[[Path, Manifest, list[str], GivenInputs, Path], None]

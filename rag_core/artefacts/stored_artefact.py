@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core import artefact
-from rag_core.draft import Draft, disk_errors_named
-from rag_core.errors import ArtefactError
-from rag_core.manifest import MANIFEST, Manifest, examine_file, parse_manifest, read_manifest
-from rag_core.object_store import (
+from rag_core.artefacts import artefact
+from rag_core.artefacts.draft import Draft, disk_errors_named
+from rag_core.artefacts.manifest import MANIFEST, Manifest, examine_file, parse_manifest, read_manifest
+from rag_core.artefacts.object_store import (
     ManifestChangedError,
     delete,
     download,
@@ -32,8 +31,9 @@ from rag_core.object_store import (
     upload,
     write_if_unchanged,
 )
-from rag_core.places import ObjectPath
-from rag_core.writer_lock import reserved
+from rag_core.artefacts.places import ObjectPath
+from rag_core.artefacts.writer_lock import reserved
+from rag_core.errors import ArtefactError
 
 
 @dataclass(frozen=True, slots=True)

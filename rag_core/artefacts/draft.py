@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rag_core.artefacts.manifest import FileEntry, Manifest, fingerprint_of_content, sha256_of_file, stage_key
 from rag_core.errors import ArtefactError, RagError
-from rag_core.manifest import FileEntry, Manifest, fingerprint_of_content, sha256_of_file, stage_key
 
 # How names of parts begin while they are written.
 UNFINISHED = ".unfinished-"
