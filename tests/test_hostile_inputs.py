@@ -35,7 +35,7 @@ from tests.small_corpus import make_encoder
 
 GOOD = '{"id": "good", "text": "fine"}\n'
 REMEDY = re.compile(
-    r"\b(Correct|Convert|Copy|Give|Unpack|Write|Make|Embed|Add|Rename|Choose|Name|Remove|Build|Shorten|Ask|Install)\b"
+    r"\b(Correct|Convert|Copy|Give|Unpack|Write|Make|Embed|Add|Rename|Choose|Name|Remove|Build|Shorten|Ask|Install|Run)\b"
     r"|[Cc]orrect the|or choose|--trust-remote-code"
 )
 
