@@ -13,8 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from rag_core.artefact import fingerprint_of_files, publish
-from rag_core.artefact_inputs import input_paths
+from rag_core.artefacts.artefact import fingerprint_of_files, publish
+from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.predictions import join_parts, prediction_row, write_part
 from rag_core.questions import read_questions
 from rag_core.rag_model import RagModel

@@ -129,7 +129,7 @@ def append(file: Path, name: int) -> None:
 
 def test_what_some_processes_write_while_others_send_arrives_once_and_in_order(tmp_path: Path) -> None:
     file, server = tmp_path / "r1.jsonl", Server(up=True)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=append, args=(file, name)) for name in range(3)]
     for writer in writers:
         writer.start()

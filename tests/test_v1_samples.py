@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rag_core.artefacts.manifest import read_manifest
+from rag_core.artefacts.verification import artefacts_below, verify
 from rag_core.corpus import Corpus
 from rag_core.embeddings import Embeddings
 from rag_core.index import PassageIndex
-from rag_core.manifest import read_manifest
 from rag_core.predictions import read_predictions
 from rag_core.rag_model import RagModel
 from rag_core.reader import DecodingConfig, load_generator
-from rag_core.verification import artefacts_below, verify
 
 SAMPLES = Path(__file__).parent / "samples" / "v1"
 FINGERPRINTS = {
