@@ -96,7 +96,7 @@ def test_replicas_are_on_different_machines_and_losing_one_loses_no_answer(folde
             cluster.remove(cluster.nodes[0])
             output = driver.stdout.read()
         assert driver.returncode == 0
-    told = json.loads(output)
+    told = json.loads(output.splitlines()[-1])
     assert all(len(set(homes)) == 2 for homes in told["before"]), "the replicas of a shard are on two machines"
     assert len({home for homes in told["after"] for home in homes}) == 1, "the other machine holds all of them"
     assert told["answers"] > 0
