@@ -45,10 +45,10 @@ $(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
 mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 6 minutes)
 	$(BIN)/python -m tests.mutants
 
-chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (up to 20 minutes on two cores)
+chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (half an hour or more on two cores)
 	$(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
-chaos-smoke: setup ## the same in short (in CI)
+chaos-smoke: setup ## some of it in short (about 5 minutes; in CI)
 	CHAOS=smoke $(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup ## formatting, lint, types, the direction of imports, and what is known to be unsafe
