@@ -63,7 +63,7 @@ def start(work: str, folder: Path, *arguments: object) -> subprocess.Popen[bytes
 def finish(work: str, folder: Path, *arguments: object) -> str:
     """Run it to its end; what it wrote since."""
     before = (folder / "log").stat().st_size if (folder / "log").exists() else 0
-    assert start(work, folder, *arguments).wait(WAIT_SECONDS) == 0, (folder / "log").read_text()
+    assert start(work, folder, *arguments).wait(4 * WAIT_SECONDS) == 0, (folder / "log").read_text()
     return (folder / "log").read_bytes()[before:].decode()
 
 

@@ -94,7 +94,7 @@ def disturbed(out: Path, steps: int, disturb: Callable[[], None]) -> Iterator[No
     disturbances = []
 
     def watch() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             if any(int(one.name[5:]) >= steps for one in out.parent.glob(f".{out.name}.training-*/step-*")):
                 disturb()
@@ -233,7 +233,7 @@ def outcome(folder: Path, out: Path) -> tuple[str, Any]:
 
 
 def wait_for_checkpoint(folder: Path, out: Path, process: subprocess.Popen[bytes], beyond: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while max((int(one.name[5:]) for one in out.parent.glob(f".{out.name}.training-*/step-*")), default=0) <= beyond:
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < end, "training did not begin"
