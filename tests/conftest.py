@@ -48,12 +48,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServicesI
     return ServicesInTwo(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`CHAOS=smoke`: tests marked `chaos(short=False)` have no short form and are left out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`CHAOS=smoke` selects the tests that have a short form: those marked `chaos(short=False)` are deselected, as by `-m`."""
     if os.environ.get("CHAOS") == "smoke":
-        for item in items:
-            if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos")):
-                item.add_marker(pytest.mark.skip(reason="not in the short form (CHAOS=smoke)"))
+        long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(scope="session", autouse=True)
