@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from rag_core.artefacts.draft import sync
 from rag_core.errors import ArtefactError
 
 SUFFIX = ".jsonl"
@@ -159,7 +160,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             if new:
-                _sync(self.file.parent)
+                sync(self.file.parent)
 
     def _keep(self, name: str, content: bytes) -> str:
         folder = self.file.with_suffix(".files")
@@ -191,7 +192,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             draft.rename(self.file)
-            _sync(self.file.parent)
+            sync(self.file.parent)
 
     @contextlib.contextmanager
     def _only_sender(self) -> Iterator[bool]:
@@ -272,11 +273,3 @@ def _whole_lines(file: IO[bytes]) -> int:
     size = file.read().rfind(b"\n") + 1
     file.truncate(size)
     return size
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
