@@ -28,7 +28,7 @@ from rag_core.objectives import Reading, ReadingExample
 from rag_core.passages import Passage
 from rag_core.questions import Question
 from rag_core.reader import GeneratorReader
-from rag_core.training import OptimizerConfig
+from rag_core.training import NOT_IN_KEY, OptimizerConfig
 
 # Parameters that no pretrained model had: the cross-attention and the head that predicts tokens.
 FRESH = ("crossattention", "cls.predictions")
@@ -55,7 +55,7 @@ class PretrainConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is made of the encoder's weights."""
         return self.model_dump(
-            mode="json", exclude={"encoder": True, "trust_remote_code": True, "optimizer": {"checkpoint_every"}}
+            mode="json", exclude={"encoder": True, "trust_remote_code": True, "optimizer": NOT_IN_KEY}
         )
 
 

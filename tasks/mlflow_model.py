@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
@@ -21,14 +22,20 @@ from tasks.tracking_delivery import reaching
 
 # A server may answer an upload only when it has stored it.
 UPLOAD_SECONDS = 120
+# Tag of a registered version: the fingerprint of the model's artefact.
+FINGERPRINT = "fingerprint"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "question")]),
     outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "log_prob")]),
 )
 
 
-def register_model(run: StageRun, model: Path, index: Path, variant: str) -> None:
-    """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`."""
+def register_model(run: StageRun, model: Path, index: Path, variant: str, *, unless_known: bool = False) -> None:
+    """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`.
+
+    Args:
+        unless_known: do nothing if a model with these very weights is registered, by whatever run.
+    """
     manifest = open_artefact(model, KIND, check_content=False)
     run.write(
         {
@@ -37,11 +44,12 @@ def register_model(run: StageRun, model: Path, index: Path, variant: str) -> Non
             "model": absolute(model),
             "fingerprint": manifest.fingerprint,
             "index": absolute(index),
+            "unless_known": unless_known,
         }
     )
 
 
-def register_now(uri: str, run_id: str, entry: Mapping[str, str]) -> None:
+def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
     """Send what `register_model` wrote down, unless this run has registered its model already.
 
     Raises:
@@ -57,12 +65,15 @@ def register_now(uri: str, run_id: str, entry: Mapping[str, str]) -> None:
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     with reaching(uri, UPLOAD_SECONDS, retries=2) as client, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        if client.search_model_versions(f"name = '{entry['name']}' and run_id = '{run_id}'"):
+        registered = client.search_model_versions(f"name = '{entry['name']}'")
+        if any(one.run_id == run_id for one in registered):
+            return
+        if entry.get("unless_known") and any(one.tags.get(FINGERPRINT) == entry["fingerprint"] for one in registered):
             return
         if mlflow.get_tracking_uri() != uri:
             mlflow.set_tracking_uri(uri)
         with mlflow.start_run(run_id=run_id, log_system_metrics=False):
-            mlflow.pyfunc.log_model(
+            logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("answering_model.py")),
                 artifacts={"model": str(local_copy(as_place(entry["model"])).resolve())},
@@ -71,3 +82,6 @@ def register_now(uri: str, run_id: str, entry: Mapping[str, str]) -> None:
                 pip_requirements=["rag-pipeline"],
                 registered_model_name=entry["name"],
             )
+        client.set_model_version_tag(
+            entry["name"], str(logged.registered_model_version), FINGERPRINT, entry["fingerprint"]
+        )

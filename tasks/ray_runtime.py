@@ -39,6 +39,8 @@ TRAIN_ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# On which interface the process groups of training workers listen.
+GROUP_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,13 @@ def _loopback_only() -> Iterator[None]:
     """
     before = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
     interface = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ |= {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", "GLOO_SOCKET_IFNAME": interface}
+    ours = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"} | dict.fromkeys(GROUP_INTERFACES, interface)
+    os.environ |= ours
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        for name in (ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "GLOO_SOCKET_IFNAME"):
+        for name in ours:
             os.environ.pop(name)
             os.environ |= {name: before[0][name]} if name in before[0] else {}
         ray_constants.ENABLE_RAY_CLUSTER = before[1]

@@ -8,6 +8,7 @@ neither Ray nor MLflow; it talks to a `Reporter` (`reporter.py`).
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from rich.console import Console
 
 from rag_core.artefacts.artefact import MANIFEST
@@ -183,6 +185,7 @@ def _fit_together(
     trainer = _Trainer(
         loop,  # type: ignore[arg-type]  # Ray's type returns nothing
         train_loop_config=settings,
+        torch_config=_meeting(notes),
         scaling_config=ScalingConfig(
             num_workers=share.num_workers, use_gpu=share.gpus > 0, resources_per_worker=share.resources
         ),
@@ -204,6 +207,42 @@ def _fit_together(
     finally:
         trainer.end()
         shutil.rmtree(notes, ignore_errors=True)
+
+
+def _meeting(folder: Path) -> TorchConfig:
+    """How workers find one another: on a cluster as Ray has it; on this machine alone without a port for strangers."""
+    return TorchConfig() if os.environ.get("RAY_ADDRESS") else _MeetInFolder(folder=str(folder))
+
+
+@dataclass
+class _MeetInFolder(TorchConfig):
+    """Workers of one machine meet through a file in `folder`: PyTorch's `TCPStore` would listen on every interface."""
+
+    folder: str = ""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _FileBackend
+
+
+class _FileBackend(_TorchBackend):
+    """Ray Train's backend for PyTorch but for the address at which the workers meet."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        Path(backend_config.folder).mkdir(parents=True, exist_ok=True)
+        # A new one each time: workers that start again must not find what the lost ones left.
+        file = Path(backend_config.folder) / f"meeting-{uuid.uuid4().hex[:8]}"
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
+        size = len(worker_group)
+        ray.get(
+            [worker_group.execute_single_async(rank, _meet, str(file), backend, rank, size) for rank in range(size)]
+        )
+
+
+def _meet(file: str, backend: str, rank: int, size: int) -> None:
+    _set_torch_distributed_env_vars()
+    store = torch.distributed.FileStore(file, size)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 class _Trainer(TorchTrainer):

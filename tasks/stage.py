@@ -50,6 +50,7 @@ def run_stage(
     parent_run_id: str | None,
     work: Callable[[StageRun], Manifest],
     made_from: Mapping[str, str] | None = None,
+    announce: Callable[[StageRun, bool], None] | None = None,
 ) -> StageResult:
     """Run `work`, unless its artefact is already at `out`.
 
@@ -61,6 +62,8 @@ def run_stage(
         parent_run_id: MLflow run of the pipeline.
         work: does it and returns the manifest; it may log to the run.
         made_from: fingerprints in the artefact's key, where they are not those of `inputs`.
+        announce: tells others of the published artefact. Called again, with True, by a later run that finds the artefact
+            but no note that this was done: the run that made it may have been killed, or have been on another machine.
     """
     started, out = time.monotonic(), as_place(out)
     keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
@@ -77,11 +80,15 @@ def run_stage(
                 manifest = find_finished(*work_done) or finish_publishing(*work_done)
                 skipped = manifest is not None
                 if manifest is None:
+                    _run_file(out).unlink(missing_ok=True)
                     manifest = work(run)
-                    _remember_run(out, run.run_id)
         if skipped:
             get_run_logger().info("%s: %s is up to date, nothing to do", stage, out)
             run.set_tags({"skipped": "true", "made_by_run": _remembered_run(out)})
+        if not skipped or (announce and not _run_file(out).is_file()):
+            if announce:
+                announce(run, skipped)
+            _remember_run(out, run.run_id)
         run.log_metrics({f"count_{name}": count for name, count in manifest.counts.items()})
         run.log_dict(manifest.model_dump(exclude={"files"}), "manifest.json")
         run.set_tags({"fingerprint": manifest.fingerprint})

@@ -141,7 +141,7 @@ class StageRun:
 
 @contextlib.contextmanager
 def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> Iterator[StageRun]:
-    """An MLflow run that ends as finished, failed, or killed (Ctrl-C), as the block does.
+    """An MLflow run that ends as finished, failed, or killed (Ctrl-C, SIGTERM), as the block does.
 
     Raises:
         ConfigError: MLflow cannot be reached, and could not be in this process before: better now than after hours.
@@ -150,12 +150,12 @@ def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str
     if parent_run_id:
         run_tags[MLFLOW_PARENT_RUN_ID] = parent_run_id
     run = StageRun(_new_run(run_tags))
-    status = RunStatus.to_string(RunStatus.FAILED)
+    status = RunStatus.to_string(RunStatus.KILLED)
     try:
         yield run
         status = RunStatus.to_string(RunStatus.FINISHED)
-    except KeyboardInterrupt:
-        status = RunStatus.to_string(RunStatus.KILLED)
+    except Exception:
+        status = RunStatus.to_string(RunStatus.FAILED)
         raise
     finally:
         run.write({"do": "end", "status": status, "time": milliseconds()})

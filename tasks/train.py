@@ -119,7 +119,6 @@ def train(
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
             draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
-        register_model(run, out, index, variant)
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
@@ -131,6 +130,7 @@ def train(
         made_from=made_from,
         parent_run_id=parent_run_id,
         work=work,
+        announce=lambda run, skipped: register_model(run, out, index, variant, unless_known=skipped),
     )
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Called with a sentence, or a table, that is shown after the run: what was measured, for docs/reliability.md."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of the tests that passed."""
+    reports = terminalreporter.getreports("passed")
+    figures = [(report.nodeid, text) for report in reports for name, text in report.user_properties if name == "figure"]
+    if figures:
+        terminalreporter.section("figures")
+        for test, text in figures:
+            terminalreporter.write_line(f"{test}\n    {text}")
 
 
 @pytest.fixture(scope="session", autouse=True)

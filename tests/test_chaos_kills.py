@@ -117,7 +117,9 @@ def victims_of(chance: random.Random) -> list[str]:
 
 
 @pytest.mark.chaos
-def test_embedding_killed_at_random_moments_ends_with_every_row_once(tmp_path: Path) -> None:
+def test_embedding_killed_at_random_moments_ends_with_every_row_once(
+    tmp_path: Path, figure: Callable[[str], None]
+) -> None:
     texts = [f"Place {number} lies {number % 97} km from Lyon." for number in range(10 * SHARDS)]
     rows = [{"id": str(number), "title": "Places", "text": text} for number, text in enumerate(texts)]
     source = tmp_path / "passages.jsonl"
@@ -136,11 +138,13 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(tmp_path: P
     assert open_artefact(out, "embeddings").fingerprint == open_artefact(undisturbed, "embeddings").fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in killer.finished} == killer.finished
     assert killer.killed.total() == KILLS
-    print(f"embedding: killed {dict(killer.killed)}, {len(rows)} rows equal")
+    figure(f"embedding: killed {dict(killer.killed)}, {len(rows)} rows equal, no finished shard made again")
 
 
 @pytest.mark.chaos
-def test_answering_killed_at_random_moments_ends_with_every_answer_once(tmp_path: Path) -> None:
+def test_answering_killed_at_random_moments_ends_with_every_answer_once(
+    tmp_path: Path, figure: Callable[[str], None]
+) -> None:
     from rag_core.rag_model import RagModel
 
     encoder = make_encoder(tmp_path / "encoder")
@@ -161,4 +165,4 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(tmp_path
     assert answered == [one["id"] for one in asked]
     assert open_artefact(out, "predictions").counts == open_artefact(undisturbed, "predictions").counts
     assert killer.killed.total() == KILLS
-    print(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal")
+    figure(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal, no finished shard made again")

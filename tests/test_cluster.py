@@ -30,6 +30,8 @@ SMOKE = os.environ.get("CHAOS") == "smoke"
 WAIT_SECONDS = 180
 PASSAGES, SHARD_ROWS = (24_000, 1_000) if SMOKE else (48_000, 1_000)
 ASKED = 768 if SMOKE else 2_560
+SAME = "a node killed, every file the same"
+Figure = Callable[[str], None]
 
 
 class Site:
@@ -113,26 +115,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.mark.chaos
-def test_embedding_ends_on_the_node_that_is_left(site: Site) -> None:
+def test_embedding_ends_on_the_node_that_is_left(site: Site, figure: Figure) -> None:
     command = "embed", "--corpus", site.folder / "corpus", "--encoder", site.folder / "encoder"
     undisturbed = site.finish(*command, out="embeddings")
     found = site.disturbed(
         *command, out="disturbed", when=lambda: site.parts_of("disturbed", "emb*.parquet") >= 2, rejoin=False
     )
     assert found == undisturbed
+    figure(SAME)
     site.cluster.add()
 
 
 @pytest.mark.chaos(short=False)
-def test_an_index_is_built_while_a_node_goes(site: Site) -> None:
+def test_an_index_is_built_while_a_node_goes(site: Site, figure: Figure) -> None:
     inputs = "--corpus", site.folder / "corpus", "--embeddings", site.folder / "embeddings"
     command = "index", *inputs, "--factory", "IVF256,SQ8"
     undisturbed = site.finish(*command, out="index")
     assert site.disturbed(*command, out="index-2", when=lambda: site.parts_of("index-2", "*") >= 1) == undisturbed
+    figure(SAME)
 
 
 @pytest.mark.chaos(short=False)
-def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site) -> None:
+def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site, figure: Figure) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--dev", site.folder / "dev.jsonl"
     command = "train", "--variant", "token", "--config", site.folder / "run.yaml", "--index", site.folder / "index"
     command += *files, "--num-workers", 2
@@ -140,10 +144,11 @@ def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site) -> None:
     undisturbed = site.finish(*command, out="trained")
     site.cluster.wait_for_nodes(2)
     assert site.disturbed(*command, out="trained-2", when=lambda: "train-token: " in site.said()) == undisturbed
+    figure(SAME)
 
 
 @pytest.mark.chaos(short=False)
-def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(site: Site) -> None:
+def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(site: Site, figure: Figure) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--index", site.folder / "index"
     command = "infer", "--model", site.folder / "model", *files, "--variant", "token", "--num-workers", 2
     command += "--num-beams", 2, "--max-new-tokens", 6
@@ -151,6 +156,7 @@ def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(s
     undisturbed = site.finish(*command, out="answers")
     found = site.disturbed(*command, out="answers-2", when=lambda: site.parts_of("answers-2", "part*.jsonl") >= 1)
     assert found == undisturbed
+    figure(SAME)
 
 
 @pytest.mark.chaos(short=False)

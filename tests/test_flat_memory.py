@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ COMMANDS = ("embed",) if SMOKE else ("corpus", "embed", "index", "infer")
 INDEX_HOLDERS = {("index", "command"), ("infer", "ray::Worker")}
 
 
-def test_no_process_grows_with_the_corpus(tmp_path: Path) -> None:
+def test_no_process_grows_with_the_corpus(tmp_path: Path, figure: Callable[[str], None]) -> None:
     make_model(tmp_path)
     found = {passages: measure(tmp_path, passages) for passages in SIZES}
     small, large = found[SIZES[0]], found[SIZES[-1]]
@@ -46,9 +47,7 @@ def test_no_process_grows_with_the_corpus(tmp_path: Path) -> None:
         f"{command:7} {role:22}" + "".join(_cell(peaks.get((command, role))) for peaks in found.values())
         for command, role in places
     )
-    print(
-        f"\nMB resident, and of it its own, at {' and '.join(f'{passages:,}' for passages in SIZES)} passages\n{table}"
-    )
+    figure(f"MiB resident (its own) at {' and '.join(f'{passages:,}' for passages in SIZES)} passages\n{table}")
     for place, peak in large.items():
         if place not in INDEX_HOLDERS:
             assert peak.resident < LIMIT_MB, f"{place}: {peak}\n{table}"

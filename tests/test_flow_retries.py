@@ -5,6 +5,7 @@ The flows are built here from the stages' own tasks; Ray's processes are really 
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,39 @@ def test_a_flow_run_that_is_retried_skips_the_stages_it_had_finished(services: P
     assert result.fingerprint == two_stages(tmp_path / "undisturbed").fingerprint
 
 
+@pytest.mark.usefixtures("services")
+def test_what_a_killed_run_published_but_did_not_announce_is_announced_by_the_next_one(tmp_path: Path) -> None:
+    from prefect import flow
+
+    from tasks.stage import run_stage
+
+    out = tmp_path / "thing"
+    announced: list[bool] = []
+
+    class Killed(BaseException):
+        """What a kill looks like from within a test."""
+
+    def killed(run, skipped) -> None:  # type: ignore[no-untyped-def]
+        raise Killed
+
+    def work(run) -> Manifest:  # type: ignore[no-untyped-def]
+        with publish(out, "thing") as draft:
+            (draft.folder / "data.txt").write_text("whole")
+        return open_artefact(out, "thing")
+
+    @flow
+    def stage(announce):  # type: ignore[no-untyped-def]
+        arguments = {"config": {}, "inputs": {}, "parent_run_id": None, "work": work}
+        return run_stage("thing", "thing", out, **arguments, announce=announce)
+
+    with pytest.raises(Killed):
+        stage(killed)
+    assert (out / "data.txt").is_file()
+    for _ in range(2):
+        assert stage(lambda run, skipped: announced.append(skipped)).skipped
+    assert announced == [True]
+
+
 def test_bad_input_is_not_tried_again(services: Path, tmp_path: Path) -> None:
     from flows.corpus import make_corpus
     from tasks.retries import is_crash
@@ -132,3 +166,17 @@ def test_only_a_loss_counts_as_a_crash_not_what_our_code_raises_in_a_worker(serv
     with pytest.raises(ZeroDivisionError) as fault:
         ray.get(faulty.remote())
     assert not is_crash(fault.value)
+
+
+@pytest.mark.usefixtures("services")
+def test_mlflow_says_how_a_run_ended() -> None:
+    from mlflow import MlflowClient
+    from prefect.exceptions import TerminationSignal
+
+    from tasks.tracking import open_run
+
+    ends = (TerminationSignal(signal.SIGTERM), "KILLED"), (KeyboardInterrupt(), "KILLED"), (InputError("bad"), "FAILED")
+    for error, status in ends:
+        with pytest.raises(type(error)), open_run("ended") as run:
+            raise error
+        assert MlflowClient().get_run(run.run_id).info.status == status

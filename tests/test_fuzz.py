@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_numbered_inputs_can_be_made_again_and_are_seldom_the_samples() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("name", "inputs"), INPUTS.items())
 def test_a_hundred_thousand_inputs_are_read_or_refused_soon_and_in_little_memory(
-    name: str, inputs: int, tmp_path: Path
+    name: str, inputs: int, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
     progress = tmp_path / "progress"
     command = [sys.executable, "-m", "tests.fuzz", name, "--inputs", str(inputs), "--seed", str(SEED)]
@@ -84,8 +85,11 @@ def test_a_hundred_thousand_inputs_are_read_or_refused_soon_and_in_little_memory
     at = int.from_bytes(progress.read_bytes()[:8], "little")
     assert done.returncode == 0, f"ended with {done.returncode} at input {at} of seed {SEED}: {done.stderr[-2000:]}"
     result = json.loads(done.stdout.splitlines()[-1])
-    print(done.stdout.splitlines()[-1])
     assert result["findings"] == []
     assert result["read"] + result["refused"] == inputs
     assert result["read"] > 0
     assert result["grown_mb"] < BYTES // 2**20
+    figure(
+        f"{inputs} inputs: {result['read']} read, {result['refused']} refused, the slowest in {result['slowest']} s, "
+        f"{result['grown_mb']} MiB more; {result['seconds']} s"
+    )

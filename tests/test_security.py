@@ -1,9 +1,9 @@
 """Strangers are kept out, and secrets in: every port on loopback, Ray asks for its token, no secret on disk or screen.
 
-One command is run as a user would run it, with its own Prefect server and Ray, secrets in its environment; while it runs
-the ports of all its processes are listed, and after it everything that it wrote is searched. (A password in
-MLFLOW_TRACKING_URI is followed in tests/test_mlflow_outage.py. The cluster that is asked for a token is that of the
-fixture `services`.)
+Two commands, embedding and training by two workers, are run as a user would run them, with their own Prefect server and
+Ray, secrets in their environment; while they run the ports of all their processes are listed, and after it everything that
+they wrote is searched. (A password in MLFLOW_TRACKING_URI is followed in tests/test_mlflow_outage.py. The cluster that is
+asked for a token is that of the fixture `services`.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,8 +23,14 @@ import psutil
 import pytest
 import yaml
 
-from rag_core.corpus import CorpusConfig, write_corpus
-from tests.small_corpus import make_encoder, write_passages_jsonl
+from tests.small_corpus import (
+    make_encoder,
+    make_generator,
+    make_index,
+    model_config,
+    optimizer,
+    write_questions_jsonl,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARY = "canary-4f1d9c"
@@ -43,30 +49,40 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @dataclass
-class Command:
-    """What a command left: the folders that it wrote to, and the ports that its processes listened on."""
+class Commands:
+    """What two commands left: the folders that they wrote to, and the ports that their processes listened on."""
 
     folders: list[Path]
-    ports: set[tuple[str, str]]
+    embed_ports: set[tuple[str, str]]
+    train_ports: set[tuple[str, str]]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     home = tmp_path_factory.mktemp("secrets")
     encoder = make_encoder(home / "encoder")
-    corpus = write_corpus(
-        [write_passages_jsonl(home / "passages.jsonl")], home / "corpus", CorpusConfig(format="jsonl")
-    )
-    assert corpus.counts["passages"]
+    make_index(home, encoder)
+    write_questions_jsonl(home / "questions.jsonl")
+    model = model_config(encoder, make_generator(home / "generator", encoder))
+    settings = {"model": model.model_dump(mode="json"), "train": {"optimizer": optimizer(4).model_dump(mode="json")}}
+    (home / "run.yaml").write_text(yaml.safe_dump(settings))
     # The path of Ray's sockets must be short.
     ray_folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    embed = "embed", "--corpus", "corpus", "--encoder", str(encoder), "--out", "out"
+    train = "train", "--variant", "token", "--config", "run.yaml", "--index", "index", "--out", "trained"
+    train += "--questions", "questions.jsonl", "--dev", "questions.jsonl", "--num-workers", "2"
+    yield Commands([home, ray_folder], ports_of(home, ray_folder, embed), ports_of(home, ray_folder, train))
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def ports_of(home: Path, ray_folder: Path, arguments: Sequence[str]) -> set[tuple[str, str]]:
+    """Run a command in `home` to its end; name and address of every port on which its processes listened meanwhile."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
     }
     environment = kept | {name: f"{CANARY}-{name}" for name in SECRETS}
     environment |= {"PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray_folder)}
-    arguments = ["embed", "--corpus", "corpus", "--encoder", str(encoder), "--out", "embeddings"]
-    with (home / "screen").open("wb") as screen:
+    with (home / f"screen-{arguments[0]}").open("wb") as screen:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli.main", *arguments],
             cwd=home,
@@ -77,12 +93,11 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     ports: set[tuple[str, str]] = set()
     end = time.monotonic() + SECONDS
     while process.poll() is None:
-        assert time.monotonic() < end, (home / "screen").read_text()
+        assert time.monotonic() < end, Path(screen.name).read_text()
         ports |= listening(process.pid)
         time.sleep(0.2)
-    assert process.returncode == 0, (home / "screen").read_text()
-    yield Command([home, ray_folder], ports)
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    assert process.returncode == 0, Path(screen.name).read_text()
+    return ports
 
 
 def listening(pid: int) -> set[tuple[str, str]]:
@@ -113,20 +128,24 @@ def holds_canary(folder: Path) -> list[str]:
     return [str(file) for file in files if CANARY in file.name or CANARY.encode() in file.read_bytes()]
 
 
-def test_every_port_of_a_command_is_on_loopback(command: Command) -> None:
-    names = " ".join(name for name, _ in command.ports)
-    for server in ("uvicorn", "gcs_server", "raylet", "ray::"):
-        assert server in names, f"{server} was not seen listening: {names}"
-    assert [port for port in command.ports if not is_loopback(port[1])] == []
+def test_every_port_of_a_command_is_on_loopback(commands: Commands) -> None:
+    servers = "uvicorn", "gcs_server", "raylet", "ray::"
+    for ports, expected in ((commands.embed_ports, servers), (commands.train_ports, (*servers, "ray::RayTrainWorker"))):
+        names = " ".join(name for name, _ in ports)
+        for server in expected:
+            assert server in names, f"{server} was not seen listening: {names}"
+        assert [port for port in ports if not is_loopback(port[1])] == []
 
 
-def test_no_secret_of_the_environment_is_written_anywhere(command: Command) -> None:
-    home, ray_folder = command.folders
-    assert (home / "embeddings" / "manifest.json").is_file()
+def test_no_secret_of_the_environment_is_written_anywhere(commands: Commands) -> None:
+    home, ray_folder = commands.folders
+    assert (home / "out" / "manifest.json").is_file()
+    assert (home / "trained" / "manifest.json").is_file()
     assert (home / "mlflow.db").is_file()
+    assert list(home.glob("mlruns/**/MLmodel")), "the registered model is elsewhere"
     assert list((home / "prefect").glob("*.db"))
     assert list(ray_folder.rglob("raylet*.out")), "Ray's logs are elsewhere"
-    assert [file for folder in command.folders for file in holds_canary(folder)] == []
+    assert [file for folder in commands.folders for file in holds_canary(folder)] == []
 
 
 def test_ray_refuses_a_client_without_the_token(services: Path) -> None:
