@@ -230,7 +230,7 @@ def work(folder, out):
     from rag_core.objectives import EndToEndRates
     from tasks.train import TrainConfig
     from tests.small_corpus import model_config, optimizer
-    folder, steps = Path(folder), optimizer(400, log_every=3, eval_every=50, checkpoint_every=1)
+    folder, steps = Path(folder), optimizer(200, log_every=3, eval_every=50, checkpoint_every=1)
     config = TrainConfig(optimizer=steps, rates=EndToEndRates(question_encoder=1e-3, generator=2e-3))
     questions, model = folder / "questions.jsonl", model_config(folder / "encoder", folder / "generator")
     result = train_token(folder / "index", questions, questions, Path(out), model, config)
