@@ -120,7 +120,9 @@ class Embeddings:
         self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
         self.manifest = manifest
         self.dim, self.dtype = _width_and_type(path, manifest)
-        self.shards = [path / name for name in sorted(manifest.files) if name.endswith(".parquet")]
+        names = [name for name in manifest.files if name.endswith(".parquet")]
+        # By length first: from the 100,000th shard on, the number is wider than its five digits.
+        self.shards = [path / name for name in sorted(names, key=lambda name: (len(name), name))]
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> Embeddings:

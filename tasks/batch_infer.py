@@ -138,7 +138,7 @@ def batch_infer(
             run.log_metrics({"contexts_cut_share": count.cut_share})
             names = [part_name(number, size) for number in range(-(-len(opened_questions) // size))]
             refuse_unseen_parts(parts, names, out)
-            draft.counts["questions"] = join_parts(sorted(parts.glob("*.jsonl")), draft.folder)
+            draft.counts["questions"] = join_parts([parts / name for name in names], draft.folder)
             draft.counts |= asdict(count)
             shutil.rmtree(parts)
             draft.details |= {

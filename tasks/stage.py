@@ -153,7 +153,12 @@ def _run_file(out: Path) -> Path:
 
 
 def _remember_run(out: Path, run_id: str) -> None:
-    _run_file(out).write_text(run_id + "\n", encoding="utf-8")
+    file = _run_file(out)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(run_id + "\n", encoding="utf-8")
+    except OSError as error:  # an artefact that is found in a place where this run may not write
+        get_run_logger().info("%s: which MLflow run made it could not be noted (%s)", out, error)
 
 
 def _remembered_run(out: Path) -> str:

@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SMOKE = os.environ.get("CHAOS") == "smoke"
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (20_000,) if SMOKE else (20_000, ALL)
-LIMIT_MB = 1536
-GROWTH_MB = 300
+LIMIT_MB = 1430  # 1.5 GB
+GROWTH_MB = 150
 QUESTIONS = 100
 COMMANDS = ("embed",) if SMOKE else ("corpus", "embed", "index", "infer")
 # These hold the index: they may grow with it.
