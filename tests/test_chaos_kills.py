@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,14 +25,14 @@ from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from tasks.ray_workers import REPLACEMENTS
 from tests.conftest import MINILM
+from tests.prepared import Command, Prepared
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
-from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files, finish, start
+from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
-KILLS = 3 if SMOKE else 15  # of each stage
+KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 7, "command": 4, "group": 4}  # of each stage
 SHARDS = 60 if SMOKE else 160
 SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
-VICTIMS = ("worker", "command", "group")
 # A worker that holds a shard loses it with the kill; nothing that was finished is made again.
 PARTS_BETWEEN_KILLS = 3
 
@@ -42,7 +41,7 @@ PARTS_BETWEEN_KILLS = 3
 class Killer:
     """Runs one command again and again and kills as `victims` says, until it is left alone and ends."""
 
-    command: Callable[[], subprocess.Popen[bytes]]
+    command: Callable[[], Command]
     out: Path
     pattern: str
     chance: random.Random
@@ -66,19 +65,19 @@ class Killer:
             self._nothing_finished_was_made_again()
         assert process.wait(5 * WAIT_SECONDS) == 0
 
-    def _again(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    def _again(self, process: Command) -> Command:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(WAIT_SECONDS)
         return self.command()
 
-    def _wait_for_parts(self, process: subprocess.Popen[bytes], parts: int) -> None:
+    def _wait_for_parts(self, process: Command, parts: int) -> None:
         wanted, end = len(draft_files(self.out, self.pattern)) + parts, time.monotonic() + WAIT_SECONDS
         while len(draft_files(self.out, self.pattern)) < wanted:
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
             assert time.monotonic() < end, f"seed {SEED}: nothing more was finished after {dict(self.killed)}"
             time.sleep(0.01)
 
-    def _kill_worker(self, process: subprocess.Popen[bytes]) -> bool:
+    def _kill_worker(self, process: Command) -> bool:
         end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -90,13 +89,13 @@ class Killer:
             time.sleep(0.05)
         raise AssertionError(f"seed {SEED}: no worker was seen")
 
-    def _kill(self, process: subprocess.Popen[bytes], victim: str) -> None:
+    def _kill(self, process: Command, victim: str) -> None:
         tree = psutil.Process(process.pid).children(recursive=True)
         working = [child for child in tree if not child.name().endswith("Agent")]
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         process.wait()
         # What the command started ends by itself, whoever was killed: its server, Ray, and Ray's workers. (Ray's agents
         # do no work, and notice within a minute that their node is gone.)
@@ -111,7 +110,7 @@ class Killer:
 
 
 def victims_of(chance: random.Random) -> list[str]:
-    victims = [VICTIMS[number % len(VICTIMS)] for number in range(KILLS)]
+    victims = [victim for victim, number in KILLS.items() for _ in range(number)]
     chance.shuffle(victims)
     return victims
 
@@ -127,9 +126,10 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
     corpus, out, undisturbed = tmp_path / "corpus", tmp_path / "out", tmp_path / "undisturbed"
     write_corpus([source], corpus, CorpusConfig(format="jsonl", shard_rows=10))
     work, chance = EMBED % MINILM, random.Random(SEED)
-    killer = Killer(lambda: start(work, tmp_path, corpus, out), out, "emb*.parquet", chance)
-    killer.run(victims_of(chance))
-    finish(work, tmp_path, corpus, undisturbed)
+    with Prepared(work, tmp_path) as commands:
+        killer = Killer(lambda: commands.start(corpus, out), out, "emb*.parquet", chance)
+        killer.run(victims_of(chance))
+        commands.finish(corpus, undisturbed)
     names = sorted(file.name for file in undisturbed.glob("*.parquet"))
     assert sorted(file.name for file in out.glob("*.parquet")) == names
     found = pa.concat_tables([pq.read_table(out / name) for name in names])
@@ -137,7 +137,7 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
     assert found.equals(pa.concat_tables([pq.read_table(undisturbed / name) for name in names]))
     assert open_artefact(out, "embeddings").fingerprint == open_artefact(undisturbed, "embeddings").fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in killer.finished} == killer.finished
-    assert killer.killed.total() == KILLS
+    assert killer.killed == KILLS
     figure(f"embedding: killed {dict(killer.killed)}, {len(rows)} rows equal, no finished shard made again")
 
 
@@ -156,13 +156,14 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     arguments, chance = (tmp_path / "model", tmp_path / "index", questions), random.Random(SEED + 1)
-    killer = Killer(lambda: start(INFER, tmp_path, *arguments, out), out, "part*.jsonl", chance)
-    killer.run(victims_of(chance))
-    finish(INFER, tmp_path, *arguments, undisturbed)
+    with Prepared(INFER, tmp_path) as commands:
+        killer = Killer(lambda: commands.start(*arguments, out), out, "part*.jsonl", chance)
+        killer.run(victims_of(chance))
+        commands.finish(*arguments, undisturbed)
     for name in ("predictions.jsonl", "predictions.parquet"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
     answered = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert answered == [one["id"] for one in asked]
     assert open_artefact(out, "predictions").counts == open_artefact(undisturbed, "predictions").counts
-    assert killer.killed.total() == KILLS
+    assert killer.killed == KILLS
     figure(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal, no finished shard made again")

@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_replicas_are_on_different_machines_and_losing_one_loses_no_answer(folder: Path) -> None:
-    command = [sys.executable, "-c", ON_TWO_MACHINES, str(folder / "sharded"), "5" if SMOKE else "20"]
+    command = [sys.executable, "-c", ON_TWO_MACHINES, str(folder / "sharded"), "5" if SMOKE else "12"]
     with LocalCluster(nodes=2, resources={"retriever": 4}) as cluster:
         cluster.wait_for_nodes(2)
         with subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True) as driver:
@@ -131,7 +131,7 @@ def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_we
     monkeypatch.setattr(retriever_shards, "_wait_until_ready", then_kill)
     questions = write_questions_jsonl(tmp_path / "questions.jsonl")
     model = model_config(folder / "encoder", folder / "generator")
-    steps = 60 if SMOKE else 300
+    steps = 60 if SMOKE else 200
     local = TrainConfig(optimizer=optimizer(steps, eval_every=steps // 2, log_every=20))
     sharded = local.model_copy(update={"retrieval": RetrievalConfig(mode="sharded", replicas=2)})
     undisturbed = train_token(folder / "sharded", questions, questions, tmp_path / "local", model, local)

@@ -1,4 +1,4 @@
-"""Twelve times the passages, the same memory: `rag corpus`, `embed`, `index` and `infer` at 20,000 and at 235,000.
+"""Twelve times the passages, the same memory: `rag embed`, `index` and `infer` at 20,000 and at 235,000.
 
 What counts is the kernel's own high-water mark of resident memory, so pages of mapped files (vectors, passages), which the
 system may take back, count, too. The stricter measure is reported beside it: what a process wrote itself.
@@ -33,7 +33,7 @@ SIZES = (20_000,) if SMOKE else (20_000, ALL)
 LIMIT_MB = 1430  # 1.5 GB
 GROWTH_MB = 150
 QUESTIONS = 100
-COMMANDS = ("embed",) if SMOKE else ("corpus", "embed", "index", "infer")
+COMMANDS = ("embed",) if SMOKE else ("embed", "index", "infer")
 # These hold the index: they may grow with it.
 INDEX_HOLDERS = {("index", "command"), ("infer", "ray::Worker")}
 
@@ -55,7 +55,7 @@ def test_no_process_grows_with_the_corpus(tmp_path: Path, figure: Callable[[str]
 
 
 def measure(folder: Path, passages: int) -> dict[tuple[str, str], Peak]:
-    """The four commands over so many passages; peaks by command and role of the process."""
+    """The commands over so many passages; peaks by command and role of the process."""
     place = folder / str(passages)
     place.mkdir()
     source = place / "passages.jsonl"
@@ -67,15 +67,13 @@ def measure(folder: Path, passages: int) -> dict[tuple[str, str], Peak]:
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus, embeddings, index = place / "corpus", place / "embeddings", place / "index"
     words: dict[str, list[object]] = {
-        "corpus": [source, "--out", corpus],
         "embed": ["--corpus", corpus, "--encoder", folder / "encoder", "--out", embeddings],
         "index": ["--corpus", corpus, "--embeddings", embeddings, "--out", index],
         "infer": ["--model", folder / "model", "--index", index, "--questions", questions, "--out", place / "answers"],
     }
     words["infer"] += ["--variant", "token", "--num-beams", "2", "--max-new-tokens", "4"]
     found = {}
-    if "corpus" not in COMMANDS:
-        write_corpus([source], corpus, CorpusConfig(format="jsonl"))
+    write_corpus([source], corpus, CorpusConfig(format="jsonl"))
     for command in COMMANDS:
         for role, peak in run(place, command, *words[command]).items():
             found[command, role] = peak

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import pytest
 from rag_core.artefacts.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.objectives import EndToEndRates
+from tests.prepared import Command, Prepared
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -29,7 +29,6 @@ from tests.small_corpus import (
     optimizer,
     write_questions_jsonl,
 )
-from tests.test_resume import finish, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -230,7 +229,7 @@ def work(folder, out):
     from rag_core.objectives import EndToEndRates
     from tasks.train import TrainConfig
     from tests.small_corpus import model_config, optimizer
-    folder, steps = Path(folder), optimizer(200, log_every=3, eval_every=50, checkpoint_every=1)
+    folder, steps = Path(folder), optimizer(300, log_every=3, eval_every=50, checkpoint_every=1)
     config = TrainConfig(optimizer=steps, rates=EndToEndRates(question_encoder=1e-3, generator=2e-3))
     questions, model = folder / "questions.jsonl", model_config(folder / "encoder", folder / "generator")
     result = train_token(folder / "index", questions, questions, Path(out), model, config)
@@ -239,18 +238,19 @@ def work(folder, out):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Any]:
-    """A folder with all that a command needs, and what an undisturbed one makes of it."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Prepared, tuple[str, Any]]]:
+    """A folder with all that a command needs, commands, and what an undisturbed one makes of it."""
     folder = tmp_path_factory.mktemp("commands")
     Training(folder)
-    return folder, *outcome(folder, folder / "undisturbed")
+    with Prepared(COMMAND, folder) as commands:
+        yield folder, commands, outcome(commands, folder, folder / "undisturbed")
 
 
-def outcome(folder: Path, out: Path) -> tuple[str, Any]:
+def outcome(commands: Prepared, folder: Path, out: Path) -> tuple[str, Any]:
     """Run the command to its end: the fingerprint of the model, and the curves in MLflow."""
     from mlflow import MlflowClient
 
-    run_id = finish(COMMAND, folder, folder, out).rpartition("run ")[2].split()[0]
+    run_id = commands.finish(folder, out).rpartition("run ")[2].split()[0]
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     curves = {
         name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
@@ -261,7 +261,7 @@ def outcome(folder: Path, out: Path) -> tuple[str, Any]:
     return open_artefact(out, "rag-model").fingerprint, curves
 
 
-def wait_for_checkpoint(folder: Path, out: Path, process: subprocess.Popen[bytes], beyond: int) -> None:
+def wait_for_checkpoint(folder: Path, out: Path, process: Command, beyond: int) -> None:
     end = time.monotonic() + 300
     while max((int(one.name[5:]) for one in out.parent.glob(f".{out.name}.training-*/step-*")), default=0) <= beyond:
         assert process.poll() is None, (folder / "log").read_text()
@@ -272,37 +272,38 @@ def wait_for_checkpoint(folder: Path, out: Path, process: subprocess.Popen[bytes
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_command_killed_at_random_moments_of_training_ends_as_the_undisturbed_one(
-    site: tuple[Path, str, Any], figure: Callable[[str], None]
+    site: tuple[Path, Prepared, tuple[str, Any]], figure: Callable[[str], None]
 ) -> None:
-    folder, fingerprint, curves = site
-    rounds, draw, reached = (1 if os.environ.get("CHAOS") == "smoke" else 6), random.Random(11), 0
+    folder, commands, undisturbed = site
+    rounds, draw, reached = (1 if os.environ.get("CHAOS") == "smoke" else 4), random.Random(11), 0
     out = folder / "out"
     for _ in range(rounds):
-        process = start(COMMAND, folder, folder, out)
+        process = commands.start(folder, out)
         wait_for_checkpoint(folder, out, process, reached)
-        time.sleep(draw.uniform(0, 0.6))
+        time.sleep(draw.uniform(0, 0.5))
         workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "Worker" in one.name()]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         psutil.wait_procs(workers, timeout=60)  # they may write another checkpoint before they notice
         assert not out.exists(), "training ended before it could be killed"
         reached = max(int(one.name[5:]) for one in folder.glob(".out.training-*/step-*"))
-    assert outcome(folder, out) == (fingerprint, curves)
+    assert outcome(commands, folder, out) == undisturbed
     assert (folder / "log").read_text().count("train-token: going on after step") == rounds
     figure(f"training: killed {rounds} times, weights and curves equal to the last bit")
 
 
 @pytest.mark.chaos(short=False)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("pause", [0.0, 0.05])
-def test_a_second_sigterm_does_not_harm_the_checkpoint(site: tuple[Path, str, Any], pause: float) -> None:
-    folder, fingerprint, curves = site
-    out = folder / f"terminated-{pause}"
-    process = start(COMMAND, folder, folder, out)
-    wait_for_checkpoint(folder, out, process, 20)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(pause)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == -signal.SIGTERM
-    assert not out.exists()
-    assert outcome(folder, out) == (fingerprint, curves)
+def test_a_second_sigterm_does_not_harm_the_checkpoint(site: tuple[Path, Prepared, tuple[str, Any]]) -> None:
+    folder, commands, undisturbed = site
+    out, done = folder / "terminated", 20
+    for pause in (0.0, 0.05):
+        process = commands.start(folder, out)
+        wait_for_checkpoint(folder, out, process, done)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        assert not out.exists()
+        done = max(int(one.name[5:]) for one in folder.glob(".terminated.training-*/step-*")) + 20
+    assert outcome(commands, folder, out) == undisturbed

@@ -1,6 +1,6 @@
-"""Feed a target its numbered inputs: `python -m tests.fuzz TARGET --inputs 100000 --seed 5`.
+"""Feed targets their numbered inputs: `python -m tests.fuzz TARGET … --inputs 100000 --seed 5`.
 
-Prints one line of JSON: inputs, how many were read and refused, seconds, the slowest input, memory, and what was found.
+Prints a line of JSON for each: inputs, how many were read and refused, seconds, the slowest input, memory, and what was found.
 An input that did neither of both is kept in `tests/fuzz/corpus/TARGET`, where `make test` reads it first. The number of
 the input at hand stands in `--progress`, so that whoever started this process knows which one ended it.
 """
@@ -8,6 +8,7 @@ the input at hand stands in `--progress`, so that whoever started this process k
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,16 @@ def keep(target: str, data: bytes) -> Path:
     return file
 
 
-def limit_memory() -> None:
-    """From here on this process gets `BYTES` more address space: what asks for more, fails."""
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """In the block this process gets `BYTES` more address space: what asks for more, fails."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _feed(fuzzed: Target, data: bytes) -> str:
@@ -79,24 +87,24 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
         fuzzed = (TARGETS | MODEL_TARGETS)[target](Path(folder))
         for sample in fuzzed.samples:
             fuzzed.feed(sample)
-        limit_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.monotonic()
-        for number in range(start, inputs):
-            os.pwrite(progress, number.to_bytes(8, "little"), 0)
-            data = numbered(seed, number, fuzzed.samples)
-            at = time.perf_counter()
-            try:
-                outcomes[_feed(fuzzed, data)] += 1
-            except (Exception, TooSlowError) as error:
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                findings.append(
-                    f"{number}: {type(error).__name__}: {str(error)[:200]} at {last.filename}:{last.lineno}"
-                )
-                keep(target, data)
-            slowest = max(slowest, time.perf_counter() - at)
-            if len(findings) >= MOST_FINDINGS:
-                break
+        with limited_memory():
+            for number in range(start, inputs):
+                os.pwrite(progress, number.to_bytes(8, "little"), 0)
+                data = numbered(seed, number, fuzzed.samples)
+                at = time.perf_counter()
+                try:
+                    outcomes[_feed(fuzzed, data)] += 1
+                except (Exception, TooSlowError) as error:
+                    last = traceback.extract_tb(error.__traceback__)[-1]
+                    findings.append(
+                        f"{number}: {type(error).__name__}: {str(error)[:200]} at {last.filename}:{last.lineno}"
+                    )
+                    keep(target, data)
+                slowest = max(slowest, time.perf_counter() - at)
+                if len(findings) >= MOST_FINDINGS:
+                    break
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "target": target,
@@ -112,14 +120,15 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", choices=[*TARGETS, *MODEL_TARGETS])
+    parser.add_argument("targets", nargs="+", choices=[*TARGETS, *MODEL_TARGETS], metavar="TARGET")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--progress", type=Path, default=Path(os.devnull))
     given = parser.parse_args()
     progress = os.open(given.progress, os.O_RDWR | os.O_CREAT)
-    print(json.dumps(run(given.target, given.inputs, given.seed, given.start, progress)))
+    for target in given.targets:
+        print(json.dumps(run(target, given.inputs, given.seed, given.start, progress)), flush=True)
 
 
 if __name__ == "__main__":

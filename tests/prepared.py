@@ -1,0 +1,113 @@
+"""Commands that are begun again and again, each a real process with its own group, servers and Ray, but not its own imports.
+
+A command spends eight of its first ten seconds on imports, which no kill here is about. So one process imports, and forks
+for every command; what a command does from then on, and how it is killed, is as if it had been started by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MAIN = """
+import json, os, sys, threading
+from pathlib import Path
+import flows.pipeline
+from flows.cli.prefect_server import with_services
+%s
+for line in sys.stdin:
+    assert threading.active_count() == 1, "a process of several threads must not fork"  # libraries' own are made for it
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        with open("log", "ab") as log, open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0), os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        with_services(work, ray=True)(*json.loads(line))
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Command:
+    """A command that was begun; the names are those of `subprocess.Popen`."""
+
+    def __init__(self, pid: int, parent: subprocess.Popen[bytes]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._parent = parent
+
+    def poll(self) -> int | None:
+        assert self._parent.stdout
+        if self.returncode is None and select.select([self._parent.stdout], [], [], 0)[0]:
+            self.returncode = int(self._parent.stdout.readline())
+        return self.returncode
+
+    def wait(self, timeout: float = 600) -> int:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(f"command {self.pid}", timeout)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
+class Prepared:
+    """`with Prepared(work, folder) as commands: commands.start(…)`: one command at a time, in `folder`, writing to its `log`.
+
+    Args:
+        work: source of a function `work`, which is called with the arguments as strings.
+        folder: current folder of the commands, with Prefect's and MLflow's files.
+    """
+
+    def __init__(self, work: str, folder: Path) -> None:
+        self._log = folder / "log"
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
+        }
+        environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", MAIN % work],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # or a line could wait where `select` does not see it
+        )
+        self._last: Command | None = None
+
+    def start(self, *arguments: object) -> Command:
+        assert self._parent.stdin
+        assert self._parent.stdout
+        self._parent.stdin.write(json.dumps([str(one) for one in arguments]).encode() + b"\n")
+        self._last = Command(int(self._parent.stdout.readline()), self._parent)
+        return self._last
+
+    def finish(self, *arguments: object) -> str:
+        """Run it to its end; what it wrote since."""
+        before = self._log.stat().st_size if self._log.exists() else 0
+        assert self.start(*arguments).wait() == 0, self._log.read_text()
+        return self._log.read_bytes()[before:].decode()
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._last and self._last.poll() is None:
+            os.killpg(self._last.pid, signal.SIGKILL)
+        self._parent.communicate()
