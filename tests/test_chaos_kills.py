@@ -31,7 +31,7 @@ from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
 KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 7, "command": 4, "group": 4}  # of each stage
-SHARDS = 60 if SMOKE else 160
+SHARDS = 40 if SMOKE else 100
 SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
 # A worker that holds a shard loses it with the kill; nothing that was finished is made again.
 PARTS_BETWEEN_KILLS = 3

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 SMOKE = os.environ.get("CHAOS") == "smoke"
 WAIT_SECONDS = 180
 PASSAGES, SHARD_ROWS = (24_000, 1_000) if SMOKE else (48_000, 1_000)
-ASKED = 768 if SMOKE else 2_560
+ASKED = 768 if SMOKE else 1_280
 SAME = "a node killed, every file the same"
 Figure = Callable[[str], None]
 
@@ -57,7 +57,7 @@ class Site:
         ]
         write_lines(folder / "questions.jsonl", asked)
         write_lines(folder / "dev.jsonl", asked[:8])
-        train = {"optimizer": optimizer(200, eval_every=50, log_every=10).model_dump(mode="json")}
+        train = {"optimizer": optimizer(120, eval_every=60, log_every=10).model_dump(mode="json")}
         content = {"model": model.model_dump(mode="json"), "train": train}
         (folder / "run.yaml").write_text(yaml.safe_dump(content))
 
