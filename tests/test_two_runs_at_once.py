@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,22 @@ from tests.test_resume import EMBED, WAIT_SECONDS, start
 
 pytestmark = [pytest.mark.chaos(short=False), pytest.mark.timeout(600)]
 
-# All must have begun before the first ends, however quick or busy the machine is.
-SLOW_EMBED = (EMBED % MINILM).replace(
+# The first one's stage goes on when the test says so, however quick or busy the machine is.
+HELD_EMBED = (EMBED % MINILM).replace(
     "    embed_corpus(",
     """    import time
     import tasks.embed_corpus as stage
     at_once = stage.embed_on_ray
-    stage.embed_on_ray = lambda *arguments: (time.sleep(30), at_once(*arguments))[1]
+
+    def held(*arguments):
+        while not Path("../go-on").exists():
+            time.sleep(0.1)
+        return at_once(*arguments)
+
+    stage.embed_on_ray = held
     embed_corpus(""",
 )
+HELD = "is being written by another run"
 
 
 def test_of_flow_runs_at_once_one_makes_the_artefact_one_waits_and_one_fails(
@@ -38,31 +46,36 @@ def test_of_flow_runs_at_once_one_makes_the_artefact_one_waits_and_one_fails(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_corpus([source], tmp_path / "corpus", CorpusConfig(format="jsonl", shard_rows=50))
     out, runs = tmp_path / "out", {}
+
+    def begin(name: str, wait: str) -> None:
+        monkeypatch.setenv("RAG_WAIT_SECONDS", wait)
+        (tmp_path / name).mkdir()
+        runs[name] = start(HELD_EMBED, tmp_path / name, tmp_path / "corpus", out)
+
+    def told(name: str) -> bool:
+        return HELD in (tmp_path / name / "log").read_text()
+
     try:
-        for name, wait in (("first", "500"), ("second", "500"), ("impatient", "0")):
-            monkeypatch.setenv("RAG_WAIT_SECONDS", wait)
-            (tmp_path / name).mkdir()
-            runs[name] = start(SLOW_EMBED, tmp_path / name, tmp_path / "corpus", out)
-            if name == "second":  # who does not wait must not be the first
-                wait_for(tmp_path / ".out.lock", runs["first"], runs["second"])
-        codes = {name: one.wait(2 * WAIT_SECONDS) for name, one in runs.items()}
+        begin("first", "500")
+        begin("second", "500")
+        wait_until(lambda: told("first") or told("second"), *runs.values())
+        begin("impatient", "0")
+        assert runs["impatient"].wait(2 * WAIT_SECONDS) != 0
+        assert told("impatient")
+        (tmp_path / "go-on").touch()
+        assert [runs[name].wait(2 * WAIT_SECONDS) for name in ("first", "second")] == [0, 0]
+        assert sorted((told("first"), told("second"))) == [False, True]
     finally:
         for one in runs.values():
             if one.poll() is None:
                 os.killpg(one.pid, signal.SIGKILL)
-    logs = {name: (tmp_path / name / "log").read_text() for name in runs}
-    told = {name: "is being written by another run" in log for name, log in logs.items()}
-    assert sorted(told[name] for name in ("first", "second")) == [False, True], logs
-    assert told["impatient"], logs
-    assert (codes["first"], codes["second"]) == (0, 0), logs
-    assert codes["impatient"] != 0, logs
     assert verify(out).findings == []
     assert sorted(path.name for path in tmp_path.glob(".out*")) == [".out.mlflow-run"]
 
 
-def wait_for(file: Path, *processes: subprocess.Popen[bytes]) -> None:
+def wait_until(true: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + WAIT_SECONDS
-    while not file.exists():
+    while not true():
         assert all(process.poll() is None for process in processes)
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.1)
