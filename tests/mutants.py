@@ -371,7 +371,11 @@ MUTANTS = (
         DAMAGED,
     ),
     Mutant(
-        "halves of parts published", ARTEFACT, "            drop_unfinished(draft.folder)\n", "", "tests/test_resume.py"
+        "halves of parts published",
+        ARTEFACT,
+        "            drop_unfinished(draft.folder)\n",
+        "",
+        "tests/test_resume.py::test_what_a_killed_worker_left_half_written_is_not_published",
     ),
     Mutant(
         "two writers at a place",
