@@ -30,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
-test: setup ## run all tests (under 12 minutes on two cores)
+test: setup ## run all tests (12 minutes on two cores)
 	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"
@@ -45,7 +45,7 @@ $(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/autofaiss.txt
 	@touch $@
 
-mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 6 minutes)
+mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 8 minutes)
 	$(BIN)/python -m tests.mutants
 
 chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (half an hour on two cores)
