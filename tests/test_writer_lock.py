@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -82,6 +84,21 @@ def test_of_two_runs_at_once_the_one_that_may_not_wait_is_told_who_writes_and_si
     assert "s ago)" in refused
     assert "rag --wait" in refused
     assert len(writers_of(tmp_path / "out")) == 1
+
+
+def test_a_writer_that_has_not_yet_said_who_it_is_is_named_as_soon_as_it_has(tmp_path: Path) -> None:
+    with lock_file(tmp_path / "out").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def say() -> None:
+            file.write("process 7 on a-host")
+            file.flush()
+
+        later = threading.Timer(0.3, say)
+        later.start()
+        with pytest.raises(ArtefactError, match="another run .process 7 on a-host"), only_writer(tmp_path / "out", 0):
+            pass
+        later.join()
 
 
 def test_waiting_ends_when_its_time_is_over(tmp_path: Path) -> None:

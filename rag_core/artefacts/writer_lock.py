@@ -26,6 +26,7 @@ from rag_core.errors import ArtefactError, ConfigError
 WAIT_SETTING = "RAG_WAIT_SECONDS"
 POLL_SECONDS = 0.2
 REMIND_SECONDS = 30
+NAME_SECONDS = 2
 
 # Locks that this call chain holds for what it is going to publish.
 _reserved: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozenset())
@@ -131,10 +132,16 @@ def _held(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
 
 
 def _owner(file: IO[str]) -> str:
-    """Who holds the lock, as it wrote itself, and for how long already."""
-    file.seek(0)
+    """Who holds the lock, as it wrote itself, and for how long already; who has it since a moment is given time to write."""
+    end = time.monotonic() + NAME_SECONDS
+    while True:
+        file.seek(0)
+        name = file.read()
+        if name or time.monotonic() > end:
+            break
+        time.sleep(0.01)
     age = max(0.0, time.time() - os.fstat(file.fileno()).st_mtime)
-    return f"{file.read() or 'it has just begun'}, {age:.0f} s ago"
+    return f"{name or 'it has just begun'}, {age:.0f} s ago"
 
 
 def _refusal(out: Path, owner: str, wait_seconds: float) -> str:
