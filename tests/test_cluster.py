@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ import yaml
 from rag_core.artefacts.artefact import open_artefact
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.rag_model import RagModel
-from tests.processes import kill_tree
+from tests.prepared import RAG, Command, Prepared
 from tests.ray_cluster import LocalCluster
 from tests.small_corpus import FACTS, QUESTIONS, make_encoder, make_generator, model_config, optimizer
 
@@ -37,9 +38,13 @@ Figure = Callable[[str], None]
 class Site:
     """A cluster of two one-processor nodes, a folder with inputs, and commands that run there."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+    def __init__(self, cluster: LocalCluster, folder: Path, prefect_url: str) -> None:
         self.cluster, self.folder = cluster, folder
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.environment = cluster.environment | {
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_API_URL": prefect_url,
+        }
+        self._prepared = Prepared(RAG, folder, self.environment)
         encoder = make_encoder(folder / "encoder")
         generator = make_generator(folder / "generator", encoder)
         model = model_config(encoder, generator)
@@ -61,19 +66,31 @@ class Site:
         content = {"model": model.model_dump(mode="json"), "train": train}
         (folder / "run.yaml").write_text(yaml.safe_dump(content))
 
-    def start(self, *words: object, **environment: str) -> subprocess.Popen[bytes]:
-        environment = self.cluster.environment | {"PREFECT_HOME": str(self.folder / "prefect")} | environment
-        with (self.folder / "log").open("wb") as log:
-            command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
-            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        self.started.append(process)
-        return process
+    def __enter__(self) -> Site:
+        self._prepared.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._prepared.__exit__(*error)
+
+    def start(self, *words: object) -> Command:
+        (self.folder / "log").unlink(missing_ok=True)
+        return self._prepared.start(*words)
+
+    def refused(self, *words: object, **environment: str) -> str:
+        """Run a command, imports and all, with this in its environment, that ends with exit code 2; what it said."""
+        command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        return done.stderr
 
     def finish(self, *words: object, out: str) -> str:
         """Run a command to its end; the fingerprint of what it published in `out`."""
         return self.end(self.start(*words, "--out", self.folder / out), out)
 
-    def end(self, process: subprocess.Popen[bytes], out: str) -> str:
+    def end(self, process: Command, out: str) -> str:
         assert process.wait(WAIT_SECONDS) == 0, self.said()
         kind = json.loads((self.folder / out / "manifest.json").read_text())["kind"]
         return open_artefact(self.folder / out, kind).fingerprint
@@ -105,13 +122,10 @@ def write_lines(file: Path, rows: list[dict[str, object]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with LocalCluster(nodes=2) as cluster:
-        found = Site(cluster, tmp_path_factory.mktemp("site"))
+def site(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with LocalCluster(nodes=2) as cluster, Site(cluster, tmp_path_factory.mktemp("site"), prefect_url) as found:
         cluster.wait_for_nodes(2)
         yield found
-        for process in found.started:
-            kill_tree(process)
 
 
 @pytest.mark.chaos
@@ -162,11 +176,8 @@ def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(s
 @pytest.mark.chaos(short=False)
 def test_a_command_with_another_token_is_kept_out_and_told_so(site: Site) -> None:
     wrong = {"RAY_AUTH_TOKEN": "0" * 64}
-    process = site.start("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
-    assert process.wait(WAIT_SECONDS) == 2
-    assert (
-        f"The Ray cluster at {site.cluster.address} (RAY_ADDRESS) does not answer, or asks for another" in site.said()
-    )
+    said = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
+    assert f"The Ray cluster at {site.cluster.address} (RAY_ADDRESS) does not answer, or asks for another" in said
 
 
 @pytest.mark.chaos(short=False)
@@ -174,8 +185,6 @@ def test_without_a_machine_a_stage_waits_for_so_long_and_says_what_is_missing(si
     for node in list(site.cluster.nodes):
         site.cluster.remove(node)
     site.cluster.wait_for_nodes(0)
-    process = site.start(
-        "embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", RAG_CLUSTER_WAIT_SECONDS="5"
-    )
-    assert process.wait(WAIT_SECONDS) == 2
-    assert "For 5 s no machine of the Ray cluster has had 1 CPU free for a worker; it has 1 machine" in site.said()
+    patience = {"RAG_CLUSTER_WAIT_SECONDS": "5"}
+    said = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **patience)
+    assert "For 5 s no machine of the Ray cluster has had 1 CPU free for a worker; it has 1 machine" in said

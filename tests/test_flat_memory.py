@@ -23,12 +23,11 @@ from rag_core.pretraining import PretrainConfig, build_generator
 from rag_core.rag_model import ModelConfig, RagModel
 from rag_core.text_encoder import TextEncoder
 from tests.conftest import MINILM
-from tests.processes import MemoryWatch, Peak, kill_tree
+from tests.processes import MemoryWatch, Peak, environment_in, kill_tree
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = (20_000,) if SMOKE else (20_000, ALL)
 LIMIT_MB = 1430  # 1.5 GB
 GROWTH_MB = 150
@@ -84,13 +83,11 @@ def measure(folder: Path, passages: int) -> dict[tuple[str, str], Peak]:
 
 
 def run(folder: Path, *words: object) -> dict[str, Peak]:
-    kept = {name: one for name, one in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))}
-    environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli.main", *map(str, words)],
             cwd=folder,
-            env=environment,
+            env=environment_in(folder),
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -15,6 +15,7 @@ import pytest
 
 from rag_core.artefacts.artefact import open_artefact
 from tests.conftest import _free_port, _wait_until_healthy
+from tests.processes import environment_in
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 280
@@ -58,12 +59,14 @@ main.run()
 
 
 def start(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
-    }
-    kept |= {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)} | environment
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-c", TWO_STAGES], cwd=folder, env=kept, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, "-c", TWO_STAGES],
+            cwd=folder,
+            env=environment_in(folder, **environment),
+            stdout=log,
+            stderr=log,
+        )
 
 
 def write_passages(folder: Path) -> None:

@@ -18,6 +18,7 @@ from rag_core.artefacts.artefact import open_artefact, publish
 from rag_core.corpus import CorpusConfig, write_corpus
 from rag_core.errors import ArtefactError
 from tests.conftest import MINILM
+from tests.processes import environment_in
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,14 +50,15 @@ with_services(work, ray=True)(*sys.argv[1:])
 
 def start(work: str, folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
     """A process group of its own, as a command has in a terminal, with its servers."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
-    }
-    environment = kept | {"PREFECT_HOME": str(folder / "prefect"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MAIN % work, *map(str, arguments)]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment_in(folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 

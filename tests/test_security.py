@@ -23,6 +23,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.processes import environment_in
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -77,11 +78,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 def ports_of(home: Path, ray_folder: Path, arguments: Sequence[str]) -> set[tuple[str, str]]:
     """Run a command in `home` to its end; name and address of every port on which its processes listened meanwhile."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
-    }
-    environment = kept | {name: f"{CANARY}-{name}" for name in SECRETS}
-    environment |= {"PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray_folder)}
+    secrets = {name: f"{CANARY}-{name}" for name in SECRETS}
+    environment = environment_in(home, RAY_TMPDIR=str(ray_folder), **secrets)
     with (home / f"screen-{arguments[0]}").open("wb") as screen:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli.main", *arguments],

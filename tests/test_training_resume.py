@@ -20,7 +20,8 @@ import pytest
 from rag_core.artefacts.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.objectives import EndToEndRates
-from tests.prepared import Command, Prepared
+from tests.prepared import WORK, Command, Prepared
+from tests.processes import environment_in
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -238,11 +239,13 @@ def work(folder, out):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Prepared, tuple[str, Any]]]:
+def site(
+    prefect_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Prepared, tuple[str, Any]]]:
     """A folder with all that a command needs, commands, and what an undisturbed one makes of it."""
     folder = tmp_path_factory.mktemp("commands")
     Training(folder)
-    with Prepared(COMMAND, folder) as commands:
+    with Prepared(WORK % COMMAND, folder, environment_in(folder, PREFECT_API_URL=prefect_url)) as commands:
         yield folder, commands, outcome(commands, folder, folder / "undisturbed")
 
 

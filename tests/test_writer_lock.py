@@ -96,7 +96,7 @@ def test_a_writer_that_has_not_yet_said_who_it_is_is_named_as_soon_as_it_has(tmp
 
         later = threading.Timer(0.3, say)
         later.start()
-        with pytest.raises(ArtefactError, match="another run .process 7 on a-host"), only_writer(tmp_path / "out", 0):
+        with pytest.raises(ArtefactError, match=r"another run \(process 7 on a-host"), only_writer(tmp_path / "out", 0):
             pass
         later.join()
 
