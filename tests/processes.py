@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,16 @@ class MemoryWatch:
         # A worker's title comes after its start.
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         self._roles[pid] = "command" if pid == self._root.pid else role_of(words)
+
+
+def processes_below(pid: int, wanted: Callable[[str], bool]) -> list[psutil.Process]:
+    """The descendants of a process whose names are wanted."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if wanted(child.name()):
+                found.append(child)
+    return found
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

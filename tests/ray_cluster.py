@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 180
 OBJECT_STORE_BYTES = 100_000_000
 COUNT_NODES = """
+import sys
 import ray
 ray.init(log_to_driver=False, logging_level="ERROR")
-print(sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()))
+for _ in sys.stdin:
+    print(sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()), flush=True)
 """
 
 
@@ -58,6 +60,13 @@ class LocalCluster:
         port = self.address.partition(":")[2]
         self._head = self._start("--head", "--port", port, "--temp-dir", self._folder / "ray", cpus=0)
         self._wait(lambda: _answers(self.address), "the head does not answer")
+        self._counter = subprocess.Popen(
+            [sys.executable, "-c", COUNT_NODES],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             for _ in range(self._first):
                 self.add()
@@ -67,8 +76,8 @@ class LocalCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for node in [*self.nodes, self._head]:
-            kill_tree(node)
+        for process in [self._counter, *self.nodes, self._head]:
+            kill_tree(process)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, cpus: int = 1) -> subprocess.Popen[bytes]:
@@ -88,10 +97,11 @@ class LocalCluster:
             for place, node in enumerate(self.nodes):
                 if node.poll() is not None:  # Ray gives a node 30 s to start, which a busy machine may not keep
                     self.nodes[place] = self._start("--address", self.address, cpus=1)
-            done = subprocess.run(
-                [sys.executable, "-c", COUNT_NODES], env=self.environment, capture_output=True, text=True, check=True
-            )
-            return int(done.stdout.split()[0]) == number
+            assert self._counter.stdin
+            assert self._counter.stdout
+            self._counter.stdin.write(b"\n")
+            self._counter.stdin.flush()
+            return int(self._counter.stdout.readline()) == number
 
         self._wait(there, f"there are not {number} nodes")
 

@@ -27,13 +27,13 @@ from rag_core.corpus import CorpusConfig, write_corpus
 from tasks.ray_workers import REPLACEMENTS
 from tests.conftest import MINILM
 from tests.prepared import WORK, Command, Prepared
-from tests.processes import environment_in
+from tests.processes import environment_in, processes_below
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
 KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 7, "command": 4, "group": 4}  # of each stage
-SHARDS = 40 if SMOKE else 100
+EMBEDDED, ANSWERED = (60, 40) if SMOKE else (200, 110)  # shards
 SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
 # A worker that holds a shard loses it with the kill; nothing that was finished is made again.
 PARTS_BETWEEN_KILLS = 3
@@ -78,18 +78,16 @@ class Killer:
     def _kill_worker(self, process: Command) -> None:
         end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if child.name().startswith("ray::Worker"):
-                    child.kill()
-                    child.wait(WAIT_SECONDS)
-                    return
+            for worker in processes_below(process.pid, lambda name: name.startswith("ray::Worker")):
+                worker.kill()
+                worker.wait(WAIT_SECONDS)
+                return
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
             time.sleep(0.05)
         raise AssertionError(f"seed {SEED}: no worker was seen")
 
     def _kill(self, process: Command, victim: str) -> None:
-        tree = psutil.Process(process.pid).children(recursive=True)
-        working = [child for child in tree if not child.name().endswith("Agent")]
+        working = processes_below(process.pid, lambda name: not name.endswith("Agent"))
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
@@ -117,7 +115,7 @@ def victims_of(chance: random.Random) -> list[str]:
 def test_embedding_killed_at_random_moments_ends_with_every_row_once(
     tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    texts = [f"Place {number} lies {number % 97} km from Lyon." for number in range(10 * SHARDS)]
+    texts = [f"Place {number} lies {number % 97} km from Lyon." for number in range(10 * EMBEDDED)]
     rows = [{"id": str(number), "title": "Places", "text": text} for number, text in enumerate(texts)]
     source = tmp_path / "passages.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -150,7 +148,7 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
     model.save_pretrained(tmp_path / "model")
     make_index(tmp_path, encoder)
     questions = tmp_path / "questions.jsonl"
-    asked = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(16 * SHARDS)]
+    asked = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(16 * ANSWERED)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     arguments, chance = (tmp_path / "model", tmp_path / "index", questions), random.Random(SEED + 1)

@@ -74,7 +74,7 @@ class Site:
         self._prepared.__exit__(*error)
 
     def start(self, *words: object) -> Command:
-        (self.folder / "log").unlink(missing_ok=True)
+        (self.folder / "log").write_bytes(b"")
         return self._prepared.start(*words)
 
     def refused(self, *words: object, **environment: str) -> str:

@@ -21,7 +21,7 @@ from rag_core.artefacts.artefact import open_artefact
 from rag_core.errors import ConfigError
 from rag_core.objectives import EndToEndRates
 from tests.prepared import WORK, Command, Prepared
-from tests.processes import environment_in
+from tests.processes import environment_in, processes_below
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -33,6 +33,7 @@ from tests.small_corpus import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+SMOKE = os.environ.get("CHAOS") == "smoke"
 SETTINGS = {"log_every": 3, "eval_every": 10, "checkpoint_every": 2}
 
 
@@ -191,14 +192,15 @@ def train_workers() -> list[int]:
 
 
 @pytest.mark.chaos(short=False)
-@pytest.mark.parametrize("which", [0, 1])
-def test_one_of_two_workers_that_is_killed_is_made_good_by_ray_trains_failure_policy(
-    training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str], which: int
+def test_one_of_two_workers_and_then_the_other_are_killed_and_made_good_by_ray_trains_failure_policy(
+    training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    undisturbed = training.undisturbed(workers=2)
-    with disturbed(tmp_path / "out", 12, lambda: kill(train_workers()[which])):
-        assert training.run(tmp_path / "out", workers=2) == undisturbed
-    assert "train-token: a worker was lost; another one goes on from the last checkpoint" in capfd.readouterr().err
+    undisturbed, out = training.undisturbed(workers=2), tmp_path / "out"
+    first, second = (disturbed(out, 12 * n + 12, lambda n=n: kill(train_workers()[n])) for n in (0, 1))
+    with first, second:
+        assert training.run(out, workers=2) == undisturbed
+    lost = "train-token: a worker was lost; another one goes on from the last checkpoint"
+    assert capfd.readouterr().err.count(lost) == 2
 
 
 @pytest.mark.chaos(short=False)
@@ -272,41 +274,38 @@ def wait_for_checkpoint(folder: Path, out: Path, process: Command, beyond: int) 
         time.sleep(0.002)
 
 
+# What happens to a command before it is left alone, in this order.
+DISTURBANCES = ("kill",) if SMOKE else ("kill", "terminate twice at once", "kill", "terminate twice", "kill")
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_a_command_killed_at_random_moments_of_training_ends_as_the_undisturbed_one(
+def test_a_command_killed_and_terminated_at_random_moments_of_training_ends_as_the_undisturbed_one(
     site: tuple[Path, Prepared, tuple[str, Any]], figure: Callable[[str], None]
 ) -> None:
     folder, commands, undisturbed = site
-    rounds, draw, reached = (1 if os.environ.get("CHAOS") == "smoke" else 4), random.Random(11), 0
-    out = folder / "out"
-    for _ in range(rounds):
+    draw, reached, out = random.Random(11), 0, folder / "out"
+    for disturbance in DISTURBANCES:
         process = commands.start(folder, out)
         wait_for_checkpoint(folder, out, process, reached)
         time.sleep(draw.uniform(0, 0.5))
-        workers = [one for one in psutil.Process(process.pid).children(recursive=True) if "Worker" in one.name()]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        psutil.wait_procs(workers, timeout=60)  # they may write another checkpoint before they notice
-        assert not out.exists(), "training ended before it could be killed"
+        if disturbance == "kill":
+            kill_group(process)
+        else:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.0 if disturbance.endswith("at once") else 0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == -signal.SIGTERM
+        assert not out.exists(), "training ended before it could be disturbed"
         reached = max(int(one.name[5:]) for one in folder.glob(".out.training-*/step-*"))
     assert outcome(commands, folder, out) == undisturbed
-    assert (folder / "log").read_text().count("train-token: going on after step") == rounds
-    figure(f"training: killed {rounds} times, weights and curves equal to the last bit")
+    assert (folder / "log").read_text().count("train-token: going on after step") == len(DISTURBANCES)
+    figure(f"training: {', '.join(DISTURBANCES)}; weights and curves equal to the last bit")
 
 
-@pytest.mark.chaos(short=False)
-@pytest.mark.timeout(600)
-def test_a_second_sigterm_does_not_harm_the_checkpoint(site: tuple[Path, Prepared, tuple[str, Any]]) -> None:
-    folder, commands, undisturbed = site
-    out, done = folder / "terminated", 20
-    for pause in (0.0, 0.05):
-        process = commands.start(folder, out)
-        wait_for_checkpoint(folder, out, process, done)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(pause)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == -signal.SIGTERM
-        assert not out.exists()
-        done = max(int(one.name[5:]) for one in folder.glob(".terminated.training-*/step-*")) + 20
-    assert outcome(commands, folder, out) == undisturbed
+def kill_group(process: Command) -> None:
+    """Signal 9 to the command and its group; its workers, who may write another checkpoint before they notice, end, too."""
+    workers = processes_below(process.pid, lambda name: "Worker" in name)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(workers, timeout=60)
