@@ -87,13 +87,15 @@ class QuestionAnswerer:
 
     def __call__(self, number: int) -> ContextCount:
         size = self._config.shard_questions
+        part = self._parts / part_name(number, size)
+        if part.is_file():  # the worker that finished it was lost before it could say so
+            return _count_of(part)
         mine = self._questions[number * size : (number + 1) * size]
         with self._model.reader.counting() as count:
             answers = answer_questions(
                 self._model, self._index, mine, self._config, lambda done: self._meter.advance.remote(done)
             )
         rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
-        part = self._parts / part_name(number, size)
         with finished_file(part.with_suffix(COUNT)) as file:
             file.write_text(json.dumps(asdict(count)), encoding="utf-8")
         write_part(rows, part)
@@ -249,5 +251,9 @@ def _answer_on_ray(
     with progress(stage, total, done=done) as meter:
         arguments = (model, open_retriever, *files, config, share.gpus > 0, meter)
         counts = map_on_workers(share, QuestionAnswerer, arguments, shards)
-    counts += [ContextCount(**json.loads((parts / names[one]).with_suffix(COUNT).read_bytes())) for one in finished]
+    counts += [_count_of(parts / names[one]) for one in finished]
     return ContextCount(**{name: sum(getattr(one, name) for one in counts) for name in ("contexts", "contexts_cut")})
+
+
+def _count_of(part: Path) -> ContextCount:
+    return ContextCount(**json.loads(part.with_suffix(COUNT).read_bytes()))

@@ -42,6 +42,9 @@ class ShardEmbedder:
 
     def __call__(self, shard: tuple[int, str]) -> int:
         number, path = shard
+        out_file = self._out_folder / shard_name(number)
+        if out_file.is_file():  # the worker that finished it was lost before it could say so
+            return _rows_of(out_file)
         unreported = 0
 
         def report(done: int, at_least: int = REPORT_EVERY) -> None:
@@ -51,7 +54,7 @@ class ShardEmbedder:
                 self._meter.advance.remote(unreported)
                 unreported = 0
 
-        rows = embed_shard(self._encoder, Path(path), self._out_folder / shard_name(number), self._config, report)
+        rows = embed_shard(self._encoder, Path(path), out_file, self._config, report)
         report(0, at_least=1)
         return rows
 
@@ -105,7 +108,12 @@ def embed_on_ray(corpus: Corpus, folder: Path, config: EmbedConfig) -> int:
     share = share_of_cluster(config.num_workers)
     finished = {number: file for number in range(len(corpus.shards)) if (file := folder / shard_name(number)).is_file()}
     shards = [(number, str(path.resolve())) for number, path in enumerate(corpus.shards) if number not in finished]
-    rows = sum(pq.read_metadata(file).num_rows for file in finished.values())
+    rows = sum(map(_rows_of, finished.values()))
     found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
     with progress("embed-corpus", len(corpus), done=rows) as meter:
         return rows + sum(map_on_workers(share, ShardEmbedder, (found, str(folder), share.gpus > 0, meter), shards))
+
+
+def _rows_of(shard: Path) -> int:
+    rows: int = pq.read_metadata(shard).num_rows
+    return rows

@@ -6,6 +6,7 @@ for every command; what a command does from then on, and how it is killed, is as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -116,5 +117,6 @@ class Prepared:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._last and self._last.poll() is None:
-            os.killpg(self._last.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._last.pid, signal.SIGKILL)
         self._parent.communicate()
