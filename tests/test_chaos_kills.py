@@ -32,7 +32,7 @@ from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_ind
 from tests.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
 
 SMOKE = os.environ.get("CHAOS") == "smoke"
-KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 7, "command": 4, "group": 4}  # of each stage
+KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 9, "command": 3, "group": 3}  # of each stage
 EMBEDDED, ANSWERED = (60, 40) if SMOKE else (200, 110)  # shards
 SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
 # A worker that holds a shard loses it with the kill; nothing that was finished is made again.

@@ -48,14 +48,14 @@ with_services(work, ray=True)(*sys.argv[1:])
 """
 
 
-def start(work: str, folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
-    """A process group of its own, as a command has in a terminal, with its servers."""
+def start(work: str, folder: Path, *arguments: object, **environment: str) -> subprocess.Popen[bytes]:
+    """A process group of its own, as a command has in a terminal, with its servers unless `environment` names others."""
     command = [sys.executable, "-c", MAIN % work, *map(str, arguments)]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=environment_in(folder),
+            env=environment_in(folder, **environment),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
