@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.progress import track
 
 PROJECT = Path(__file__).resolve().parent.parent
-COPIED = ("rag_core", "tests", "docs", "pyproject.toml")
+COPIED = ("rag_core", "tasks", "flows", "tests", "docs", "pyproject.toml")
 TIMEOUT_SECONDS = 900
 
 
@@ -383,6 +383,27 @@ MUTANTS = (
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "tests/test_writer_lock.py",
+    ),
+    Mutant(
+        "a writer unnamed that has just begun",
+        "rag_core/artefacts/writer_lock.py",
+        "if name or time.monotonic() > end:",
+        "if True:",
+        "tests/test_writer_lock.py",
+    ),
+    Mutant(
+        "finished shards embedded again",
+        "tasks/embed_corpus.py",
+        "if out_file.is_file():",
+        "if False:",
+        "tests/test_finished_shards.py",
+    ),
+    Mutant(
+        "finished shards answered again",
+        "tasks/batch_infer.py",
+        "if part.is_file():",
+        "if False:",
+        "tests/test_finished_shards.py",
     ),
     Mutant(
         "both of two publishers win",

@@ -7,6 +7,7 @@ only this cluster knows.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -40,6 +41,7 @@ class LocalCluster:
         self._first, self._resources = nodes, json.dumps(resources or {})
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._hosts = 1
+        self._counter: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalCluster:
         # A short path: Ray's sockets lie below it.
@@ -60,13 +62,6 @@ class LocalCluster:
         port = self.address.partition(":")[2]
         self._head = self._start("--head", "--port", port, "--temp-dir", self._folder / "ray", cpus=0)
         self._wait(lambda: _answers(self.address), "the head does not answer")
-        self._counter = subprocess.Popen(
-            [sys.executable, "-c", COUNT_NODES],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
         try:
             for _ in range(self._first):
                 self.add()
@@ -77,7 +72,8 @@ class LocalCluster:
 
     def __exit__(self, *_: object) -> None:
         for process in [self._counter, *self.nodes, self._head]:
-            kill_tree(process)
+            if process:
+                kill_tree(process)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, cpus: int = 1) -> subprocess.Popen[bytes]:
@@ -97,13 +93,20 @@ class LocalCluster:
             for place, node in enumerate(self.nodes):
                 if node.poll() is not None:  # Ray gives a node 30 s to start, which a busy machine may not keep
                     self.nodes[place] = self._start("--address", self.address, cpus=1)
-            assert self._counter.stdin
-            assert self._counter.stdout
-            self._counter.stdin.write(b"\n")
-            self._counter.stdin.flush()
-            return int(self._counter.stdout.readline()) == number
+            return self._count_nodes() == number
 
         self._wait(there, f"there are not {number} nodes")
+
+    def _count_nodes(self) -> int:
+        """Asked of a process that stays connected; −1 if that was lost, as with the node that it was connected to."""
+        if self._counter is None or self._counter.poll() is not None:
+            command, pipe = [sys.executable, "-c", COUNT_NODES], subprocess.PIPE
+            self._counter = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, bufsize=0)
+        assert self._counter.stdin
+        assert self._counter.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._counter.stdin.write(b"\n")
+        return int(self._counter.stdout.readline() or -1)
 
     def log(self) -> str:
         """What the nodes printed."""
