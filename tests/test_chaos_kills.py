@@ -69,11 +69,15 @@ class Killer:
         assert process.wait(5 * WAIT_SECONDS) == 0
 
     def _wait_for_parts(self, process: Command, parts: int) -> None:
-        wanted, end = len(draft_files(self.out, self.pattern)) + parts, time.monotonic() + WAIT_SECONDS
-        while len(draft_files(self.out, self.pattern)) < wanted:
+        wanted, end = self._parts() + parts, time.monotonic() + WAIT_SECONDS
+        while self._parts() < wanted:
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
             assert time.monotonic() < end, f"seed {SEED}: nothing more was finished after {dict(self.killed)}"
-            time.sleep(0.01)
+            time.sleep(0.02)
+
+    def _parts(self) -> int:
+        """Finished parts; cheaper than `draft_files`, since it is asked all the time."""
+        return sum(1 for draft in self.out.parent.glob(f".{self.out.name}.draft-*") for _ in draft.rglob(self.pattern))
 
     def _kill_worker(self, process: Command) -> None:
         end = time.monotonic() + WAIT_SECONDS
