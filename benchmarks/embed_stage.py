@@ -26,7 +26,7 @@ TARGET = 0.92
 
 def prepare_stage(folder: Path) -> Callable[[], dict[str, Any]]:
     """Ours: Ray and its worker run, and are warm."""
-    from tasks.embed_corpus import embed_on_ray
+    from tasks.embedding import embed_on_ray
 
     def embed(corpus: Path) -> dict[str, Any]:
         out = Path(tempfile.mkdtemp(dir=folder))

@@ -27,7 +27,7 @@ MEGABYTES = 300.0
 
 def prepare_driver(folders: Sequence[Path], scratch: Path) -> Callable[[], dict[str, Any]]:
     """Each call does the next corpus: seconds of both halves."""
-    from tasks.embed_corpus import embed_on_ray
+    from tasks.embedding import embed_on_ray
 
     config = EmbedConfig(encoder=MINILM)
     encoder = TextEncoder.from_pretrained(MINILM)

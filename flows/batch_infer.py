@@ -6,7 +6,7 @@ from prefect import flow
 
 from rag_core.artefacts.places import ArtefactPath
 from rag_core.rag_model import ModelConfig
-from tasks.batch_infer import InferConfig
+from tasks.answering import InferConfig
 from tasks.batch_infer import batch_infer as run_task
 from tasks.results import StageResult
 

@@ -26,7 +26,7 @@ from rag_core.index import IndexConfig
 from rag_core.likelihood import Variant
 from rag_core.pretraining import PretrainConfig
 from rag_core.rag_model import ModelConfig
-from tasks.batch_infer import InferConfig
+from tasks.answering import InferConfig
 from tasks.results import StageResult
 from tasks.summary import pipeline_run, publish_summary
 from tasks.train import TrainConfig

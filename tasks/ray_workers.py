@@ -45,8 +45,11 @@ class Worker:
     def __init__(self, cpus: int) -> None:
         limit_threads(cpus)
         keep_freed_blocks()
-        # The seconds are paid here, while the driver does something else.
-        for module in ("tasks.embed_corpus", "tasks.pretrain_generator", "tasks.train", "tasks.batch_infer"):
+        self.warm("tasks.embedding", "tasks.answering")
+
+    def warm(self, *modules: str) -> None:
+        """Import these now, while the driver does something else."""
+        for module in modules:
             importlib.import_module(module)
 
     def here(self) -> None:
@@ -92,16 +95,20 @@ def close_workers() -> None:
         _made_for = None
 
 
-def start_early() -> None:
+def start_early(*modules: str) -> None:
     """Start Ray and its workers in the background, while this process is busy with its own imports.
 
     A cluster that cannot be reached is reported by the stage that needs it.
+
+    Args:
+        modules: what the workers will need beside what every one imports.
     """
 
     def start() -> None:
         try:
             ensure_ray()
-            workers_for(share_of_cluster())
+            for worker in workers_for(share_of_cluster()):
+                worker.warm.remote(*modules)
         except Exception as error:
             logging.getLogger(__name__).debug("Ray did not start early: %s", error)
         # Linux ends Ray's processes with the thread that started them, so this one stays as long as the main thread.

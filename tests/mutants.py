@@ -393,14 +393,14 @@ MUTANTS = (
     ),
     Mutant(
         "finished shards embedded again",
-        "tasks/embed_corpus.py",
+        "tasks/embedding.py",
         "if out_file.is_file():",
         "if False:",
         "tests/test_finished_shards.py",
     ),
     Mutant(
         "finished shards answered again",
-        "tasks/batch_infer.py",
+        "tasks/answering.py",
         "if part.is_file():",
         "if False:",
         "tests/test_finished_shards.py",

@@ -13,7 +13,7 @@ from rag_core.index import PassageIndex
 from rag_core.questions import read_questions
 from rag_core.rag_model import RagModel
 from rag_core.reader import DecodingConfig
-from tasks.batch_infer import InferConfig, answer_questions
+from tasks.answering import InferConfig, answer_questions
 from tasks.results import StageResult
 from tasks.summary import cut_note, stages_markdown
 from tests.small_corpus import (

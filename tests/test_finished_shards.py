@@ -10,8 +10,8 @@ from rag_core.corpus import Corpus
 from rag_core.embeddings import EmbedConfig
 from rag_core.index import PassageIndex
 from rag_core.reader import DecodingConfig
-from tasks.batch_infer import InferConfig, QuestionAnswerer
-from tasks.embed_corpus import ShardEmbedder
+from tasks.answering import InferConfig, QuestionAnswerer
+from tasks.embedding import ShardEmbedder
 from tasks.ray_runtime import progress
 from tests.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A finished pipeline: its configuration, its folder and its result."""
     from flows.pipeline import PipelineConfig, QuestionFiles, pipeline
-    from tasks.batch_infer import InferConfig
+    from tasks.answering import InferConfig
     from tasks.train import TrainConfig
 
     folder = tmp_path_factory.mktemp("pipeline")
@@ -290,6 +290,6 @@ def test_parts_that_workers_wrote_out_of_sight_are_an_error_and_not_a_shorter_ar
     monkeypatch.setattr("tasks.embed_corpus.embed_on_ray", lambda corpus, folder, config: len(corpus))
     with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
         embed_corpus(out / "corpus", tmp_path / "embeddings", config.embed)
-    monkeypatch.setattr("tasks.batch_infer._answer_on_ray", lambda *arguments: ContextCount())
+    monkeypatch.setattr("tasks.batch_infer.answer_on_ray", lambda *arguments: ContextCount())
     with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
         batch_infer(out / "rag-token", out / "index", config.questions.test, tmp_path / "predictions", config.infer)

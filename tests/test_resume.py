@@ -34,7 +34,7 @@ INFER = """
 def work(model, index, questions, out):
     from flows.batch_infer import batch_infer
     from rag_core.reader import DecodingConfig
-    from tasks.batch_infer import InferConfig
+    from tasks.answering import InferConfig
     decoding = DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=1, precision="float32", batch_size=4)
     config = InferConfig(variant="token", decoding=decoding, shard_questions=16)
     batch_infer(Path(model), Path(index), Path(questions), Path(out), config)

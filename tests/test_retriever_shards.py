@@ -26,7 +26,7 @@ from rag_core.rag_model import RagModel
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
 from tasks import retriever_shards
-from tasks.batch_infer import InferConfig
+from tasks.answering import InferConfig
 from tasks.retriever_shards import RetrievalConfig, RetrieverShard, ShardedRetriever, retrieval
 from tests.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 from tests.test_sharded_index import assert_same

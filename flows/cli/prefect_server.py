@@ -32,12 +32,13 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., None]:
+def with_services(command: Callable[..., None], *, ray: bool, trains: bool = False) -> Callable[..., None]:
     """A command that runs a flow: the server is up before its body runs. Options and help stay the command's own.
 
     Args:
         command: the function behind the command.
         ray: whether its stages work on Ray.
+        trains: whether its workers need what training needs, MLflow among it, which takes seconds to import.
     """
 
     @functools.wraps(command)
@@ -46,7 +47,7 @@ def with_services(command: Callable[..., None], *, ray: bool) -> Callable[..., N
         if ray:
             from tasks.ray_workers import start_early
 
-            start_early()
+            start_early(*(["tasks.pretrain_generator", "tasks.train"] if trains else []))
         import flows.pipeline  # noqa: F401  (all that any stage imports)
         from tasks.tracking import prepare_store
 

@@ -16,7 +16,7 @@ DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     for command in (pipeline, demo):
-        app.command(rich_help_panel="Whole runs")(with_services(command, ray=True))
+        app.command(rich_help_panel="Whole runs")(with_services(command, ray=True, trains=True))
 
 
 def pipeline(

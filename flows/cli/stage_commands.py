@@ -29,9 +29,10 @@ Replicas = Annotated[int | None, typer.Option(help="With sharded retrieval: acto
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    on_ray = (embed, pretrain, train, infer)
+    on_ray, training = (embed, pretrain, train, infer), (pretrain, train)
     for command in (corpus, embed, index, pretrain, train, infer, evaluate):
-        app.command(rich_help_panel="Stages")(with_services(command, ray=command in on_ray))
+        services = with_services(command, ray=command in on_ray, trains=command in training)
+        app.command(rich_help_panel="Stages")(services)
 
 
 def corpus(
@@ -190,7 +191,7 @@ def infer(
     """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
     from flows.batch_infer import batch_infer
     from flows.cli.settings import parse
-    from tasks.batch_infer import InferConfig
+    from tasks.answering import InferConfig
 
     decoding = {
         "num_beams": num_beams,
