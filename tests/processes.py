@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE_SECONDS = 0.05
-TREE_SECONDS = 0.25
+SAMPLE_SECONDS = 0.1
+TREE_SECONDS = 0.5
 MEGABYTE = 2**20
 
 

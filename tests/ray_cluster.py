@@ -30,7 +30,7 @@ import sys
 import ray
 ray.init(log_to_driver=False, logging_level="ERROR")
 for _ in sys.stdin:
-    print(sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()), flush=True)
+    print("nodes", sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()), flush=True)
 """
 
 
@@ -106,7 +106,10 @@ class LocalCluster:
         assert self._counter.stdout
         with contextlib.suppress(BrokenPipeError):
             self._counter.stdin.write(b"\n")
-        return int(self._counter.stdout.readline() or -1)
+        for line in iter(self._counter.stdout.readline, b""):  # Ray's notices of lost nodes among them
+            if line.startswith(b"nodes "):
+                return int(line.split()[1])
+        return -1
 
     def log(self) -> str:
         """What the nodes printed."""
