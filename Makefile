@@ -30,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
-test: setup ## run all tests (12 minutes on two cores)
+test: setup ## run all tests (10 minutes on two cores)
 	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"

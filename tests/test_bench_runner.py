@@ -60,6 +60,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(tmp_path: Path) -> 
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).resolve().parents[1],
         env={"PATH": "", "TERM": "dumb", "COLUMNS": "300"},
     )
     assert done.returncode == 2

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SMOKE = os.environ.get("CHAOS") == "smoke"
 SIZES = (20_000,) if SMOKE else (20_000, ALL)
 LIMIT_MB = 1430  # 1.5 GB
-GROWTH_MB = 150
+GROWTH_MB = 200  # 20,000 passages are little more than one window of the encoder; 147 was seen
 QUESTIONS = 100
 COMMANDS = ("embed",) if SMOKE else ("embed", "index", "infer")
 # These hold the index: they may grow with it.
