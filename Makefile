@@ -51,7 +51,7 @@ mutants: setup ## put deliberate faults into copies of the code and see the test
 chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (about 20 minutes on two cores)
 	$(SHARING) $(BIN)/python -m pytest -m chaos --timeout 1500 -n 3 --dist loadscope --no-loadscope-reorder
 
-chaos-smoke: setup ## some of it in short (5 to 10 minutes; in CI)
+chaos-smoke: setup ## some of it in short (5 minutes; in CI)
 	CHAOS=smoke $(SHARING) $(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup ## formatting, lint, types, the direction of imports, and what is known to be unsafe

@@ -117,7 +117,9 @@ def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_we
 
         def kill() -> None:
             nonlocal kills
-            while not stop.wait(4):
+            pause = 0.0
+            while not stop.wait(pause):
+                pause = 4.0
                 victim = replicas[rng.integers(2)][rng.integers(2)]
                 try:
                     os.kill(ray.get(victim.process.remote(), timeout=10), signal.SIGKILL)
