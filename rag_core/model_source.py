@@ -25,6 +25,8 @@ from rag_core.artefacts.places import ObjectPath, as_place
 from rag_core.errors import ConfigError
 
 PACKAGE_PREFIX = "package:"
+# More than any model has.
+MOST_LAYERS = 500
 
 
 def resolve_model_source(name_or_folder: str | Path) -> str:
@@ -77,15 +79,17 @@ def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = F
     Raises:
         ConfigError: it cannot be read; or config.json or tokenizer_config.json names code of its own (`auto_map`), in
             whose place Transformers' class of that model_type might compute something else; or (a folder) all weights
-            are pickles. None of the last two with `trust_remote_code`.
+            are pickles. None of the last two with `trust_remote_code`. Or it asks for more than `MOST_LAYERS` layers.
     """
     if not trust_remote_code:
         for name in ("config.json", "tokenizer_config.json"):
             _refuse_own_code(source, subfolder, name)
         _refuse_pickles(source, subfolder)
-    return load_from_source(
+    config = load_from_source(
         AutoConfig.from_pretrained, source, subfolder=subfolder, trust_remote_code=trust_remote_code
     )
+    _refuse_endless_layers(source, config.to_dict())
+    return config
 
 
 def weights_options(trust_remote_code: bool) -> dict[str, Any]:
@@ -182,6 +186,18 @@ def _refuse_own_code(source: str, subfolder: str, name: str) -> None:
     content = read_json(source, f"{subfolder}/{name}".lstrip("/"))
     if isinstance(content, dict) and content.get("auto_map"):
         raise _own_code(source, f"{name} names it in auto_map")
+
+
+def _refuse_endless_layers(source: str, settings: dict[Any, Any]) -> None:
+    """Transformers would make them one by one before it looks at the weights."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _refuse_endless_layers(source, value)
+        elif str(name).endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
+            raise ConfigError(
+                f"{source}: config.json has a {name} of more than {MOST_LAYERS}, which no model has. The file is damaged: "
+                "fetch the model again."
+            )
 
 
 def _own_code(source: str, why: str) -> ConfigError:
