@@ -193,7 +193,7 @@ def _refuse_endless_layers(source: str, settings: dict[Any, Any]) -> None:
     for name, value in settings.items():
         if isinstance(value, dict):
             _refuse_endless_layers(source, value)
-        elif str(name).endswith("layers") and isinstance(value, int) and value > MOST_LAYERS:
+        elif str(name).endswith(("layer", "layers")) and isinstance(value, int) and value > MOST_LAYERS:
             raise ConfigError(
                 f"{source}: config.json has a {name} of more than {MOST_LAYERS}, which no model has. The file is damaged: "
                 "fetch the model again."

@@ -80,8 +80,9 @@ class Site:
     def refused(self, *words: object, **environment: str) -> str:
         """Run a command, imports and all, with this in its environment, that ends with exit code 2; what it said."""
         command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
+        environment = self.environment | environment
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, check=False
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=WAIT_SECONDS
         )
         assert done.returncode == 2, done.stderr
         return done.stderr

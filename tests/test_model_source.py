@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, dynamic_module_utils
 
 from rag_core.errors import ConfigError
-from rag_core.model_source import load_from_source, load_tokenizer, load_weights, resolve_model_source
+from rag_core.model_source import load_config, load_from_source, load_tokenizer, load_weights, resolve_model_source
 from rag_core.text_encoder import TextEncoder
 from tests.small_corpus import FACTS, make_encoder
 
@@ -207,3 +207,12 @@ def test_a_tokenizer_is_loaded_from_the_subfolder_that_is_asked_for(folder: Path
         file.rename(folder / "inside" / file.name)
     (folder / "config.json").rename(folder / "inside" / "config.json")
     assert load_tokenizer(str(folder), subfolder="inside")("Lyon")["input_ids"][0] == 2
+
+
+@pytest.mark.parametrize(
+    "settings", [{"model_type": "bert", "num_hidden_layers": 10**400}, {"model_type": "gpt2", "n_layer": 501}]
+)
+def test_endless_layers_are_refused_before_any_is_made(settings: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"config\.json has a \w+ of more than 500, which no model has"):
+        load_config(str(tmp_path))

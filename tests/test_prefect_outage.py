@@ -17,7 +17,6 @@ from rag_core.artefacts.artefact import open_artefact
 from tests.conftest import _free_port, _wait_until_healthy
 from tests.processes import environment_in
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 280
 
 pytestmark = pytest.mark.timeout(900)

@@ -21,7 +21,6 @@ from tests.conftest import MINILM
 from tests.processes import environment_in
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 
-ROOT = Path(__file__).resolve().parents[1]
 WAIT_SECONDS = 120
 
 EMBED = """

@@ -94,9 +94,8 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
         for sample in fuzzed.samples:
             fuzzed.feed(sample)
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the high-water mark begins anew: that of the target before was its own
+        # The high-water mark begins anew: that of the target before was its own.
+        Path("/proc/self/clear_refs").write_text("5")
         began = time.monotonic()
         with limited_memory():
             for number in range(start, inputs):
