@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rag_core.artefacts.artefact import local_file
 from rag_core.errors import InputError
@@ -30,9 +30,16 @@ from rag_core.readers.squad import articles_of, paragraph_id
 _FORMATS = "JSON Lines with `question`, DPR's tab-separated .csv, SQuAD JSON, or a JSON list of records with `ctxs`"
 
 
+AnswersAre = Literal["text", "regex"]
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question. `contexts` are passages given with it, best first, `context_scores` their scores, if known."""
+    """A question. `contexts` are passages given with it, best first, `context_scores` their scores, if known.
+
+    `answers_are` says whether `answers` are texts or regular expressions that an answer matches (CuratedTREC).
+    `is_impossible`: its passage holds no answer, and to say so is the right answer (SQuAD 2.0); `answers` are empty then.
+    """
 
     id: str
     question: str
@@ -41,6 +48,8 @@ class Question:
     gold_passage_ids: tuple[str, ...] = ()
     contexts: tuple[Passage, ...] | None = None
     context_scores: tuple[float, ...] | None = None
+    answers_are: AnswersAre = "text"
+    is_impossible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,10 @@ def _as_json(question: Question) -> dict[str, Any]:
     value: dict[str, Any] = {"id": question.id, "question": question.question, "answers": list(question.answers)}
     if question.type is not None:
         value["type"] = question.type
+    if question.answers_are != "text":
+        value["answers_are"] = question.answers_are
+    if question.is_impossible:
+        value["is_impossible"] = True
     if question.gold_passage_ids:
         value["gold_passage_ids"] = list(question.gold_passage_ids)
     if question.contexts is not None:
@@ -262,7 +275,23 @@ def _question(record: _Record, id: str) -> Question:
         ),
         contexts=contexts,
         context_scores=scores,
+        answers_are=_answers_are(record),
+        is_impossible=_is_impossible(record),
     )
+
+
+def _answers_are(record: _Record) -> AnswersAre:
+    kind = record.value.get("answers_are", "text")
+    if kind not in get_args(AnswersAre):
+        raise record.error(f"`answers_are` is {kind!r}", f"one of {', '.join(get_args(AnswersAre))}")
+    return kind  # type: ignore[no-any-return]
+
+
+def _is_impossible(record: _Record) -> bool:
+    value = record.value.get("is_impossible", False)
+    if not isinstance(value, bool):
+        raise record.error(f"`is_impossible` is {value!r}", "true or false")
+    return value
 
 
 def _text(record: _Record, name: str, value: object) -> str:
