@@ -7,6 +7,7 @@ home there, so that a test run touches nothing of the user's.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -64,7 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
+    if config.pluginmanager.hasplugin("randomly"):
+        # It has seeded all processes alike, and what draws a name or a port must not draw the same one in each.
+        random.seed()
+    else:
+        items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
 
 
 @pytest.fixture
