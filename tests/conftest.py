@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,12 +23,25 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.processes import free_port
 
-# Before anything imports Prefect, Ray or Transformers.
-os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
+torch.set_num_threads(1)
+
+# Before anything imports Prefect, Ray or Transformers. Nothing that the user's shell says of servers, stores and caches counts
+# here, and nothing of the user's is written to.
+THEIRS = ("PREFECT_", "RAY_", "MLFLOW_", "RAG_", "AWS_", "HF_")
+HOME = tempfile.TemporaryDirectory(prefix="rag-tests-", ignore_cleanup_errors=True)
+for _name in [name for name in os.environ if name.startswith(THEIRS) and name != "RAY_TMPDIR"]:
+    del os.environ[_name]
+os.environ |= {
+    "PREFECT_HOME": f"{HOME.name}/prefect",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "MLFLOW_TRACKING_URI": f"sqlite:///{HOME.name}/mlflow.db",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "RAG_CACHE": f"{HOME.name}/cache",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 # The same examples each time, and none that fails because the machine was busy; `--hypothesis-profile default` draws others.
 hypothesis.settings.register_profile("repeated", derandomize=True, database=None, deadline=None)
@@ -89,8 +103,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    # Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
+def _apart() -> Iterator[None]:
+    """The current folder is an empty one, whether the services have been started or not."""
+    before = Path.cwd()
+    os.chdir(HOME.name)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What a test set is undone after it, so that fixtures of the next file find one thread, too."""
+    yield
     torch.set_num_threads(1)
 
 
@@ -123,21 +147,23 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Prefect server, one Ray cluster and one MLflow store for the whole session; yields the store's folder."""
     home = tmp_path_factory.mktemp("services")
-    os.environ |= {"PREFECT_HOME": str(home / "prefect"), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from tasks.ray_runtime import ensure_ray
 
-    os.environ["PREFECT_API_URL"] = prefect_url
-    before = Path.cwd()
-    os.chdir(home)
-    try:
-        with temporary_settings({PREFECT_API_URL: prefect_url}):
+    settings = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": prefect_url,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+    }
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: prefect_url}):
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.chdir(home)
+        try:
             ensure_ray()
             yield home
-    finally:
-        os.chdir(before)
-        if "ray" in sys.modules:
+        finally:
             sys.modules["ray"].shutdown()
 
 
