@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 # Passed to pip when it installs the lock file, for example another index for torch.
 PIP_EXTRA ?=
+# Of `make test-again`.
+TIMES ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -10,7 +12,7 @@ STAMP := $(VENV)/.installed
 SHARING := OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
+.PHONY: help setup demo test test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,8 +32,11 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
-test: setup ## run all tests (10 minutes on two cores)
-	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+test: setup ## run all tests (10 minutes on two cores); OPTIONS="-p randomly" shuffles them
+	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(OPTIONS)
+
+test-again: setup ## run all tests TIMES times (4), in their order and shuffled, with and without a busy core beside
+	$(SHARING) $(BIN)/python -m tests.again --times $(TIMES)
 
 bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"
 	$(BIN)/python -m benchmarks $(OPTIONS)

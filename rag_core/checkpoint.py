@@ -7,7 +7,7 @@ A training folder holds the last two checkpoints and the best weights that one o
 
 Each is published as artefacts are (`artefact.py`): written aside, flushed, described with checksums, renamed. So a kill
 or a full disk in the middle of one leaves those before it whole, and one that is damaged is recognised and passed over.
-Nothing in them is a pickle. The order of the data is not in them: it follows from the seed and the step.
+Nothing in them is a pickle. Neither the order of the data nor a random state is in them: both follow from seed and step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -190,36 +188,6 @@ class Checkpoints:
                 f"No space left in {self.folder} for {what}. {stands}. Free space, and run the same command again"
                 f"{': it goes on from there' if standing else ''}."
             ) from error
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all random number generators of this process, as JSON."""
-    version, numbers, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    states: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "numpy": numpy_state,
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned."""
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    found = states["numpy"]
-    np.random.set_state(found | {"state": found["state"] | {"key": np.array(found["state"]["key"], dtype=np.uint32)}})
-    torch.set_rng_state(_bytes_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes_tensor(states["cuda"]))
-
-
-def _bytes_tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _tensors_of(objective: nn.Module, *, contiguous: bool = True) -> dict[str, torch.Tensor]:

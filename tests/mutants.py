@@ -328,7 +328,20 @@ MUTANTS = (
     ),
     Mutant("weights not restored", CHECKPOINT, "tensor.copy_(file.get_tensor(name))", "file.get_tensor(name)", RESUMED),
     Mutant("schedule begun anew", TRAINING, '        self._schedule.load_state_dict(state["schedule"])\n', "", RESUMED),
-    Mutant("random states drawn anew", TRAINING, '        set_random_states(mine["random"])\n', "", RESUMED),
+    Mutant(
+        "dropout drawn from the generator that others share",
+        "rag_core/own_draws.py",
+        "        if not recomputes:\n",
+        "        if False:\n",
+        RESUMED,
+    ),
+    Mutant(
+        "every step drops the same",
+        TRAINING,
+        "[config.seed, DROPOUT, self._place.rank, step]",
+        "[config.seed, DROPOUT, self._place.rank]",
+        RESUMED,
+    ),
     Mutant(
         "data begun anew",
         TRAINING,

@@ -1,9 +1,10 @@
-"""A command and every process below it: its environment, their memory, sampled while they live, and their end."""
+"""A command and every process below it: its environment, its port, their memory, sampled while they live, and their end."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -18,6 +19,21 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.1
 TREE_SECONDS = 0.5
 MEGABYTE = 2**20
+# Until this process ends.
+_held: list[socket.socket] = []
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port for a server of ours, which may stop and start there again. Without one, connections are refused.
+
+    It stays bound here, without listening, so the system gives it to nobody else, neither as a server's port nor as the
+    near end of a connection. A server may bind it all the same, as both sides allow the address to be used again.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind((host, 0))
+    _held.append(holder)
+    return int(holder.getsockname()[1])
 
 
 def environment_in(folder: Path, **more: str) -> dict[str, str]:
@@ -87,6 +103,14 @@ class MemoryWatch:
         # A worker's title comes after its start.
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         self._roles[pid] = "command" if pid == self._root.pid else role_of(words)
+
+
+def content_of(file: Path) -> bytes:
+    """What a file holds; nothing if the process that wrote it has just deleted it."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def processes_below(pid: int, wanted: Callable[[str], bool]) -> list[psutil.Process]:

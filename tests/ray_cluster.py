@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.processes import kill_tree
+from tests.processes import free_port, kill_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 180
@@ -47,7 +47,7 @@ class LocalCluster:
         # A short path: Ray's sockets lie below it.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
         (self._folder / "token").write_text(secrets.token_hex(32))
-        self.address = f"127.0.0.2:{_free_port('127.0.0.2')}"
+        self.address = f"127.0.0.2:{free_port('127.0.0.2')}"
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PREFECT_", "MLFLOW_"))
         }
@@ -139,9 +139,3 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return int(one.getsockname()[1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.processes import free_port
 
 BUCKET = "rag-artefacts"
 # Random words that may appear in no log, manifest or message.
@@ -19,9 +20,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "CANARYKEYID7Q", "AWS_SECRET_ACCESS_KEY": "c
 @contextlib.contextmanager
 def s3_server(log: Path) -> Iterator[dict[str, str]]:
     """Yields the environment variables for its clients; the bucket is there."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     code = (
         "import sys, threading\n"
         "from moto.server import ThreadedMotoServer\n"

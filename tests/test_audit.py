@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("audit", ROOT / "infra" / "audit.py")
@@ -51,8 +52,7 @@ def test_a_fault_of_pip_audit_fails(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_network_the_notice_comes_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(audit, "PROBE", "http://127.0.0.1:9/pypi/pip-audit/json")
-    before = time.monotonic()
+    monkeypatch.setattr(audit, "PROBE", f"http://127.0.0.1:{free_port()}/pypi/pip-audit/json")
+    monkeypatch.setattr(audit.subprocess, "run", lambda *_, **__: pytest.fail("pip-audit tries for minutes"))
     assert audit.main(LOCK) == 0
-    assert time.monotonic() - before < 10
     assert "NOTICE" in capsys.readouterr().out

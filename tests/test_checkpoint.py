@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -15,18 +14,18 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rag_core.checkpoint import Checkpoints, random_states, set_random_states
+from rag_core.checkpoint import Checkpoints
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index import PassageIndex
 from rag_core.objectives import EndToEnd, EndToEndRates
 from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.training import Hooks, OptimizerConfig, Place, global_batches, run_training
+from tests.other_draws import draw_in_another_thread
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
@@ -62,10 +61,8 @@ class Told:
         self.curves["history"].append({"step": step, **metrics})
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        # Callers may draw random numbers, of all kinds.
-        draws = {"python": random.random(), "numpy": float(np.random.random()), "torch": float(torch.rand(()))}
         with torch.no_grad():
-            return {"nll": float(self.objective(EXAMPLES[:3]).mean()), **draws}
+            return {"nll": float(self.objective(EXAMPLES[:3]).mean())}
 
     def _keep(self, step: int, dev: dict[str, float]) -> None:
         self.curves["dev"].append({"step": step, **dev})
@@ -88,12 +85,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Passage
     return encoder, make_generator(folder / "generator", encoder), make_index(folder / "index", encoder)
 
 
-def _objective(parts: tuple[Path, Path, PassageIndex]) -> EndToEnd:
-    """With dropout, of which the next step depends on the random state."""
+def _objective(parts: tuple[Path, Path, PassageIndex], dropout: float = 0.2) -> EndToEnd:
+    """With dropout, on whose masks every step after the first depends."""
     model = RagModel.from_parts(model_config(parts[0], parts[1]))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.2
+            module.p = dropout
     return EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=1e-3, generator=2e-3))
 
 
@@ -150,8 +147,7 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
 ) -> None:
     first = _run(parts, tmp_path / "training", monkeypatch, stop_after=stopped_at)
     assert first.done == stopped_at
-    # What another process would have in its generators.
-    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    draw_in_another_thread()  # another process's shared generators would not stand where these do
     second = _run(parts, tmp_path / "training", monkeypatch)
     assert second.done == STEPS
     second.assert_equals(undisturbed)
@@ -182,26 +178,66 @@ def test_with_two_threads_too_a_run_is_repeated_and_resumed_to_the_same_bits(
         torch.set_num_threads(1)
 
 
-def test_dropout_and_the_curves_depend_on_the_states_that_are_kept(undisturbed: Outcome) -> None:
-    """Else equal bits would prove nothing of them."""
-    assert any(not torch.equal(one, other) for one, other in zip(torch.rand(2, 3), torch.rand(2, 3), strict=True))
+def _objective_among_others(parts: tuple[Path, Path, PassageIndex]) -> EndToEnd:
+    """Before every dropout of every pass other threads draw, now more, now less."""
+    objective, chance = _objective(parts), random.Random(time.monotonic_ns())
+    layers = [module for module in objective.modules() if isinstance(module, nn.Dropout)]
+    assert len(layers) > 5
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: draw_in_another_thread(chance.randrange(1, 4)))
+    return objective
+
+
+def test_draws_of_other_threads_from_shared_generators_change_no_bit(
+    parts: tuple[Path, Path, PassageIndex], undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for stop_after in (3, 0):
+        run = _run(parts, tmp_path / "training", monkeypatch, stop_after=stop_after, make=_objective_among_others)
+    run.assert_equals(undisturbed)
+
+
+def test_weights_and_curves_depend_on_dropout(
+    parts: tuple[Path, Path, PassageIndex], undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else equal bits would prove nothing of it."""
     dev = undisturbed.told.curves["dev"]
     assert [point["step"] for point in dev] == [3, 6, 7]
-    assert len({point[name] for point in dev for name in ("python", "numpy", "torch")}) == 9
     assert [point["step"] for point in undisturbed.told.curves["history"]] == [2, 4, 6, 7]
+    without = _run(parts, tmp_path / "training", monkeypatch, make=lambda parts: _objective(parts, dropout=0.0))
+    assert without.told.curves["history"][0]["train_nll"] != undisturbed.told.curves["history"][0]["train_nll"]
+    assert without.told.curves["dev"] != dev
 
 
-def test_random_states_come_back_from_json() -> None:
-    def draw() -> list[float]:
-        random.gauss(0, 1)  # keeps a second one in its state
-        return [random.gauss(0, 1), float(np.random.standard_normal()), float(torch.randn(())), float(torch.rand(()))]
+def test_each_step_and_each_rank_draws_its_own_masks() -> None:
+    masks: list[torch.Tensor] = []
 
-    draw()
-    states = json.loads(json.dumps(random_states()))
-    first = draw()
-    assert draw() != first
-    set_random_states(states)
-    assert draw() == first
+    class Dropped(_Line):
+        def forward(self, examples: list[Question]) -> torch.Tensor:
+            masks.append(nn.functional.dropout(torch.ones(40), 0.5))
+            return super().forward(examples)
+
+    for place in (Place(0, 2), Place(1, 2)):
+        run_training(Dropped(), EXAMPLES, CONFIG.model_copy(update={"batch_size": 4}), place, Hooks())
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) == 2 * 2 * STEPS
+
+
+def test_a_checkpoint_of_before_with_random_states_in_it_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, make=_line())
+    write = Checkpoints.write
+
+    def write_as_before(*given: Any) -> None:
+        state = given[-1]
+        for worker in state["workers"]:
+            worker["random"] = {"python": [3, [0] * 625, None], "numpy": {}, "torch": "00"}
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "write", write_as_before)
+        _run(None, tmp_path / "training", monkeypatch, stop_after=4, make=_line())
+    assert '"random"' in (tmp_path / "training" / "step-00000004" / "state.json").read_text()
+    _run(None, tmp_path / "training", monkeypatch, make=_line()).assert_equals(undisturbed)
 
 
 @pytest.mark.parametrize("skip", range(12))
@@ -364,7 +400,7 @@ def test_a_full_disk_fails_the_step_and_the_checkpoint_before_stands(
     undisturbed = _run(None, tmp_path / "undisturbed", monkeypatch, make=make)
     folder = small_disk / "training"
     _run(None, folder, monkeypatch, stop_after=4, make=make)
-    room = {"state.json": 0, "model.safetensors": 80_000, "optimizer.safetensors": 140_000}[part]
+    room = {"state.json": 0, "model.safetensors": 30_000, "optimizer.safetensors": 90_000}[part]
     free = shutil.disk_usage(small_disk).free
     (small_disk / "other").write_bytes(bytes(free - free % 4096 - room))
     wanted = (

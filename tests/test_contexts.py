@@ -307,7 +307,7 @@ def test_only_tokens_at_the_end_of_the_text_are_ever_dropped(
 ) -> None:
     fast = request.getfixturevalue(family)
 
-    @settings(derandomize=True, deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(st.fixed_dictionaries(CASES))
     @example(SPACES)
     @example(EMOJI)
@@ -354,7 +354,7 @@ def test_without_offsets_the_context_holds_a_prefix_of_the_text_and_one_characte
 ) -> None:
     assert not marian.is_fast
 
-    @settings(derandomize=True, deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(st.fixed_dictionaries(CASES))
     @example(SPACES)
     @example(EMOJI)

@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rag_core.errors import RagError
-from tests.fuzz.__main__ import BYTES, KEPT
+from tests.fuzz.__main__ import BYTES, KEPT, SECONDS
 from tests.fuzz.mutations import mutate, numbered
 from tests.fuzz.targets import MODEL_TARGETS, TARGETS, Feed
 
@@ -43,8 +44,10 @@ def targets_of(group: str) -> list[str]:
 
 
 def read_or_refused(feed: Feed, data: bytes) -> None:
+    before = time.thread_time()
     with contextlib.suppress(RagError):
         feed(data)
+    assert time.thread_time() - before < SECONDS, "of the processor, whatever else the machine does"
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -58,7 +61,7 @@ def test_what_was_ever_found_is_read_or_refused(name: str, tmp_path: Path) -> No
 def test_damaged_samples_are_read_or_refused(name: str, tmp_path: Path) -> None:
     target = TARGETS[name](tmp_path)
 
-    @settings(max_examples=60, derandomize=True, database=None, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
     @given(st.randoms(use_true_random=False))
     def check(rng: random.Random) -> None:
         read_or_refused(target.feed, mutate(rng, target.samples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +15,8 @@ import psutil
 import pytest
 
 from rag_core.artefacts.artefact import open_artefact
-from tests.conftest import _free_port, _wait_until_healthy
-from tests.processes import environment_in
+from tests.conftest import _wait_until_healthy
+from tests.processes import environment_in, free_port
 
 SECONDS = 280
 
@@ -89,13 +90,29 @@ def test_a_summary_that_prefect_does_not_take_is_kept_in_a_file(
     from tasks.stage import publish_table
 
     monkeypatch.setenv("RAG_MLFLOW_UNSENT", str(tmp_path))
-    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{_free_port()}/api"}):
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
         publish_table("embed-corpus", {"passages": "10"})
     (page,) = tmp_path.iterdir()
     assert "| passages | 10 |" in page.read_text()
     said = capsys.readouterr().err
     assert "Prefect's server does not answer" in said
     assert str(page) in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a bound port cannot be bound again")
+def test_a_commands_server_gets_its_port_whoever_wants_it_before_it_listens() -> None:
+    from flows.cli.prefect_server import _held_port
+
+    port, holder = _held_port()
+    with holder, socket.socket() as stranger, socket.create_server(("127.0.0.1", port)) as server:
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        server.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        socket.create_server(("127.0.0.1", port)).close()  # the one that takes its place
 
 
 @pytest.mark.chaos(short=False)
@@ -117,7 +134,7 @@ def test_a_server_that_is_lost_for_good_ends_the_flow_with_a_paragraph_and_costs
     tmp_path: Path,
 ) -> None:
     write_passages(tmp_path)
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (tmp_path / "server.log").open("w") as log:

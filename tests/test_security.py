@@ -23,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.processes import environment_in
+from tests.processes import content_of, environment_in
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -46,7 +46,7 @@ SECRETS = (
 )
 SECONDS = 280
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass
@@ -123,7 +123,7 @@ def is_loopback(address: str) -> bool:
 def holds_canary(folder: Path) -> list[str]:
     """Files with the canary in their name or content."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return [str(file) for file in files if CANARY in file.name or CANARY.encode() in file.read_bytes()]
+    return [str(file) for file in files if CANARY in file.name or CANARY.encode() in content_of(file)]
 
 
 def test_every_port_of_a_command_is_on_loopback(commands: Commands) -> None:
@@ -158,9 +158,9 @@ def test_ray_refuses_a_client_without_the_token(services: Path) -> None:
     ]
     for token in wrong:
         arguments = [sys.executable, "-c", code, address]
-        done = subprocess.run(arguments, env=os.environ | token, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(arguments, env=os.environ | token, capture_output=True, text=True, timeout=240)
         assert "AuthenticationError" in done.stderr, done.stderr
-    with_token = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60)
+    with_token = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=240)
     assert with_token.returncode == 0, with_token.stderr
 
 

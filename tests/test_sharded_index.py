@@ -82,7 +82,7 @@ def _corpora(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
     return vectors_ND, queries_BD, draw(st.integers(1, n))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(_corpora())
 def test_any_number_of_shards_gives_the_bits_of_the_index_in_one_piece(
     given_: tuple[np.ndarray, np.ndarray, int],

@@ -48,7 +48,7 @@ def test_a_signal_is_passed_on_and_has_its_effect_when_the_workers_have_stopped(
     def train() -> None:
         with stopping_gently("train", meter):
             send(signal.SIGINT)
-            assert meter.asked.wait(5)
+            assert meter.asked.wait(60)
             steps.append("the step that was begun, and a checkpoint")
 
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ with stopping_gently("train", meter):
     for _ in range({signals}):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-    meter.asked.wait(5)
+    meter.asked.wait(60)
     print("stopped with a checkpoint", flush=True)
 print("went on", flush=True)
 """

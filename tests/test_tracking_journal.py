@@ -101,11 +101,15 @@ def test_a_kept_file_travels_with_its_entry_and_is_deleted_after(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path) -> None:
+def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
     class Slow(Server):
         def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
+            nonlocal now
             super().__call__(header, entries, hurry)
-            time.sleep(0.4)
+            now += 0.4
 
     server = Slow()
     journal = Journal(tmp_path / "r1.jsonl", HEADER, server)
@@ -113,9 +117,9 @@ def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path) -> No
         journal.write({"do": "tags", "step": step})
     server.up = True
     journal.pause.end()
-    before = time.monotonic()
+    before = now
     journal.write({"do": "tags", "step": 6})
-    assert time.monotonic() - before < 2
+    assert now - before < 2
     assert 0 < len(server.got) < 6
     journal.send(60)
     assert steps(server.got) == list(range(7))

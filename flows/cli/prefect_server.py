@@ -102,7 +102,7 @@ class TemporaryServer:
     """
 
     def __init__(self) -> None:
-        port = _free_port()
+        port, self._held = _held_port()
         self.url = f"http://127.0.0.1:{port}/api"
         self._port, self._losses, self._stopped = port, 0, threading.Event()
         self._process = _start_server(port)
@@ -157,7 +157,16 @@ def _end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def _held_port() -> tuple[int, socket.socket]:
+    """A port, and a socket that keeps it ours until the server, or another one in its place, listens there.
+
+    It is bound and does not listen: the system gives the port to nobody else, and refuses connections to it. On Linux a
+    server may bind it all the same where both allow that an address is used again; elsewhere the port is let go.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port = int(holder.getsockname()[1])
+    if sys.platform != "linux":
+        holder.close()
+    return port, holder

@@ -1,0 +1,140 @@
+"""Random draws that nobody else can disturb: dropout and fresh weights from a generator of our own.
+
+PyTorch's modules draw from its default generator, which the whole process shares: one draw by another thread, or by an
+evaluation, would change every mask that follows. Inside `own_draws` this thread's draws come from a generator that
+follows from a key alone (for training: seed, rank and step), so a run that goes on needs no kept state.
+
+On a CPU, dropout, attention with dropout and the functions that take a generator get ours. Whatever else draws there,
+and all on a GPU, uses the default generator, which is seeded for the block and put back after it: draws before the block
+change nothing then, draws of another thread in the middle of it do.
+
+Shapes: B texts, H heads, S tokens, F features of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_DROPOUT = {functional.dropout, torch.dropout, torch.dropout_}
+# They make or fill a tensor, and take a generator by that name. Those of `nn.init` are told by their argument: Transformers
+# puts others in their place while it loads a model.
+_FILLING = {
+    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like),
+    *(torch.normal, torch.bernoulli, torch.multinomial),
+    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.exponential_),
+    *(torch.Tensor.bernoulli, torch.Tensor.bernoulli_, torch.Tensor.multinomial),
+}
+
+
+@contextmanager
+def own_draws(key: Sequence[int], device: torch.device, *, recomputes: bool = False) -> Iterator[None]:
+    """In the block this thread's random draws follow from `key`.
+
+    Args:
+        key: numbers ≥ 0: a seed, and what tells the draws of a run apart.
+        device: where the model lies.
+        recomputes: the model runs its layers again in the backward pass (`recomputes_activations`). PyTorch then puts
+            its default generator back for the same masks, and can do so with no other: that one alone is used.
+    """
+    number = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
+    gpus = []
+    if device.type == "cuda":
+        gpus = [torch.cuda.current_device() if device.index is None else device.index]
+    with ExitStack() as held:
+        held.enter_context(torch.random.fork_rng(devices=gpus))
+        torch.default_generator.manual_seed(number)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(number)
+        if not recomputes:
+            held.enter_context(_OwnGenerator(torch.Generator().manual_seed(number)))
+        yield
+
+
+def recomputes_activations(module: nn.Module) -> bool:
+    """Whether a part of a model uses gradient checkpointing."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
+class _OwnGenerator(TorchFunctionMode):
+    """Gives draws on a CPU a generator. PyTorch keeps such modes for each thread apart."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func in _DROPOUT:
+            return self._dropout(func, *args, **options)
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **options)
+        draws = func in _FILLING or "generator" in options
+        if draws and options.get("generator") is None and _on_cpu(args, options):
+            options = options | {"generator": self._generator}
+        return func(*args, **options)
+
+    def _dropout(
+        self, func: Callable[..., Any], input: torch.Tensor, p: float = 0.5, *given: Any, **options: Any
+    ) -> torch.Tensor:
+        """As PyTorch computes it on a CPU; what needs no draw there it does itself."""
+        # functional.dropout(input, p, training, inplace); torch.dropout(input, p, train)
+        training = given[0] if given else options.get("training", options.get("train", True))
+        in_place = func is torch.dropout_ or options.get("inplace", len(given) > 1 and given[1])
+        if not training or not 0 < p < 1 or input.device.type != "cpu":
+            return func(input, p, *given, **options)  # type: ignore[no-any-return]
+        kept = torch.empty_like(input).bernoulli_(1 - p, generator=self._generator).div_(1 - p)
+        return input.mul_(kept) if in_place else input * kept
+
+    def _attention(
+        self,
+        query_BHSF: torch.Tensor,
+        key_BHSF: torch.Tensor,
+        value_BHSF: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """PyTorch's own but where it would draw on a CPU. There it computes in these steps, too."""
+        if not dropout_p or query_BHSF.device.type != "cpu":
+            return functional.scaled_dot_product_attention(
+                query_BHSF,
+                key_BHSF,
+                value_BHSF,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if enable_gqa:
+            times = query_BHSF.shape[-3] // key_BHSF.shape[-3]
+            key_BHSF, value_BHSF = (one.repeat_interleave(times, dim=-3) for one in (key_BHSF, value_BHSF))
+        scaled_BHSF = query_BHSF * (query_BHSF.shape[-1] ** -0.5 if scale is None else scale)
+        scores_BHSS = scaled_BHSF @ key_BHSF.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(scores_BHSS.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores_BHSS = scores_BHSS.masked_fill(~attn_mask, torch.finfo(scores_BHSS.dtype).min)
+        elif attn_mask is not None:
+            scores_BHSS = scores_BHSS + attn_mask
+        weights_BHSS = self._dropout(torch.dropout, scores_BHSS.softmax(-1), dropout_p, True)
+        return weights_BHSS.to(value_BHSF.dtype) @ value_BHSF
+
+
+def _on_cpu(args: Sequence[Any], options: dict[str, Any]) -> bool:
+    tensors = [one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)]
+    if tensors:
+        return all(one.device.type == "cpu" for one in tensors)
+    return torch.device(options.get("device") or torch.get_default_device()).type == "cpu"
