@@ -15,6 +15,7 @@ import pytest
 from rag_core.errors import ConfigError, InputError
 from rag_core.passages import Passage
 from rag_core.readers import CorpusFormat, Reject, read_passages, rows
+from rag_core.readers import squad as squad_reader
 from rag_core.readers.containers import delimited
 from rag_core.readers.text import split_text
 
@@ -234,6 +235,15 @@ def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_
     assert rejects == []
 
 
+def test_squad_of_more_than_is_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "s.json", squad(("A", [{"context": "a"}])))
+    monkeypatch.setattr(squad_reader, "MAX_BYTES", 10)
+    with pytest.raises(
+        InputError, match=r"s\.json has 67 bytes; SQuAD JSON is read whole, so at most 10 were expected"
+    ):
+        read(file, "squad")
+
+
 def test_text_ids_come_from_relative_paths_and_titles_from_headings_or_file_names(tmp_path: Path) -> None:
     put(tmp_path / "b.txt", "# no heading in plain text")
     put(tmp_path / "sub/a.md", "```sh\n# a comment\n```\nintro\n\n## The *title* ##\nbody")
@@ -287,7 +297,7 @@ def test_a_folder_stands_for_its_files_of_that_suffix_sorted_by_name(tmp_path: P
     assert [passage.id for passage in read(tmp_path, "jsonl")[0]] == ["a", "b", "sub/c"]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "dpr-tsv", "parquet", "squad", "text"])
+@pytest.mark.parametrize("format", ["auto", "jsonl", "json", "dpr-tsv", "csv", "parquet", "squad", "text"])
 def test_missing_sources_and_folders_without_fitting_files_are_refused_by_name(
     tmp_path: Path, format: CorpusFormat
 ) -> None:

@@ -8,7 +8,7 @@ them, and of those that fit equally many the one further up in `LAYOUTS`. So `te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,10 +50,14 @@ class Layout:
         fields = record.fields
         if self.text not in fields or any(key not in fields for key in self.also):
             return False
-        named = record.default_id is not None and self.id != (self.title,)
+        named = record.default_id is not None and self.id != (self.title,) and ID_KEYS.isdisjoint(fields)
         if self.id and not named and not any(key in fields for key in self.id):
             return False
-        return _is_of_sort(self.holds, fields[self.text])
+        return self.takes(fields[self.text])
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is of the sort that the text's key holds."""
+        return _is_of_sort(self.holds, value)
 
     def all_keys(self) -> tuple[str, ...]:
         """All keys that are read."""
@@ -79,6 +83,7 @@ LAYOUTS = (
     ),
     Layout("squad-rows", "Hugging Face's SQuAD rows", text="context", also=("question",), holds="context"),
 )  # fmt: skip
+ID_KEYS = frozenset(key for layout in LAYOUTS for key in layout.id) - {"title"}
 KNOWN_KEYS = frozenset(key for layout in LAYOUTS for key in layout.all_keys())
 
 
@@ -90,7 +95,7 @@ def recognised(records: Iterable[Record]) -> Layout | None:
     return LAYOUTS[times.index(best)] if best else None
 
 
-def has_strings_for_a_layout(keys: Sequence[str]) -> bool:
+def has_strings_for_a_layout(keys: Collection[str]) -> bool:
     """Whether columns of these names can be a layout in a file that knows nothing but strings."""
     return recognised([Record(None, dict.fromkeys(keys, ""), "", keys)]) is not None
 

@@ -18,7 +18,7 @@ from rag_core.errors import InputError
 from rag_core.readers.containers import delimited, json_file, json_lines, parquet
 from rag_core.readers.first_bytes import opened_lines, refuse_other_files
 from rag_core.readers.layouts import KNOWN_KEYS, LAYOUTS, Layout, has_strings_for_a_layout, recognised
-from rag_core.readers.near_keys import has_near_key, nearest
+from rag_core.readers.near_keys import has_near_key, nearest, shown
 from rag_core.readers.rows import MAX_LINE_BYTES, Record, Reject, excerpt
 from rag_core.readers.sources import CorpusFormat, SourceFile, is_text
 
@@ -91,6 +91,8 @@ def recognise(source: SourceFile, format: CorpusFormat) -> Recognised:
         return Recognised(SQUAD, None)
     if sample:
         raise _unrecognised(source.path, sample[0], container)
+    if container is JSON_LINES and format == "jsonl" and resemblance(source, format):
+        raise InputError(f"{source.path} holds no JSON Lines; an object a line was expected.")
     # Nothing but bad rows, or nothing at all: reading it rejects them, or says that it is empty.
     return Recognised(container, LAYOUTS[0])
 
@@ -147,7 +149,7 @@ def _is_line_of_records(line: str, is_only: bool) -> bool:
         content = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return recognised([Record(1, content, line, tuple(content))]) is not None or not is_only
+    return recognised([Record(1, content, line, content)]) is not None or not is_only
 
 
 def _first_line(path: Path) -> tuple[str, bool, bool]:
@@ -168,27 +170,25 @@ def _table_with_header(path: Path, delimiters: tuple[str, ...]) -> Container:
             return TABLES[delimiter]
     between = " or ".join(_DELIMITERS[delimiter] for delimiter in delimiters)
     columns = max(headers.values(), key=len)
-    close = nearest(columns) if len(columns) > 1 else None
+    close = nearest({}, columns) if len(columns) > 1 else None
     raise InputError(
         f"{path} line 1: a header ({between}) with columns such as id, text and title was expected, found "
-        f"{excerpt(line)!r}. {close.sentence() + ' ' if close else ''}Add the header, or choose another format "
+        f"{excerpt(line)!r}. {f'{close} ' if close else ''}Add or correct the header, or choose another format "
         "(plain text is read from files that end in .txt or .md)."
     )
 
 
 def _unrecognised(path: Path, record: Record, container: Container) -> InputError:
-    keys = [excerpt(key)[:40] for key in record.keys[:20]]
+    keys = [shown(key) for key in list(record.keys)[:20]]
     found = f"the keys {', '.join(keys)}{', …' if len(record.keys) > 20 else ''}" if keys else "no key"
-    close = nearest(record.keys)
-    remedy = "Rename the keys" if container is not PARQUET else "Rename the columns"
+    start = f"{path} ({container.says}) has {found}; no known layout of passages has these."
     if _is_columns(record.fields):
-        remedy = "Write a record a passage (pandas: to_json(orient='records', lines=True))"
-    elif {"question", "query", "input"} & set(record.keys):
-        remedy = "If these are questions, give the file as --questions; else rename the keys"
-    return InputError(
-        f"{path} ({container.says}) has {found}; no known layout of passages has these. "
-        f"{close.sentence() + ' ' if close else ''}{remedy}: id, title and text are always read."
-    )
+        return InputError(f"{start} Write an object a passage (pandas: to_json(orient='records', lines=True)).")
+    if {"question", "query", "input"} & set(record.keys):
+        return InputError(f"{start} They look like those of questions: give the file as --questions.")
+    close = nearest(record.fields, record.keys)
+    remedy = f"Rename or add {'columns' if container is PARQUET else 'keys'}: id, title and text are always read."
+    return InputError(f"{start} {close} {remedy}" if close else f"{start} {remedy}")
 
 
 def _is_columns(fields: Any) -> bool:

@@ -7,7 +7,7 @@ rejected unread: without a bound, a file without line ends would be read into me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Record:
     line: int | None
     fields: Mapping[str, Any]
     found: object
-    keys: Sequence[str]
+    keys: Collection[str]
     default_id: str | None = None
 
 

@@ -3,7 +3,7 @@
 A folder stands for all its files (recursively) with the suffix of the format; files and folders whose name starts
 with a dot are left out, since they are editors' and version control's. A file named outright is taken whatever its
 suffix, save for `text`, where reading a PDF as text would yield rubbish. Where no format is named, a folder stands for its
-files of records, or, if it has none, for its text; a folder with BEIR's `corpus`, `queries` and `qrels` for its corpus alone.
+files of records, or, if it has none, for its text, or else for its files without suffix; a folder with BEIR's `corpus`, `queries` and `qrels` for its corpus alone.
 This module does not look into files.
 """
 
@@ -28,6 +28,7 @@ SUFFIXES: dict[CorpusFormat, tuple[str, ...]] = {
     "squad": (".json",),
     "text": (".txt", ".md"),
 }
+NO_SUFFIX = "no suffix"  # as WikiExtractor's files: AA/wiki_00
 # Of a folder, the first of these that any of its files have: a README beside records is no passage.
 AUTO_SUFFIXES = (
     (
@@ -40,6 +41,7 @@ AUTO_SUFFIXES = (
         ".parquet",
     ),
     SUFFIXES["text"],
+    (NO_SUFFIX,),
 )
 # Names of files and folders beside a `corpus` that have its layout but are no passages (BEIR).
 NOT_THE_CORPUS = ("queries", "qrels")
@@ -78,7 +80,7 @@ def is_text(path: Path) -> bool:
 
 def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
     choices = AUTO_SUFFIXES if format == "auto" else (SUFFIXES[format],)
-    wanted = " or ".join(suffix for suffixes in choices for suffix in suffixes)
+    wanted = " or ".join(suffix for suffixes in choices for suffix in suffixes if suffix != NO_SUFFIX)
     if not source.exists():
         raise InputError(
             f"{source} does not exist; a {format} file or a folder of {wanted} files was expected. Correct the path."
@@ -107,11 +109,8 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     found = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        if (
-            path.name.lower().endswith(suffixes)
-            and not any(part.startswith(".") for part in relative.parts)
-            and path.is_file()
-        ):
+        name = path.name.lower() if path.suffix else NO_SUFFIX
+        if name.endswith(suffixes) and not any(part.startswith(".") for part in relative.parts) and path.is_file():
             found.append(SourceFile(path, relative.as_posix()))
     return found
 

@@ -2,8 +2,8 @@
 
 A row is a line whose fields stand between tabs, commas or semicolons, quoted as csv does; the first line names them. A
 quoted field may hold line ends; but a stray opening quote must not swallow the rows after it, so a row is joined over at
-most `MAX_ROW_LINES` lines. Between tabs, where text holds none, it is never joined with a line that has the tabs of a whole
-row. If that yields nothing, only its first line is rejected. Quotes inside an unquoted field are ordinary characters.
+most `MAX_ROW_LINES` lines (of CSV, where texts of many paragraphs are usual, `MAX_CSV_ROW_LINES`), and between tabs, where
+text holds none, never with a line that has the tabs of a whole row. If that yields nothing, only its first line is rejected. Quotes inside an unquoted field are ordinary characters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rag_core.readers.rows import MAX_LINE_BYTES, Record, Reject, excerpt, numbe
 
 TAB = "\t"
 MAX_ROW_LINES = 100
+MAX_CSV_ROW_LINES = 2000
 NO_HEADER = ("id", "text")
 
 
@@ -83,8 +84,9 @@ def _split_over_lines(
 ) -> list[str] | None:
     """The fields of a row whose quoted field spans lines; on failure the lines after it stay in `waiting`."""
     joined, quotes, length = [line], line.count('"'), len(line)
+    most = MAX_ROW_LINES if delimiter == TAB else MAX_CSV_ROW_LINES
     # Quotes come in pairs in a whole row (inner ones are doubled), so an odd number says that a field is still open.
-    while quotes % 2 and len(joined) <= MAX_ROW_LINES and length <= MAX_LINE_BYTES:
+    while quotes % 2 and len(joined) <= most and length <= MAX_LINE_BYTES:
         used = len(joined) - 1
         if used == len(waiting):
             following = next(lines, None)

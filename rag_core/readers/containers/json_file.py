@@ -56,7 +56,7 @@ def _shape(stream: JsonStream, is_record: IsRecord) -> Shape:
     except TooLongError:
         stream.rewind()
         return _shape_of_long(stream)
-    if is_record(Record(1, content, content, tuple(content))):
+    if is_record(Record(1, content, content, content)):
         return "objects"
     return "data" if isinstance(content.get("data"), list) else "members"
 
@@ -97,14 +97,14 @@ def _objects(path: Path, stream: JsonStream) -> Iterator[Record | Reject]:
 
 def _record(path: Path, number: int, value: Any) -> Record | Reject:
     if isinstance(value, dict):
-        return Record(number, value, value, tuple(value))
+        return Record(number, value, value, value)
     reason = f"wrong type: item {number} is {type(value).__name__}, expected an object"
     return Reject(str(path), number, reason, excerpt(value))
 
 
 def _member(path: Path, number: int, name: str, value: Any) -> Record | Reject:
     if isinstance(value, dict):
-        return Record(number, value, value, tuple(value), default_id=name)
+        return Record(number, value, value, value, default_id=name)
     if isinstance(value, str):
         return Record(number, {"text": value}, value, ("text",), default_id=name)
     reason = f"wrong type: the member {name[:80]!r} is {type(value).__name__}, expected an object or a string"

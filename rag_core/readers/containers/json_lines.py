@@ -27,4 +27,4 @@ def _record(path: Path, number: int, line: str) -> Record | Reject:
     if not isinstance(fields, dict):
         reason = f"wrong type: the line is {type(fields).__name__}, expected an object"
         return Reject(str(path), number, reason, excerpt(line))
-    return Record(number, fields, line, tuple(fields))
+    return Record(number, fields, line, fields)
