@@ -14,7 +14,9 @@ import pytest
 
 from rag_core.errors import ConfigError, InputError
 from rag_core.passages import Passage
-from rag_core.readers import CorpusFormat, Reject, dpr_tsv, read_passages, rows
+from rag_core.readers import CorpusFormat, Reject, read_passages, rows
+from rag_core.readers import squad as squad_reader
+from rag_core.readers.containers import delimited
 from rag_core.readers.text import split_text
 
 
@@ -121,7 +123,7 @@ def test_two_stray_quotes_in_dpr_tsv_do_not_fuse_the_rows_between_them(tmp_path:
 
 
 def test_an_unclosed_quote_in_dpr_tsv_looks_only_some_lines_ahead(tmp_path: Path) -> None:
-    after = dpr_tsv.MAX_ROW_LINES + 50
+    after = delimited.MAX_ROW_LINES + 50
     file = put(tmp_path / "c.tsv", 'id\ttext\ttitle\n1\t"open\tT\n' + "x\n" * after + 'shut"\tT\n')
     passages, rejects = read(file, "dpr-tsv")
     assert (passages, [reject.line for reject in rejects]) == ([], list(range(2, after + 4)))
@@ -177,14 +179,14 @@ def test_a_bad_parquet_row_is_rejected_with_its_row_across_batches(tmp_path: Pat
 
 
 def test_parquet_values_that_are_no_text_are_rejected(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["a"], "text": [["x"]]}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"id": ["a"], "text": [5]}), tmp_path / "c.parquet")
     passages, rejects = read(tmp_path / "c.parquet", "parquet")
     assert (passages, [(r.line, r.category) for r in rejects]) == ([], [(1, "wrong type")])
 
 
 def test_a_missing_parquet_column_is_named_with_the_columns_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "body": ["x"]}), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match=r"c\.parquet has no column text; found id, body"):
+    with pytest.raises(InputError, match=r"c\.parquet \(Parquet\) has the keys id, body; .*`text` is missing"):
         read(tmp_path / "c.parquet", "parquet")
 
 
@@ -212,13 +214,34 @@ def test_a_bad_squad_paragraph_is_rejected_and_the_ids_of_the_others_stay(tmp_pa
         ("[]", "found list"),
         ('{"articles": []}', "keys \\['articles'\\]"),
         ('{"data": [{"title": "A"}]}', "article 1: expected an object"),
-        ('{"data": [{"paragraphs": []}]}', "article 1: expected an object"),
-        (squad(("A", []), ("B", []), ("A", [])), "two articles titled 'A' \\(the second is article 3\\)"),
+        ('{"data": [{"title": 5, "paragraphs": []}]}', "article 1: expected an object"),
     ],
 )
 def test_json_that_is_not_squad_is_refused_by_name(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=rf"s\.json .*{message}"):
         read(put(tmp_path / "s.json", content), "squad")
+
+
+def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_place_and_the_others_keep_theirs(
+    tmp_path: Path,
+) -> None:
+    titles = ["A", "B", "A", "", None, "A-3", " ", "Zoë"]
+    articles = [{"title": title, "paragraphs": [{"context": "c"}] * 2} for title in titles]
+    del articles[4]["title"]
+    passages, rejects = read(put(tmp_path / "s.json", json.dumps({"data": articles})), "squad")
+    names = ["A-1", "B", "A-3-3", "article-4", "article-5", "A-3", "article-7", "Zoë"]
+    assert [passage.id for passage in passages] == [f"{name}#{index}" for name in names for index in (0, 1)]
+    assert [passage.title for passage in passages[::2]] == ["A", "B", "A", "", "", "A-3", "", "Zoë"]
+    assert rejects == []
+
+
+def test_squad_of_more_than_is_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "s.json", squad(("A", [{"context": "a"}])))
+    monkeypatch.setattr(squad_reader, "MAX_BYTES", 10)
+    with pytest.raises(
+        InputError, match=r"s\.json has 67 bytes; SQuAD JSON is read whole, so at most 10 were expected"
+    ):
+        read(file, "squad")
 
 
 def test_text_ids_come_from_relative_paths_and_titles_from_headings_or_file_names(tmp_path: Path) -> None:
@@ -274,7 +297,7 @@ def test_a_folder_stands_for_its_files_of_that_suffix_sorted_by_name(tmp_path: P
     assert [passage.id for passage in read(tmp_path, "jsonl")[0]] == ["a", "b", "sub/c"]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "dpr-tsv", "parquet", "squad", "text"])
+@pytest.mark.parametrize("format", ["auto", "jsonl", "json", "dpr-tsv", "csv", "parquet", "squad", "text"])
 def test_missing_sources_and_folders_without_fitting_files_are_refused_by_name(
     tmp_path: Path, format: CorpusFormat
 ) -> None:
@@ -290,7 +313,9 @@ def test_missing_sources_and_folders_without_fitting_files_are_refused_by_name(
 def test_a_pdf_an_unknown_format_and_passages_of_no_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"paper\.pdf is not a \.txt or \.md file"):
         read_passages([put(tmp_path / "paper.pdf", "%PDF")], "text")
-    with pytest.raises(ConfigError, match="'xml' is unknown; the known ones are jsonl, dpr-tsv, parquet, squad, text"):
+    with pytest.raises(
+        ConfigError, match="'xml' is unknown; the known ones are auto, jsonl, json, dpr-tsv, csv, parquet, squad, text"
+    ):
         read_passages([tmp_path], "xml")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="words_per_passage is 0"):
         read_passages([put(tmp_path / "c.txt", "x")], "text", words_per_passage=0)
