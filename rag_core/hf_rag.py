@@ -36,6 +36,7 @@ from rag_core.contexts import PromptConfig
 from rag_core.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
 from rag_core.encoder_settings import EncoderSettings, Pooling
 from rag_core.errors import ArtefactError, ConfigError
+from rag_core.generator_limits import within_positions
 from rag_core.likelihood import Variant
 from rag_core.model_source import (
     load_config,
@@ -105,6 +106,7 @@ def read_hf_rag(
     question_encoder = TextEncoder(parts.question_encoder, question_tokenizer, encoder_settings)
     generator = without_unused_pooler(parts.generator)
     _take_generation_config(generator, source)
+    settings.prompt = within_positions(generator, settings.prompt)
     return RagModel(question_encoder, generator, generator_tokenizer, settings).eval()
 
 

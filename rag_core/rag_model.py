@@ -21,6 +21,7 @@ from torch import nn
 from rag_core.artefacts.artefact import local_copy, open_artefact, publish
 from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
+from rag_core.generator_limits import within_positions
 from rag_core.likelihood import Variant
 from rag_core.model_source import absolute_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
@@ -81,15 +82,18 @@ class RagModel(nn.Module):
         self.question_encoder = question_encoder
         self.generator = generator
         self.generator_tokenizer = tokenizer
-        self.settings = settings
         self.reader = GeneratorReader(generator, tokenizer, settings.prompt)
+        self.settings = settings
+        if self.reader.prompt != settings.prompt:
+            self.settings = settings.model_copy(update={"prompt": self.reader.prompt})
 
     @classmethod
     def from_parts(cls, config: ModelConfig) -> RagModel:
         """Put a model together from a question encoder and a generator.
 
         Raises:
-            ConfigError: a part cannot be loaded, or the generator is not a seq2seq model.
+            ConfigError: a part cannot be loaded, the generator is not a seq2seq model, or it has no positions for contexts
+                or answers of the lengths that the prompt sets.
         """
         trust = config.trust_remote_code
         question_encoder = TextEncoder.from_pretrained(
@@ -123,6 +127,8 @@ class RagModel(nn.Module):
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", **trust)
         generator, tokenizer = load_generator(folder / "generator", **trust)
+        # Stored before such prompts were refused: contexts that fit were and are read alike, longer ones are now cut.
+        settings.prompt = within_positions(generator, settings.prompt)
         return cls(question_encoder, generator, tokenizer, settings).eval()
 
     def save_pretrained(
