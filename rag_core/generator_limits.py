@@ -124,19 +124,31 @@ def refuse_tokenizer(generator: Any, tokenizer: Any, source: str) -> None:
             "tokenizer_config.json, or choose another generator."
         )
     # Of an EncoderDecoderModel both sides have embeddings of their own.
-    rows = min(side.get_input_embeddings().num_embeddings for side in (generator.get_encoder(), generator.get_decoder()))
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ConfigError(
-            f"The tokenizer of the generator {source} has tokens up to id {largest}, but the model has embeddings for "
-            f"{rows}: it is another model's. Put the model's own tokenizer there."
-        )
+    rows = min(
+        side.get_input_embeddings().num_embeddings for side in (generator.get_encoder(), generator.get_decoder())
+    )
+    refuse_tokens_beyond(rows, tokenizer, f"the generator {source}")
     tokens = GenerationTokens.of(generator)
-    beyond = [one for one in (*tokens.prompt, *tokens.ends, tokens.pad) if one >= rows]
+    beyond = [one for one in (*tokens.prompt, *tokens.ends, tokens.pad) if not 0 <= one < rows]
     if beyond:
         raise ConfigError(
             f"The generator {source} starts, ends or pads with token {beyond[0]}, but it has embeddings for {rows}. Correct "
             "its generation_config.json."
+        )
+
+
+def refuse_tokens_beyond(rows: int, tokenizer: Any, owner: str) -> None:
+    """Raise ConfigError if texts can have tokens beyond the model's embeddings, of which it has so many rows.
+
+    Special tokens that no text gets, such as a [MASK] that was added, may lie beyond.
+    """
+    special = set(tokenizer.all_special_ids)
+    used = {one for one in tokenizer.get_vocab().values() if one not in special} | set(tokenizer("")["input_ids"])
+    used |= {one for one in (tokenizer.pad_token_id, tokenizer.unk_token_id) if one is not None}
+    if max(used) >= rows:
+        raise ConfigError(
+            f"The tokenizer of {owner} has tokens up to id {max(used)}, but the model has embeddings for {rows}: it is "
+            "another model's. Put the model's own tokenizer there."
         )
 
 
