@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rag_core.cpu_bfloat16 import matmul_attention
+from rag_core.generator_limits import refuse_long_contexts
 
 # A group is closed when the next context is an eighth shorter than its first, but not before it has so many tokens: a
 # pass over fewer costs as much in overhead as the padding that it saves.
@@ -29,10 +30,14 @@ def encode_contexts(generator: Any, input_ids_NS: Tensor, attention_mask_NS: Ten
         generator: a transformers encoder-decoder model.
         input_ids_NS: int64 token ids, padded.
         attention_mask_NS: 1 for real tokens, 0 for padding.
+
+    Raises:
+        ConfigError: a context is longer than the encoder has positions for.
     """
     encoder, S = generator.get_encoder(), input_ids_NS.shape[1]
     places_S = torch.arange(1, S + 1, device=attention_mask_NS.device)
     widths = (attention_mask_NS * places_S).amax(dim=1).tolist()
+    refuse_long_contexts(generator, max(widths, default=0), "contexts of")
     groups = groups_by_width(widths)
     embeddings, states = encoder.get_input_embeddings(), []
     in_bf16 = input_ids_NS.device.type == "cpu" and torch.is_autocast_enabled("cpu")

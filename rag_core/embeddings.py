@@ -34,6 +34,9 @@ class EmbedConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     encoder: str = Field(description="document encoder: a folder, a hub name, or package:NAME/FOLDER")
+    prompt: str | None = Field(
+        None, description="put before every passage, such as 'passage: '; empty: what the encoder's folder says"
+    )
     dtype: VectorDtype = Field("float32", description="type of the stored vectors; float16 halves the disk")
     precision: Precision = Field(
         "auto", description="arithmetic of the encoder; auto: bfloat16 where the processor has it"
@@ -47,6 +50,13 @@ class EmbedConfig(BaseModel):
         0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"
     )
     trust_remote_code: bool = Field(False, description="run code, and read pickled weights, that come with the encoder")
+
+
+def load_document_encoder(config: EmbedConfig) -> TextEncoder:
+    """The encoder of passages; errors as `TextEncoder.from_pretrained`."""
+    return TextEncoder.from_pretrained(
+        config.encoder, side="passage", prompt=config.prompt, trust_remote_code=config.trust_remote_code
+    )
 
 
 def shard_name(number: int) -> str:

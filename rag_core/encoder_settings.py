@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from rag_core.errors import ConfigError
+from rag_core.generator_limits import positions_of
 from rag_core.model_source import read_json
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "dpr"]
+# What an encoder is loaded to read. Some models (E5, BGE) want another prompt before a question than before a passage.
+Side = Literal["question", "passage"]
 SETTINGS_FILE = "text_encoder.json"
 # Where neither the model nor its tokenizer states a limit.
 NO_LIMIT = 1_000_000
@@ -51,6 +54,29 @@ class EncoderSettings(BaseModel):
     title_separator: str = Field(" ", description="between a passage's title and its text; DPR uses ' [SEP] '")
     prompt: str = Field("", description="put before every text, such as 'query: '")
     lowercase: bool = Field(False, description="lower-case texts, whatever the tokenizer does of its own accord")
+    question_prompt: str | None = Field(None, description="put before questions; empty: `prompt`")
+    passage_prompt: str | None = Field(None, description="put before passages; empty: `prompt`")
+    include_prompt: bool = Field(True, description="pool over the prompt's tokens, too")
+
+    def prompt_for(self, side: Side | None) -> str:
+        """What is put before a text; None: before a text of which nothing is known."""
+        own = {"question": self.question_prompt, "passage": self.passage_prompt}.get(side or "")
+        return self.prompt if own is None else own
+
+    def as_read_by(self, side: Side | None) -> EncoderSettings:
+        """The settings that decide that side's vectors: its prompt is the prompt, and the other side's is left out."""
+        prompt = self.prompt_for(side)
+        include = self.include_prompt or not prompt
+        return self.model_copy(
+            update={"prompt": prompt, "question_prompt": None, "passage_prompt": None, "include_prompt": include}
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Files, fingerprints and keys of models without such prompts stay what they were before there were any.
+        values: dict[str, Any] = handler(self)
+        unset = {"question_prompt": None, "passage_prompt": None, "include_prompt": True}
+        return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
 
 
 class _Module(BaseModel):
@@ -130,15 +156,20 @@ def encoder_settings_of(source: str, model: Any, tokenizer: Any, given: dict[str
     """
     settings = _read(source, SETTINGS_FILE, EncoderSettings)
     modules = _modules_of(source)
-    limit = _position_limit(model)
+    limit = position_limit(model)
     is_dpr = model.config.model_type == "dpr"
     if modules is not None:
-        settings = _sentence_transformers_settings(source, modules, min(limit, tokenizer.model_max_length), given)
+        settings = _sentence_transformers_settings(source, modules, min(limit, tokenizer.model_max_length))
     elif settings is None and is_dpr:
         settings = EncoderSettings(pooling="dpr", max_tokens=min(256, limit), title_separator=" [SEP] ")
     elif settings is None:
         settings = EncoderSettings(max_tokens=min(256, limit))
     settings = settings.model_copy(update=given)
+    if settings.max_tokens > limit:
+        raise ConfigError(
+            f"{source}: max_tokens is {settings.max_tokens}, but the encoder ({model.config.model_type}) has positions for "
+            f"{limit} tokens. Set it ({SETTINGS_FILE}) to at most {limit}."
+        )
     if (settings.pooling == "dpr") != is_dpr:
         raise ConfigError(
             f"{source} is of type {model.config.model_type!r}, with which pooling {settings.pooling!r} does not go: DPR "
@@ -164,9 +195,7 @@ def _modules_of(source: str) -> dict[str, str] | None:
     return dict(zip(names, (one.path for one in modules), strict=True))
 
 
-def _sentence_transformers_settings(
-    source: str, modules: dict[str, str], limit: int, given: dict[str, Any]
-) -> EncoderSettings:
+def _sentence_transformers_settings(source: str, modules: dict[str, str], limit: int) -> EncoderSettings:
     folder = modules["Transformer"]
     files = (_read(source, f"{folder}/{name}".lstrip("/"), _TransformerFile) for name in TRANSFORMER_FILES)
     transformer = next((one for one in files if one is not None), _TransformerFile())
@@ -174,18 +203,13 @@ def _sentence_transformers_settings(
         # Only to refuse one that does not normalise the pooled vector. Before version 6 it had no file.
         _read(source, f"{modules['Normalize']}/config.json", _NormalizeFile)
     pooling, include_prompt = _pooling_of(source, f"{modules['Pooling']}/config.json")
-    prompt = given.get("prompt", _default_prompt(source))
-    if prompt and not include_prompt:
-        raise ConfigError(
-            f"{source} pools without its prompt's tokens (include_prompt is false), which is not supported with a prompt "
-            f"({prompt!r}). Choose another encoder."
-        )
     return EncoderSettings(
         pooling=pooling,
         normalize="Normalize" in modules,
         max_tokens=min(transformer.max_seq_length or limit, limit),
-        prompt=prompt,
         lowercase=transformer.do_lower_case,
+        include_prompt=include_prompt,
+        **_prompts(source),
     )
 
 
@@ -205,31 +229,29 @@ def _pooling_of(source: str, name: str) -> tuple[Pooling, bool]:
     return modes[0], file.include_prompt
 
 
-def _default_prompt(source: str) -> str:
-    """What `SentenceTransformer.encode` puts before every text; prompts that must be asked for are not used."""
+def _prompts(source: str) -> dict[str, str]:
+    """What `SentenceTransformer` puts before texts: `encode` its default, `encode_query` and `encode_document` theirs.
+
+    As in its version 6.2 there is always a prompt called "query" and one called "document", empty unless the file has
+    them: the default stands before neither questions nor passages, and one of another name must be asked for.
+    """
     file = _read(source, "config_sentence_transformers.json", _ModelFile) or _ModelFile()
-    known = {"query": "", "document": ""} | file.prompts
-    if file.default_prompt_name is None:
-        return ""
-    if file.default_prompt_name not in known:
+    known = {name: text or "" for name, text in ({"query": "", "document": ""} | file.prompts).items()}
+    if file.default_prompt_name not in (None, *known):
         raise ConfigError(
             f"{source}: config_sentence_transformers.json has the default prompt {file.default_prompt_name!r}, but its "
             f"prompts are {', '.join(known)}. Correct either."
         )
-    return known[file.default_prompt_name] or ""
+    found = {"prompt": known.get(file.default_prompt_name or "", "")}
+    sides = {"question_prompt": known["query"], "passage_prompt": known["document"]}
+    return found | {side: text for side, text in sides.items() if text != found["prompt"]}
 
 
-def _position_limit(model: Any) -> int:
-    """The most tokens that the model has positions for."""
+def position_limit(model: Any) -> int:
+    """The most tokens that a text encoder has positions for, or was made for where its positions have no end."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:
-        return NO_LIMIT
-    for module in model.modules():
-        padding_idx = getattr(module, "padding_idx", None)
-        if isinstance(padding_idx, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            # RoBERTa and its kin count positions from padding_idx + 1.
-            return positions - padding_idx - 1
-    return positions
+    table = positions_of(model)
+    return min(table or NO_LIMIT, positions if positions and positions > 0 else NO_LIMIT)
 
 
 def _read(source: str, name: str, kind: type[Kind]) -> Kind | None:

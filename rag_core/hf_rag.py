@@ -33,9 +33,11 @@ from transformers import GenerationConfig, RagConfig
 from transformers.utils import cached_file
 
 from rag_core.contexts import PromptConfig
+from rag_core.dpr_tokenizer import with_saved_case
 from rag_core.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
-from rag_core.encoder_settings import EncoderSettings, Pooling
+from rag_core.encoder_settings import EncoderSettings, Pooling, position_limit
 from rag_core.errors import ArtefactError, ConfigError
+from rag_core.generator_limits import within_positions
 from rag_core.likelihood import Variant
 from rag_core.model_source import (
     load_config,
@@ -102,9 +104,12 @@ def read_hf_rag(
     question_tokenizer = _load_tokenizer(source, QUESTION_TOKENIZER, config.question_encoder)
     generator_tokenizer = _load_tokenizer(source, GENERATOR_TOKENIZER, config.generator)
     parts = _load_weights(source, config, architecture, trust_remote_code)
-    question_encoder = TextEncoder(parts.question_encoder, question_tokenizer, encoder_settings)
+    longest = min(encoder_settings.max_tokens, position_limit(parts.question_encoder))
+    encoder_settings = encoder_settings.model_copy(update={"max_tokens": longest})
+    question_encoder = TextEncoder(parts.question_encoder, question_tokenizer, encoder_settings, "question")
     generator = without_unused_pooler(parts.generator)
     _take_generation_config(generator, source)
+    settings.prompt = within_positions(generator, settings.prompt)
     return RagModel(question_encoder, generator, generator_tokenizer, settings).eval()
 
 
@@ -244,10 +249,7 @@ def _encoder_settings(source: str, config: Any, pooling: Pooling | None) -> Enco
             f"{source}: the question encoder is a {config.model_type}, not DPR's, and a RAG checkpoint does not say how "
             "its states become a vector. Give pooling (--pooling), such as mean or cls."
         )
-    max_tokens = min(256, int(getattr(config, "max_position_embeddings", 0) or 512))
-    return EncoderSettings(
-        pooling=pooling or "dpr", max_tokens=max_tokens, title_separator=" [SEP] " if is_dpr else " "
-    )
+    return EncoderSettings(pooling=pooling or "dpr", max_tokens=256, title_separator=" [SEP] " if is_dpr else " ")
 
 
 def _load_tokenizer(source: str, subfolder: str, config: Any) -> Any:
@@ -257,7 +259,7 @@ def _load_tokenizer(source: str, subfolder: str, config: Any) -> Any:
             "RagTokenizer.save_pretrained."
         )
     # Older checkpoints have no config.json beside the tokenizer, which would say of what kind it is.
-    return load_tokenizer(source, subfolder, config=config)
+    return with_saved_case(load_tokenizer(source, subfolder, config=config), source, subfolder)
 
 
 def _take_generation_config(generator: Any, source: str) -> None:
@@ -324,10 +326,11 @@ def _hf_weights(model: RagModel, hf_model: nn.Module) -> dict[str, torch.Tensor]
 
 def _warn_of_differences(model: RagModel) -> None:
     encoder, scale = model.question_encoder.settings, model.settings.score_scale
+    prompt = model.question_encoder.prompt
     differing = {
         f"{encoder.pooling} pooling": encoder.pooling != "dpr",
         "unit vectors": encoder.normalize,
-        f"the prompt {encoder.prompt!r}": bool(encoder.prompt),
+        f"the prompt {prompt!r}": bool(prompt),
         "lower-cased questions": encoder.lowercase,
         f"score_scale {scale:g}": scale != 1,
     }

@@ -93,8 +93,10 @@ def build_index(
         if config.shards == 1:
             faiss.write_index(indexes[0], str(draft.folder / INDEX_FILE))
         draft.counts["passages"] = len(embeddings)
+        prompt = embeddings.manifest.config.get("prompt")
         draft.details = {
             **{name: embeddings.manifest.details[name] for name in ("dim", "dtype", "encoder", "encoder_fingerprint")},
+            **({"prompt": prompt} if prompt is not None else {}),
             "factory": factory,
             "recall_at_10": measured.chosen.recall_at_10,
             "search_parameter": measured.chosen.parameter,

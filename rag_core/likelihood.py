@@ -30,6 +30,7 @@ from rag_core.context_encoder import encode_contexts
 from rag_core.cpu_bfloat16 import matmul_attention
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
+from rag_core.generator_limits import refuse_long_answers
 from rag_core.packed_linears import folded_logits_bias, trainable_linears
 
 Variant = Literal["sequence", "token"]
@@ -106,7 +107,8 @@ def rag_nll(
         nll_B in nats, summed over tokens, float32 (float64 for a float64 generator).
 
     Raises:
-        ConfigError: unknown variant, or a generator that is not an encoder-decoder.
+        ConfigError: unknown variant, a generator that is not an encoder-decoder, or contexts or answers that are longer
+            than it has positions for.
         ValueError: the shapes do not fit each other.
 
     Source: Lewis et al. 2020, section 2.1.
@@ -117,6 +119,7 @@ def rag_nll(
     B, K = doc_scores_BK.shape
     if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
         raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
+    refuse_long_answers(generator, labels_BT.shape[1])
     labels_NT = labels_BT.repeat_interleave(K, dim=0)
     log_probs_NT, logits_dtype = _answer_log_probs(
         generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1), labels_NT

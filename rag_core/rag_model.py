@@ -21,6 +21,7 @@ from torch import nn
 from rag_core.artefacts.artefact import local_copy, open_artefact, publish
 from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
+from rag_core.generator_limits import within_positions
 from rag_core.likelihood import Variant
 from rag_core.model_source import absolute_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
@@ -39,6 +40,10 @@ class ModelConfig(BaseModel):
     question_encoder: str = Field(description="folder, hub name, or package:NAME/FOLDER")
     generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
     pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
+    question_prompt: str | None = Field(
+        None,
+        description="put before every question for the question encoder, such as 'query: '; empty: what its folder says",
+    )
     score_scale: float = Field(
         1.0, gt=0, description="doc_scores = score_scale × inner product; 1 for DPR, about 20 for unit vectors"
     )
@@ -51,7 +56,8 @@ class ModelConfig(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is trained, apart from the parts' weights."""
-        return self.model_dump(mode="json", exclude={"question_encoder", "generator", "trust_remote_code"})
+        unset = set() if self.question_prompt is not None else {"question_prompt"}
+        return self.model_dump(mode="json", exclude={"question_encoder", "generator", "trust_remote_code"} | unset)
 
     def with_absolute_sources(self) -> ModelConfig:
         """The same parts, local folders by their absolute paths, so that a worker elsewhere finds them."""
@@ -78,22 +84,31 @@ class RagModel(nn.Module):
         self, question_encoder: TextEncoder, generator: nn.Module, tokenizer: Any, settings: ModelSettings
     ) -> None:
         super().__init__()
+        if question_encoder.prompt != question_encoder.settings.prompt_for("question"):
+            question_encoder = question_encoder.for_questions()
         self.question_encoder = question_encoder
         self.generator = generator
         self.generator_tokenizer = tokenizer
-        self.settings = settings
         self.reader = GeneratorReader(generator, tokenizer, settings.prompt)
+        self.settings = settings
+        if self.reader.prompt != settings.prompt:
+            self.settings = settings.model_copy(update={"prompt": self.reader.prompt})
 
     @classmethod
     def from_parts(cls, config: ModelConfig) -> RagModel:
         """Put a model together from a question encoder and a generator.
 
         Raises:
-            ConfigError: a part cannot be loaded, or the generator is not a seq2seq model.
+            ConfigError: a part cannot be loaded, the generator is not a seq2seq model, or it has no positions for contexts
+                or answers of the lengths that the prompt sets.
         """
         trust = config.trust_remote_code
         question_encoder = TextEncoder.from_pretrained(
-            config.question_encoder, pooling=config.pooling, trust_remote_code=trust
+            config.question_encoder,
+            side="question",
+            pooling=config.pooling,
+            prompt=config.question_prompt,
+            trust_remote_code=trust,
         )
         generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
         settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
@@ -121,8 +136,10 @@ class RagModel(nn.Module):
                 f"{folder / SETTINGS_FILE} cannot be read ({reason}). Train the model again, or copy it again."
             ) from error
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", **trust)
+        question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", side="question", **trust)
         generator, tokenizer = load_generator(folder / "generator", **trust)
+        # Stored before such prompts were refused: contexts that fit were and are read alike, longer ones are now cut.
+        settings.prompt = within_positions(generator, settings.prompt)
         return cls(question_encoder, generator, tokenizer, settings).eval()
 
     def save_pretrained(

@@ -25,6 +25,7 @@ from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
+from rag_core.generator_limits import fitting_prompt, refuse_tokenizer
 from rag_core.likelihood import Variant, rag_nll
 from rag_core.model_source import (
     load_config,
@@ -88,12 +89,18 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` goes up with every context that is read."""
+    """A seq2seq generator with its tokenizer and prompt. `count` goes up with every context that is read.
+
+    Lengths that the prompt does not set are lowered to what the generator has positions for.
+
+    Raises:
+        ConfigError: the generator has no positions for contexts or answers of the lengths that the prompt sets.
+    """
 
     def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
-        self.prompt = prompt
+        self.prompt = fitting_prompt(generator, prompt)
         self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
         # Answers must be trained to end with a token that ends them in decoding: the generator's, not the tokenizer's.
@@ -201,7 +208,7 @@ def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = Fals
     """A seq2seq model (float32, eval mode) and its tokenizer; `trust_remote_code` as in `TextEncoder.from_pretrained`.
 
     Raises:
-        ConfigError: not readable, or decoder-only.
+        ConfigError: not readable, decoder-only, or with a tokenizer that is another model's.
     """
     source = resolve_model_source(name_or_folder)
     config = load_config(source, trust_remote_code=trust_remote_code)
@@ -213,7 +220,9 @@ def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = Fals
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     load = AutoModelForSeq2SeqLM.from_pretrained
     model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
-    return without_unused_pooler(model).eval(), load_tokenizer(source, **trust)
+    tokenizer = load_tokenizer(source, **trust)
+    refuse_tokenizer(model, tokenizer, str(name_or_folder))
+    return without_unused_pooler(model).eval(), tokenizer
 
 
 def without_unused_pooler(generator: Any) -> Any:

@@ -28,8 +28,17 @@ from torch import nn
 from transformers import AutoModel
 
 from rag_core.cpu_bfloat16 import cpu_bfloat16
-from rag_core.encoder_settings import SETTINGS_FILE, EncoderSettings, Pooling, encoder_settings_of, transformer_folder
+from rag_core.dpr_tokenizer import with_saved_case
+from rag_core.encoder_settings import (
+    SETTINGS_FILE,
+    EncoderSettings,
+    Pooling,
+    Side,
+    encoder_settings_of,
+    transformer_folder,
+)
 from rag_core.errors import ConfigError
+from rag_core.generator_limits import refuse_tokens_beyond
 from rag_core.model_source import (
     load_config,
     load_tokenizer,
@@ -54,15 +63,18 @@ DPR_CLASSES = ("DPRQuestionEncoder", "DPRContextEncoder")
 class TextEncoder(nn.Module):
     """A text encoder: tokenizer, transformer, pooling.
 
+    `side` says which texts it reads, and so which of its prompts it puts before them; None: texts of any kind.
     Source of the poolings: mean, CLS and max as in Sentence-BERT (arXiv 1908.10084), the position-weighted mean as in
     SGPT (arXiv 2202.08904), DPR as in arXiv 2004.04906.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, settings: EncoderSettings) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: EncoderSettings, side: Side | None = None) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
+        self.side = side
+        self.prompt = settings.prompt_for(side)
         if settings.lowercase:
             _lower_case_first(tokenizer)
         if settings.pooling != "dpr":
@@ -76,6 +88,7 @@ class TextEncoder(nn.Module):
         cls,
         name_or_folder: str | Path,
         *,
+        side: Side | None = None,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
         max_tokens: int | None = None,
@@ -86,6 +99,8 @@ class TextEncoder(nn.Module):
 
         Args:
             name_or_folder: a local folder, a hub name, or `package:NAME/FOLDER` for a model inside a Python package.
+            side: "question" or "passage": which prompt of the model's is put before texts. None: the one for all texts,
+                as `SentenceTransformer.encode` does.
             pooling, normalize, max_tokens, prompt: override what the folder says. Without either: mean pooling,
                 vectors as they are, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
             trust_remote_code: run code that comes with the model, and read pickled weights.
@@ -105,10 +120,21 @@ class TextEncoder(nn.Module):
         load = _model_class(source, config).from_pretrained
         trust: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
         model = load_weights(load, source, may_lack="pooler.", dtype=torch.float32, **trust)
-        tokenizer = load_tokenizer(source, **trust)
-        given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens, "prompt": prompt}
+        tokenizer = with_saved_case(load_tokenizer(source, **trust), source, subfolder)
+        given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
+        given[f"{side}_prompt" if side else "prompt"] = prompt
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(model, tokenizer, encoder_settings_of(source, model, tokenizer, given)).eval()
+        settings = encoder_settings_of(source, model, tokenizer, given)
+        embeddings = model.get_input_embeddings()
+        if isinstance(embeddings, nn.Embedding):
+            refuse_tokens_beyond(embeddings.num_embeddings, tokenizer, f"the encoder {name_or_folder}")
+        return cls(model, tokenizer, settings, side).eval()
+
+    def for_questions(self, prompt: str | None = None) -> TextEncoder:
+        """The same weights for questions: with `prompt` before them, or with what the folder says."""
+        given = {} if prompt is None else {"question_prompt": prompt}
+        settings = self.settings.model_copy(update=given)
+        return TextEncoder(self.model, self.tokenizer, settings, "question").train(self.training)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write weights (safetensors), tokenizer and settings to a folder that `from_pretrained` reads."""
@@ -131,9 +157,10 @@ class TextEncoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of weights and settings: equal for equal vectors, whatever the model is called.
 
-        `max_tokens`, `title_separator` and `prompt` count, too: they change what a passage's vector is.
+        `max_tokens`, `title_separator` and the prompt count, too: they change what a passage's vector is. A prompt that
+        is put before texts of the other side does not.
         """
-        settings = self.settings.model_dump_json()
+        settings = self.settings.as_read_by(self.side).model_dump_json()
         # An unused pooler does not change vectors, and where the folder has none it is random at every load.
         unused = () if self.settings.pooling == "dpr" else ("pooler.",)
         return hashlib.sha256(f"{settings}{fingerprint_of_weights(self.model, unused)}".encode()).hexdigest()
@@ -142,7 +169,7 @@ class TextEncoder(nn.Module):
         """Token ids of each text after the prompt, special tokens included, cut to `max_tokens`."""
         if not texts:
             return []
-        prompted = [self.settings.prompt + text for text in texts]
+        prompted = [self.prompt + text for text in texts]
         return self.tokenizer(prompted, truncation=True, max_length=self.settings.max_tokens)["input_ids"]
 
     def forward(self, input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor) -> torch.Tensor:
@@ -151,8 +178,23 @@ class TextEncoder(nn.Module):
         if self.settings.pooling == "dpr":
             vectors_BD = output.pooler_output.float()
         else:
-            vectors_BD = pool(output.last_hidden_state.float(), attention_mask_BS, self.settings.pooling)
+            pooled_BS = self._pooled_tokens(attention_mask_BS)
+            vectors_BD = pool(output.last_hidden_state.float(), pooled_BS, self.settings.pooling)
         return nn.functional.normalize(vectors_BD, dim=-1) if self.settings.normalize else vectors_BD
+
+    def _pooled_tokens(self, attention_mask_BS: torch.Tensor) -> torch.Tensor:
+        """1 for tokens whose states are pooled, shape (B, S): all real ones, or those behind the prompt.
+
+        As in sentence-transformers the prompt's tokens are counted without a text after it, and without the special
+        token at its end.
+        """
+        if self.settings.include_prompt or not self.prompt:
+            return attention_mask_BS
+        ids = self.tokenizer(self.prompt)["input_ids"]
+        prompt_tokens = len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+        pooled_BS = attention_mask_BS.clone()
+        pooled_BS[:, :prompt_tokens] = 0
+        return pooled_BS
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors (B, D) float32 of a few texts in one batch, differentiable (the question encoder in training)."""
@@ -250,18 +292,21 @@ def _threads(workers: int, each: int) -> ThreadPoolExecutor:
 
 
 def pool(states_BSD: torch.Tensor, mask_BS: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """One vector (B, D) from token states (B, S, D) padded on the right, as sentence-transformers' Pooling does it."""
+    """One vector (B, D) from token states (B, S, D) padded on the right, as sentence-transformers' Pooling does it.
+
+    The mask (B, S) is 1 for the tokens that count: one run in each text, perhaps behind a prompt.
+    """
     mask_BS1 = mask_BS[..., None].to(states_BSD.dtype)
+    row_B, place_S = (torch.arange(size, device=mask_BS.device) for size in mask_BS.shape)
     if pooling == "cls":
-        return states_BSD[:, 0]
+        return states_BSD[row_B, mask_BS.int().argmax(1)]
     if pooling == "lasttoken":
-        last_B = mask_BS.sum(1).clamp(min=1) - 1
-        row_B = torch.arange(len(last_B), device=last_B.device)
+        last_B = (mask_BS * place_S).amax(1)
         return states_BSD[row_B, last_B] * mask_BS1[row_B, last_B]
     if pooling == "max":
         return states_BSD.masked_fill(mask_BS1 == 0, float("-inf")).amax(1)
     if pooling == "weightedmean":
-        mask_BS1 = mask_BS1 * torch.arange(1, mask_BS.shape[1] + 1, device=mask_BS.device)[:, None]
+        mask_BS1 = mask_BS1 * (place_S + 1)[:, None]
     weight_B1 = mask_BS1.sum(1).clamp(min=1)
     return (states_BSD * mask_BS1).sum(1) / (weight_B1.sqrt() if pooling == "mean_sqrt_len_tokens" else weight_B1)
 

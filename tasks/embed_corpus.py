@@ -9,9 +9,8 @@ from prefect import task
 from rag_core.artefacts.artefact import Manifest, open_artefact, publish
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
-from rag_core.embeddings import KIND, EmbedConfig, shard_name
+from rag_core.embeddings import KIND, EmbedConfig, load_document_encoder, shard_name
 from rag_core.errors import ArtefactError
-from rag_core.text_encoder import TextEncoder
 from tasks.embedding import embed_on_ray
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
@@ -23,10 +22,11 @@ from tasks.tracking import StageRun
 def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)
-    encoder = TextEncoder.from_pretrained(config.encoder, trust_remote_code=config.trust_remote_code)
+    encoder = load_document_encoder(config)
     fingerprint = encoder.fingerprint()
     # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
     settings = {"dtype": config.dtype, "precision": config.precision, "batch_tokens": config.batch_tokens}
+    settings |= {"prompt": config.prompt} if config.prompt is not None else {}
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"encoder": config.encoder, "encoder_settings": encoder.settings.model_dump()})

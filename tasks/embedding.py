@@ -13,9 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rag_core.corpus import Corpus
-from rag_core.embeddings import EmbedConfig, embed_shard, shard_name
+from rag_core.embeddings import EmbedConfig, embed_shard, load_document_encoder, shard_name
 from rag_core.model_source import absolute_source
-from rag_core.text_encoder import TextEncoder
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 
@@ -30,8 +29,7 @@ class ShardEmbedder:
         self._config = config
         self._out_folder = Path(out_folder)
         self._meter = meter
-        encoder = TextEncoder.from_pretrained(config.encoder, trust_remote_code=config.trust_remote_code)
-        self._encoder = encoder.to("cuda" if gpu else "cpu")
+        self._encoder = load_document_encoder(config).to("cuda" if gpu else "cpu")
 
     def __call__(self, shard: tuple[int, str]) -> int:
         number, path = shard

@@ -309,15 +309,44 @@ def test_a_prompt_that_is_given_replaces_the_default(copy: Path) -> None:
     np.testing.assert_allclose(encoder.encode(TEXTS, precision="float32"), expected_ND, rtol=0, atol=1e-5)
 
 
-def test_pooling_without_the_prompt_matters_only_where_there_is_one(copy: Path) -> None:
-    _edit(copy / "1_Pooling" / "config.json", lambda config: config.update(include_prompt=False))
-    _assert_equal_vectors(copy)
-    with pytest.raises(ConfigError, match=r"include_prompt is false.*'a city: '"):
-        TextEncoder.from_pretrained(copy, prompt="a city: ")
-    config = {"prompts": {"query": "a river: "}, "default_prompt_name": "query"}
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"query": "a city: ", "document": "the sea: "},
+        {"query": "a city: "},
+        {"query": "a city: ", "passage": "the sea: "},  # encode_document does not read it: "document" is always there
+        {"document": "the sea: ", "other": "not this"},
+        {},
+    ],
+)
+@pytest.mark.parametrize("default", [None, "query"])
+def test_questions_and_passages_get_the_prompts_of_encode_query_and_encode_document(
+    copy: Path, prompts: dict[str, str], default: str | None
+) -> None:
+    config = {"prompts": prompts, "default_prompt_name": default}
     (copy / "config_sentence_transformers.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"include_prompt is false.*'a river: '"):
-        TextEncoder.from_pretrained(copy)
+    reference = SentenceTransformer(str(copy), device="cpu")
+    for side, encode in (("question", reference.encode_query), ("passage", reference.encode_document)):
+        vectors_ND = TextEncoder.from_pretrained(copy, side=side).encode(TEXTS, precision="float32")
+        np.testing.assert_allclose(vectors_ND, encode(TEXTS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_pooling_without_the_prompt_leaves_its_tokens_out(
+    tmp_path: Path, transformers: dict[str, Path], family: str, pooling: str
+) -> None:
+    _save(tmp_path / "st", transformers[family], pooling, prompts={"query": "a city: "})
+    _edit(tmp_path / "st" / "1_Pooling" / "config.json", lambda config: config.update(include_prompt=False))
+    _assert_equal_vectors(tmp_path / "st")
+    reference = SentenceTransformer(str(tmp_path / "st"), device="cpu")
+    texts = [text for text in TEXTS if text.strip()]
+    encoder = TextEncoder.from_pretrained(tmp_path / "st", side="question")
+    vectors_ND = encoder.encode(texts, precision="float32")
+    np.testing.assert_allclose(vectors_ND, reference.encode_query(texts), rtol=0, atol=1e-5)
+    encoder.save_pretrained(tmp_path / "ours")
+    again = TextEncoder.from_pretrained(tmp_path / "ours", side="question")
+    np.testing.assert_array_equal(again.encode(texts, precision="float32"), vectors_ND)
 
 
 # What is refused

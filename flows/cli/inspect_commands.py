@@ -57,6 +57,9 @@ def retrieve(
     k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5,20",
     model: Annotated[Path | None, typer.Option(help="Use the question encoder of this trained model.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Use this question encoder; default: the index's own.")] = None,
+    question_prompt: Annotated[
+        str | None, typer.Option(help="Put before every question, such as 'query: '; default: what the encoder says.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -73,13 +76,16 @@ def retrieve(
     if model:
         loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.check_index(opened)
-        question_encoder = loaded.question_encoder
+        question_encoder = loaded.question_encoder.for_questions(question_prompt)
     else:
-        question_encoder = TextEncoder.from_pretrained(
-            encoder or opened.manifest.details["encoder"], trust_remote_code=trust_remote_code
+        details = opened.manifest.details
+        document_prompt = details.get("prompt") if encoder is None else None
+        loaded_encoder = TextEncoder.from_pretrained(
+            encoder or details["encoder"], side="passage", prompt=document_prompt, trust_remote_code=trust_remote_code
         )
         if encoder is None:
-            check_own_encoder(opened, question_encoder)
+            check_own_encoder(opened, loaded_encoder)
+        question_encoder = loaded_encoder.for_questions(question_prompt)
     scores = evaluate_retrieval(opened, question_encoder, asked, ks)
     if as_json:
         typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))

@@ -72,6 +72,9 @@ def embed(
     corpus: Annotated[Path, typer.Option("--corpus", help="Folder written by `rag corpus`.")],
     encoder: Annotated[str, typer.Option(help="Document encoder: folder, hub name, or package:NAME/FOLDER.")],
     out: Out,
+    prompt: Annotated[
+        str | None, typer.Option(help="Put before every passage, such as 'passage: '; default: what the encoder says.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 | float16: how vectors are stored.")] = "float32",
     precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the encoder's arithmetic.")] = "auto",
     batch_tokens: Annotated[
@@ -87,6 +90,7 @@ def embed(
 
     settings = {
         "encoder": encoder,
+        "prompt": prompt,
         "dtype": dtype,
         "precision": precision,
         "batch_tokens": batch_tokens,
@@ -148,6 +152,7 @@ def train(
     out: Out,
     generator: Annotated[str | None, typer.Option(help="Overrides model.generator.")] = None,
     question_encoder: Annotated[str | None, typer.Option(help="Overrides model.question_encoder.")] = None,
+    question_prompt: Annotated[str | None, typer.Option(help="Overrides model.question_prompt.")] = None,
     steps: Annotated[int | None, typer.Option(help="Overrides train.optimizer.steps.")] = None,
     num_workers: Annotated[int | None, typer.Option(help="Overrides train.num_workers.")] = None,
     retrieval: Retrieval = None,
@@ -168,6 +173,7 @@ def train(
     content = read_section(config, "model")
     content |= {"generator": generator} if generator else {}
     content |= {"question_encoder": question_encoder} if question_encoder else {}
+    content |= {"question_prompt": question_prompt} if question_prompt is not None else {}
     content |= {"trust_remote_code": True} if trust_remote_code else {}
     model = parse(ModelConfig, content, f"{config}, section `model`")
     training = read_section(config, "train")

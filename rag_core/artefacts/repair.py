@@ -25,11 +25,10 @@ from rag_core.artefacts.stored_verification import replace_damaged
 from rag_core.artefacts.verification import NOT_REPAIRED
 from rag_core.artefacts.writer_lock import only_writer
 from rag_core.corpus import Corpus, CorpusConfig, source_fingerprint, write_corpus
-from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name
+from rag_core.embeddings import EmbedConfig, Embeddings, embed_shard, load_document_encoder, shard_name
 from rag_core.errors import ArtefactError
 from rag_core.index import IndexConfig, build_index
 from rag_core.predictions import JSONL, PARQUET, write_jsonl, write_parquet
-from rag_core.text_encoder import TextEncoder
 
 # Makes the wanted files again in a folder, under their names in the artefact.
 Rebuild = Callable[[Path, Manifest, list[str], GivenInputs, Path], None]
@@ -127,7 +126,7 @@ def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs
 def _embeddings(path: Path, manifest: Manifest, names: list[str], given: GivenInputs, made: Path) -> None:
     corpus = Corpus.open(_needed(path, manifest, "corpus", names, given))
     config = EmbedConfig(encoder=manifest.details["encoder"], **manifest.config)
-    encoder = TextEncoder.from_pretrained(config.encoder)
+    encoder = load_document_encoder(config)
     if encoder.fingerprint() != manifest.made_from["encoder"]:
         raise ArtefactError(
             f"{path}: {config.encoder} is not the encoder that made these embeddings (fingerprint "

@@ -31,6 +31,7 @@ from torch import Tensor
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
+from rag_core.generator_limits import refuse_long_search
 from rag_core.likelihood import check_contexts, check_encoder_decoder
 
 EarlyStopping = bool | Literal["never"]
@@ -86,7 +87,8 @@ def check_decoding(
     """Refuse settings and inputs that cannot be decoded.
 
     Raises:
-        ConfigError: a setting is out of range, or the generator is not an encoder-decoder.
+        ConfigError: a setting is out of range, the generator is not an encoder-decoder, or it has no positions for
+            max_new_tokens.
         ValueError: shapes do not fit, scores are NaN or +inf, or a question has no passage (all scores −inf).
     """
     check_encoder_decoder(generator)
@@ -104,6 +106,7 @@ def check_decoding(
         )
     if settings.max_new_tokens <= GenerationTokens.of(generator).forced_first:
         raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
+    refuse_long_search(generator, settings.max_new_tokens)
     if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
         raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
