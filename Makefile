@@ -11,6 +11,13 @@ STAMP := $(VENV)/.installed
 # Tests at once have more threads than there are cores: one that waits for others must not keep a core meanwhile.
 SHARING := OMP_WAIT_POLICY=PASSIVE
 
+# No usage reports, also of the servers that are started here (rag_core/usage_reports.py does so for commands).
+export DO_NOT_TRACK ?= true
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export RAY_USAGE_STATS_ENABLED ?= 0
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
 
@@ -80,7 +87,7 @@ mlflow: setup ## open the MLflow pages of this folder's runs on http://127.0.0.1
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000
 
 prefect: setup ## open the Prefect pages on http://127.0.0.1:4200
-	PREFECT_SERVER_ANALYTICS_ENABLED=false $(BIN)/prefect server start --host 127.0.0.1 --port 4200
+	$(BIN)/prefect server start --host 127.0.0.1 --port 4200
 
 clean: ## remove .venv and caches; runs/ and mlflow.db stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -6,6 +6,10 @@ PyTorch, Transformers, FAISS and Arrow only; orchestration (Prefect, Ray, MLflow
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rag_core.usage_reports import switch_off
+
+switch_off()
+
 if TYPE_CHECKING:
     from rag_core.contexts import PromptConfig
     from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rag_core.errors import ConfigError
+from tasks.environment.ray_cluster import check_ray, cluster_address, object_store_here
+from tasks.environment.variables import seconds
 
 POLL_SECONDS = 0.5
 # Environment variable: how long a stage waits for a machine that can hold its first worker. Default 300.
@@ -61,7 +63,8 @@ def ensure_ray() -> None:
     """Connect to `RAY_ADDRESS`, or start Ray on this machine; does nothing if this process already has it.
 
     Raises:
-        ConfigError: the cluster at `RAY_ADDRESS` does not answer or does not know us.
+        ConfigError: the cluster at `RAY_ADDRESS` does not answer, does not know us or is of another version; or this
+            machine lacks what Ray needs (`tasks.environment.ray_cluster`).
     """
     with CLUSTER:
         if not ray.is_initialized():
@@ -77,8 +80,9 @@ def _start_ray() -> None:
     # Ray's own notices would fight with ours for the terminal.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    check_ray()
     # What workers print stays in Ray's session folder: failures come back as exceptions, progress through the meter.
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address := cluster_address():
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError as error:
@@ -90,9 +94,14 @@ def _start_ray() -> None:
     else:
         for name, value in TRAIN_ALONE.items():
             os.environ.setdefault(name, value)
+        store = object_store_here()
+        if store.notice:
+            Console(stderr=True).print(store.notice, style="yellow", highlight=False, soft_wrap=True, markup=False)
         # "local": never a cluster that another command on this machine has left running, or its address.
         with _loopback_only():
-            ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(
+                "local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **store.options
+            )
     for name in ("ray.train", "ray.tune", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -139,12 +148,19 @@ def share_of_cluster(num_workers: int = 0) -> Share:
     return Share(workers, cpus=next(fitting, 1), gpus=gpu)
 
 
+def cluster_wait() -> float:
+    """Seconds that a stage waits for a machine; ConfigError if `RAG_CLUSTER_WAIT_SECONDS` is no such number."""
+    text = os.environ.get(CLUSTER_WAIT) or "300"
+    seconds(CLUSTER_WAIT, text)
+    return float(text)
+
+
 class Patience:
     """How long workers may wait for a machine: a cluster may have to start one, but not for ever."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
-        self._limit = float(os.environ.get(CLUSTER_WAIT) or 300)
+        self._limit = cluster_wait()
         self._since: float | None = None
         self._told = False
 

@@ -8,7 +8,6 @@ neither Ray nor MLflow; it talks to a `Reporter` (`reporter.py`).
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from rag_core.contexts import ContextCount
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks
 from rag_core.training import Place
+from tasks.environment.ray_cluster import cluster_address
 from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
 from tasks.ray_workers import LOST, REPLACEMENTS, close_workers, run_on_worker
 from tasks.stopping import stopping_gently
@@ -211,7 +211,7 @@ def _fit_together(
 
 def _meeting(folder: Path) -> TorchConfig:
     """How workers find one another: on a cluster as Ray has it; on this machine alone without a port for strangers."""
-    return TorchConfig() if os.environ.get("RAY_ADDRESS") else _MeetInFolder(folder=str(folder))
+    return TorchConfig() if cluster_address() else _MeetInFolder(folder=str(folder))
 
 
 @dataclass

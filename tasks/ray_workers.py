@@ -21,6 +21,7 @@ import ray
 
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks, return_freed_blocks
+from tasks.environment.ray_cluster import check_ray_settings, cluster_address
 from tasks.ray_runtime import CLUSTER, POLL_SECONDS, Patience, Share, ensure_ray, job, limit_threads, share_of_cluster
 
 Item = TypeVar("Item")
@@ -95,18 +96,28 @@ def close_workers() -> None:
         _made_for = None
 
 
-def start_early(*modules: str) -> None:
+def start_early(*modules: str) -> Callable[[], None]:
     """Start Ray and its workers in the background, while this process is busy with its own imports.
-
-    A cluster that cannot be reached is reported by the stage that needs it.
 
     Args:
         modules: what the workers will need beside what every one imports.
+
+    Returns:
+        a function that waits until a cluster at RAY_ADDRESS has answered, and raises what `ensure_ray` raised; Ray on
+        this machine is not waited for, as its folders and memory have been looked at by then.
     """
+    problems: list[RagError] = []
+    connected = threading.Event()
 
     def start() -> None:
         try:
-            ensure_ray()
+            try:
+                ensure_ray()
+            except RagError as error:
+                problems.append(error)
+                raise
+            finally:
+                connected.set()
             for worker in workers_for(share_of_cluster()):
                 worker.warm.remote(*modules)
         except Exception as error:
@@ -115,7 +126,15 @@ def start_early(*modules: str) -> None:
         threading.main_thread().join()
         ray.shutdown()
 
+    def wait() -> None:
+        if cluster_address():
+            connected.wait()
+        if problems:
+            raise problems[0]
+
+    check_ray_settings()
     threading.Thread(target=start, name="start Ray early").start()
+    return wait
 
 
 def map_on_workers(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rag_core.evaluation import Scores
+from tasks.environment.ray_cluster import check_ray_settings
 from tasks.results import StageResult
 from tasks.stage import publish_page
 from tasks.tracking import RunAddress, metric_name, open_run
@@ -17,7 +18,12 @@ MANY_CUT = 0.03
 
 @contextlib.contextmanager
 def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """The parent MLflow run of a pipeline; yields its id, which the stages take as `parent_run_id`."""
+    """The parent MLflow run of a pipeline; yields its id, which the stages take as `parent_run_id`.
+
+    Raises:
+        ConfigError: MLflow's store cannot be used, or Ray's settings are wrong: better now than after the first stages.
+    """
+    check_ray_settings()
     with open_run(name) as run:
         run.log_params(config)
         run.log_dict(config, "config.json")

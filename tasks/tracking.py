@@ -30,6 +30,8 @@ from rag_core.addresses import without_credentials
 from rag_core.artefacts.places import absolute
 from rag_core.errors import ConfigError
 from tasks import tracking_delivery as delivery
+from tasks.environment.mlflow_store import check_store
+from tasks.environment.variables import FOR_STAGES, check_variables
 from tasks.notices import warn
 from tasks.tracking_journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of
 
@@ -166,6 +168,8 @@ def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str
 
 def _new_run(tags: Mapping[str, str]) -> RunAddress:
     uri, started = tracking_uri(), milliseconds()
+    if uri not in _answered:
+        check_tracking()
     local = RunAddress._make(uri, f"{delivery.LOCAL}{uuid.uuid4().hex}", create={"tags": dict(tags), "time": started})
     if not pause_of(uri).over:
         return local
@@ -191,12 +195,23 @@ def not_reached(error: UnreachableError) -> ConfigError:
     )
 
 
+def check_tracking() -> None:
+    """Whether runs can be written where they are to be; nothing is made yet.
+
+    Raises:
+        ConfigError: a variable is wrong, or the store cannot be used; the message says why and what to do.
+    """
+    check_variables(FOR_STAGES)
+    check_store(tracking_uri(), experiment_name())
+
+
 def prepare_store() -> None:
     """Make the tracking store and the experiment, where they are not there, and send what former commands could not.
 
     Raises:
-        ConfigError: MLflow cannot be reached.
+        ConfigError: MLflow cannot be reached, or its store cannot be used.
     """
+    check_tracking()
     uri = tracking_uri()
     try:
         with delivery.reaching(uri, retries=1) as client:
@@ -209,7 +224,7 @@ def prepare_store() -> None:
 
 def unsent_folder() -> Path:
     """Where writes wait for MLflow: `RAG_MLFLOW_UNSENT`, or mlflow-unsent in the current folder (absolute, for workers)."""
-    return Path(os.environ.get("RAG_MLFLOW_UNSENT", UNSENT)).resolve()
+    return Path(os.environ.get("RAG_MLFLOW_UNSENT") or UNSENT).resolve()
 
 
 def unsent_files() -> list[Path]:
@@ -232,9 +247,21 @@ def send_unsent(
         at_home = header.get("mlflow", "") in ("", without_credentials(mine))
         if at_home or anywhere:
             uri = mine if at_home else str(header["mlflow"])
+            if anywhere and (why := _unusable(uri, str(header.get("experiment") or experiment_name()))):
+                left |= {file: why}
+                continue
             why = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)
             left |= {file: why} if why else {}
     return left
+
+
+def _unusable(uri: str, experiment: str) -> str:
+    """Why nothing can be sent to that store; "" if it can."""
+    try:
+        check_store(uri, experiment)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def report_unsent(file: Path, why: str) -> None:
@@ -248,7 +275,7 @@ def report_unsent(file: Path, why: str) -> None:
 
 def experiment_name() -> str:
     """The experiment that all runs go to: MLFLOW_EXPERIMENT_NAME, or "rag"."""
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
 def tracking_uri() -> str:

@@ -65,7 +65,7 @@ def reaching(uri: str, seconds: int | None = None, retries: int = 0) -> Iterator
         with contextlib.ExitStack() as settings:
             settings.enter_context(_patience)
             if seconds is None:
-                seconds = int(os.environ.get(MLFLOW_HTTP_REQUEST_TIMEOUT.name, PATIENT_SECONDS))
+                seconds = int(os.environ.get(MLFLOW_HTTP_REQUEST_TIMEOUT.name) or PATIENT_SECONDS)
             settings.enter_context(_setting(MLFLOW_HTTP_REQUEST_TIMEOUT.name, seconds))
             settings.enter_context(_setting(MLFLOW_HTTP_REQUEST_MAX_RETRIES.name, retries))
             yield client_of(uri)

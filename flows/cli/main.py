@@ -43,6 +43,7 @@ sync_command.add_to(app)
 
 @app.callback()
 def settings(
+    context: typer.Context,
     wait: Annotated[
         float | None,
         typer.Option(
@@ -55,17 +56,15 @@ def settings(
     """What holds for every command."""
     if wait is not None:
         os.environ["RAG_WAIT_SECONDS"] = str(wait)
-    if "RAG_WAIT_SECONDS" in os.environ:
-        from rag_core.artefacts.writer_lock import wait_setting
+    if context.invoked_subcommand != "doctor":  # which shows what is wrong
+        from tasks.environment.variables import FOR_EVERY_COMMAND, check_variables
 
-        wait_setting()
+        check_variables(FOR_EVERY_COMMAND)
 
 
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
-    # Offline the server's usage statistics only log an error. The terminal is for progress bars and our own messages;
-    # Prefect's log, tracebacks included, goes to the flow run's page.
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    # The terminal is for progress bars and our own messages; Prefect's log, tracebacks included, goes to the flow run's page.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

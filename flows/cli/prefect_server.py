@@ -22,7 +22,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rag_core.addresses import without_credentials
 from rag_core.errors import RagError
+from tasks.environment.prefect_api import check_prefect, configured_url
+from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
 
 START_SECONDS = 120
 # A server that cannot live must not be started for ever.
@@ -43,21 +46,27 @@ def with_services(command: Callable[..., None], *, ray: bool, trains: bool = Fal
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        wait_for_server = start_shielded_server()
+        check_variables({**FOR_EVERY_COMMAND, **FOR_STAGES})
+        wait_for_server, wait_for_cluster = start_shielded_server(), _nothing
         if ray:
             from tasks.ray_workers import start_early
 
-            start_early(*(["tasks.pretrain_generator", "tasks.train"] if trains else []))
+            wait_for_cluster = start_early(*(["tasks.pretrain_generator", "tasks.train"] if trains else []))
         import flows.pipeline  # noqa: F401  (all that any stage imports)
         from tasks.tracking import prepare_store
 
         # A new database takes a second or two, and the server is not up yet.
         prepare_store()
         wait_for_server()
+        wait_for_cluster()
         with naming_a_lost_server():
             command(*arguments, **options)
 
     return run
+
+
+def _nothing() -> None:
+    return
 
 
 @contextlib.contextmanager
@@ -74,18 +83,23 @@ def naming_a_lost_server() -> Iterator[None]:
         yield
     except httpx.TransportError as error:
         raise RagError(
-            f"Prefect's server at {get_current_settings().api.url} does not answer any more ({error}), so the flow "
+            f"Prefect's server at {without_credentials(str(get_current_settings().api.url))} does not answer any more ({error}), so the flow "
             "ended. Finished stages are kept: start the server, or unset PREFECT_API_URL for a temporary one, and run "
             "the same command to go on after them."
         ) from error
 
 
 def start_shielded_server() -> Callable[[], None]:
-    """Start a server for this process's flows, unless one is configured; returns a function that waits for it."""
-    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+    """Start a server for this process's flows, unless one is configured; returns a function that waits for it.
 
-    if os.environ.get("PREFECT_API_URL") or get_current_settings().api.url:
-        return lambda: None
+    Raises:
+        ConfigError: the one that is configured cannot be used.
+    """
+    if configured_url():
+        check_prefect()
+        return _nothing
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     server = TemporaryServer()
     until_exit = contextlib.ExitStack()
     until_exit.callback(server.stop)

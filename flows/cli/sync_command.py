@@ -21,8 +21,10 @@ def sync_mlflow(
 ) -> None:
     """Send to MLflow what was kept while it did not answer (every command does so when it starts)."""
     from rag_core.errors import ArtefactError, InputError
+    from tasks.environment.variables import FOR_STAGES, check_variables
     from tasks.tracking import send_unsent, unsent_files, unsent_folder
 
+    check_variables(FOR_STAGES)
     for file in files or []:
         if not file.is_file():
             raise InputError(f"{file} is not there: it may have been sent already. Give files of {unsent_folder()}.")

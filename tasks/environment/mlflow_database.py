@@ -1,0 +1,114 @@
+"""A SQLite file that MLflow is to keep runs in: whether it is one, of this release, and can be written."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from rag_core.errors import ConfigError
+from tasks.environment.variables import writable_folder
+
+HEADER = b"SQLite format 3\x00"
+# Two runs write in turns; a lock that lasts longer is somebody's who stays.
+LOCK_SECONDS = 8.0
+
+
+def check_database_file(uri: str, experiment: str) -> None:
+    """Whether runs of that experiment can be written to the file; one that is not there is made later.
+
+    Raises:
+        ConfigError: it is a folder, no database, another program's, of another release of MLflow, locked or not
+            writable, or the experiment was deleted. The file has not been changed.
+    """
+    file = _file_of(uri)
+    if file is None:  # in memory
+        return
+    if file.is_dir():
+        raise _unusable(file, "is a folder", "Name a file in it, such as mlflow.db")
+    if not os.path.lexists(file):
+        writable_folder("MLFLOW_TRACKING_URI (or the current folder)", str(file.parent))
+        return
+    try:
+        with file.open("rb") as content:
+            header = content.read(len(HEADER))
+    except OSError as error:
+        raise _unusable(
+            file, f"cannot be read ({(error.strerror or '').lower()})", "Correct its permissions"
+        ) from error
+    if header and header != HEADER:
+        raise _unusable(file, "is no SQLite database", "Move it away")
+    if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
+        raise _unusable(file, "or its folder is read-only", "Correct the permissions")
+    try:
+        _check_content(file, uri, experiment)
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            found, remedy = f"has been locked by another program for {LOCK_SECONDS:g} s", "End that program"
+        else:
+            found, remedy = f"cannot be used ({error})", "Correct its permissions, or move it away"
+        raise _unusable(file, found, remedy) from error
+    except sqlite3.DatabaseError as error:
+        raise _unusable(file, f"is damaged ({error})", "Move it away, or take a copy back") from error
+
+
+def _check_content(file: Path, uri: str, experiment: str) -> None:
+    connection = sqlite3.connect(
+        f"file:{quote(str(file))}?mode=rw", uri=True, timeout=LOCK_SECONDS, isolation_level=None
+    )
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables -= {name for name in tables if name.startswith("sqlite_")}
+        if tables - {"alembic_version"} and not {"experiments", "runs"} <= tables:
+            raise _unusable(file, "is the database of another program", "Name another file")
+        if "experiments" in tables:
+            _check_release(connection, tables, file)
+            _check_experiment(connection, experiment, uri)
+    finally:
+        connection.close()
+
+
+def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path) -> None:
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.version import VERSION
+
+    rows = connection.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else ()
+    found = {revision for (revision,) in rows}
+    scripts = ScriptDirectory.from_config(_get_alembic_config(db_url=""))
+    if found == set(scripts.get_heads()):
+        return
+    if found <= {script.revision for script in scripts.walk_revisions()}:
+        raise _unusable(
+            file,
+            f"was written by an older release of MLflow than {VERSION}",
+            f"Take a copy of it, then run: mlflow db upgrade sqlite:///{file}",
+        )
+    raise _unusable(
+        file,
+        f"was written by a newer release of MLflow than {VERSION}",
+        "Use that release here too, or name another file",
+    )
+
+
+def _check_experiment(connection: sqlite3.Connection, experiment: str, uri: str) -> None:
+    from tasks.environment.mlflow_store import deleted_experiment
+
+    query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
+    for number, stage in connection.execute(query, (experiment,)):
+        if stage == "deleted":
+            raise deleted_experiment(experiment, str(number), uri)
+
+
+def _file_of(uri: str) -> Path | None:
+    path = uri.partition("///")[2].partition("?")[0]
+    return Path(unquote(path)).absolute() if path and path != ":memory:" else None
+
+
+def _unusable(file: Path, found: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"MLflow's database {file} {found}, so no run can be written to it. Nothing was begun. {remedy}, or set "
+        "MLFLOW_TRACKING_URI to another store, such as sqlite:///runs.db."
+    )
