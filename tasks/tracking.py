@@ -30,6 +30,7 @@ from rag_core.addresses import without_credentials
 from rag_core.artefacts.places import absolute
 from rag_core.errors import ConfigError
 from tasks import tracking_delivery as delivery
+from tasks.metric_names import metric_name
 from tasks.notices import warn
 from tasks.tracking_journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of
 
@@ -71,7 +72,7 @@ class RunAddress:
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text file."""
-        self.write({"do": "file", "path": name, "content": text.encode()})
+        self.write({"do": "file", "path": name, "content": text.encode(errors="backslashreplace")})
 
     def write(self, entry: Entry) -> None:
         """Send an entry of `tasks.tracking_delivery`, or keep it until it can be sent."""
@@ -128,7 +129,7 @@ class StageRun:
 
     def log_dict(self, content: Mapping[str, Any], name: str) -> None:
         """Keep a JSON file."""
-        self.address.log_text(json.dumps(dict(content), indent=2, default=str), name)
+        self.address.log_text(json.dumps(dict(content), indent=2, default=str, ensure_ascii=False), name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.write({"do": "tags", "tags": dict(tags)})
@@ -275,11 +276,6 @@ def run_link(run: StageRun) -> str:
 def milliseconds() -> int:
     """Now, as MLflow counts time."""
     return int(time.time() * 1000)
-
-
-def metric_name(name: str) -> str:
-    """MLflow refuses @ in names: recall@5 becomes recall_at_5."""
-    return name.replace("@", "_at_")
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

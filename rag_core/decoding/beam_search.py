@@ -144,10 +144,7 @@ def beam_search(
     logits_AKWV = decoder.first_logits_NV.view(B, K, 1, -1)
     V = logits_AKWV.shape[-1]
     if logits_AKWV.isnan().any():
-        bad = int(logits_AKWV.isnan().any(dim=-1).any(dim=1).sum())
-        raise NotFiniteError.of(
-            "the generator's logits", f"They are NaN for {bad} of {B} questions that were to be answered."
-        )
+        raise NotFiniteError.of("the generator's logits", "They are NaN at the first token of an answer.")
     dtype = torch.promote_types(logits_AKWV.dtype, torch.float32)
     neg_inf = torch.tensor(float("-inf"), dtype=dtype, device=device)
 
