@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tasks.terminal import one_line
+from tasks.terminal import one_line, shortened
 
 _SYNTAX = re.compile(r"([\\`*_\[\]<>|~&$])")
 _BARE_PIPE = re.compile(r"(?<!\\)\|")
@@ -12,7 +12,7 @@ _BARE_PIPE = re.compile(r"(?<!\\)\|")
 
 def text_cell(text: str) -> str:
     """Plain text for a table's cell."""
-    return _SYNTAX.sub(r"\\\1", one_line(text))
+    return _SYNTAX.sub(r"\\\1", shortened(text, 200))
 
 
 def code_cell(text: str) -> str:

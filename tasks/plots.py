@@ -10,7 +10,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from rag_core.scores import Evaluation, MeanScores
-from tasks.terminal import one_line
+from tasks.terminal import shortened
 
 # More bars could not be told apart, longer labels would leave them no room.
 MOST_BARS, MOST_LETTERS = 40, 40
@@ -78,6 +78,8 @@ def scores_by_type(evaluation: Evaluation, name: str) -> Figure | None:
     ]
     axes.set_yticks(places, labels, parse_math=False, family=_families())
     axes.invert_yaxis()
+    axes.margins(y=0.02)
+    axes.set_axisbelow(True)
     axes.set_xlim(0, 1.02)
     if len(shown) < len(types):
         axes.set_title(f"the {len(shown)} types with the most questions, of {len(types)}", fontsize="medium")
@@ -105,9 +107,10 @@ def recall_curve(scores: MeanScores) -> Figure | None:
 
 def _label(kind: str) -> str:
     """A question type in one short line; letters that no font on this machine has appear as escapes."""
-    text = one_line(kind)
-    text = text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
-    return "".join(letter if ord(letter) in _letters() else f"\\u{ord(letter):04x}" for letter in text)
+    shown = "".join(
+        letter if ord(letter) in _letters() else f"\\u{ord(letter):04x}" for letter in shortened(kind, MOST_LETTERS)
+    )
+    return shortened(shown, MOST_LETTERS)
 
 
 @functools.cache

@@ -39,6 +39,12 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """The same, of a long text the beginning."""
+    text = one_line(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def styled(text: str, style: str) -> Text:
     """Text in a style such as "bold red"."""
     return Text(printable(text), style=style)

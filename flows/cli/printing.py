@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
-from tasks.terminal import Terminal, one_line, styled
+from tasks.terminal import Terminal, shortened, styled
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
@@ -68,18 +68,20 @@ def print_scores(evaluation: Evaluation) -> None:
     _add_scores(table, styled(ALL, "bold"), evaluation.overall, names)
     table.add_section()
     for kind, scores in evaluation.by_type.items():
-        _add_scores(table, Text(one_line(kind)), scores, names)
+        _add_scores(table, Text(shortened(kind)), scores, names)
     console.print(table)
     _print_rules([evaluation])
 
 
 def _score_table(first: str, names: list[str], *, left_out: bool, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    table.add_column(first, overflow="fold", min_width=9)
-    headings = ["questions", *(["left out"] if left_out else []), *names]
-    for name in headings:
-        # In two lines, so that eight columns fit into a terminal of 80.
-        table.add_column(name.replace("answer_", "answer\n"), justify="right", no_wrap=True)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column(first, overflow="fold")
+    # In lines of their own, so that nine columns fit into a terminal of 80.
+    short = [name.replace("answer_", "answer\n").replace("@", "\n@") for name in names]
+    for name in ["questions", *(["left\nout"] if left_out else []), *short]:
+        table.add_column(name, justify="right", vertical="top", no_wrap=True)
     return table
 
 
@@ -87,7 +89,8 @@ def _add_scores(table: Table, label: Text, scores: MeanScores, names: list[str])
     from tasks.score_tables import score_cell
 
     left_out = [f"{scores.unanswerable:,}"] if len(table.columns) == len(names) + 3 else []
-    table.add_row(label, f"{scores.count:,}", *left_out, *(score_cell(scores, name) for name in names))
+    cells = [score_cell(scores, name).replace(" (", "\n(") for name in names]
+    table.add_row(label, f"{scores.count:,}", *left_out, *cells)
 
 
 def _print_rules(evaluations: list[Evaluation]) -> None:
