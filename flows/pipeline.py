@@ -21,11 +21,12 @@ from flows.train_token import train_token
 from rag_core.artefacts.places import ArtefactPath
 from rag_core.corpus import CorpusConfig
 from rag_core.embeddings import EmbedConfig
-from rag_core.evaluation import Scores
 from rag_core.index import IndexConfig
 from rag_core.likelihood import Variant
+from rag_core.metrics import Match
 from rag_core.pretraining import PretrainConfig
 from rag_core.rag_model import ModelConfig
+from rag_core.scores import Evaluation
 from tasks.answering import InferConfig
 from tasks.results import StageResult
 from tasks.summary import pipeline_run, publish_summary
@@ -63,6 +64,9 @@ class PipelineConfig(BaseModel):
     infer: InferConfig = Field(default_factory=InferConfig)
     baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")
     ks: list[int] = Field(default_factory=lambda: [1, 5], description="k of recall@k")
+    match: Match = Field(
+        "words", description="how answers are compared, of dev questions, too: words (published rule) or characters"
+    )
 
 
 class PipelineResult(BaseModel):
@@ -70,7 +74,7 @@ class PipelineResult(BaseModel):
 
     run_id: str
     stages: list[StageResult]
-    scores: dict[str, dict[str, Scores]]
+    scores: dict[str, Evaluation]
 
 
 @flow(name="pipeline")
@@ -78,7 +82,7 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
     """Run every stage into folders below `out` and compare the trained variants on the test questions."""
     files = config.questions
     stages: list[StageResult] = []
-    scores: dict[str, dict[str, Scores]] = {}
+    scores: dict[str, Evaluation] = {}
 
     def done(result: StageResult) -> Path:
         stages.append(result)
@@ -91,7 +95,9 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
             answers = done(
                 batch_infer(model, index, files.test, out / "predictions" / folder, infer, parent, f"infer {system}")
             )
-            result, scores[system] = evaluate(answers, files.test, config.ks, parent, f"evaluate {system}")
+            result, scores[system] = evaluate(
+                answers, files.test, config.ks, parent, f"evaluate {system}", config.match
+            )
             stages.append(result)
 
         corpus = done(make_corpus(config.sources, out / "corpus", config.corpus, parent))
@@ -105,9 +111,10 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
             model = model.model_copy(update={"generator": str(generator)})
         if config.baselines:
             score("untrained", model, config.infer.model_copy(update={"variant": config.variants[-1]}))
+        training = config.train if config.match == "words" else config.train.model_copy(update={"match": config.match})
         for variant in config.variants:
             folder = out / f"rag-{variant}"
-            trained = done(TRAIN_FLOWS[variant](index, files.train, files.dev, folder, model, config.train, parent))
+            trained = done(TRAIN_FLOWS[variant](index, files.train, files.dev, folder, model, training, parent))
             score(NAMES[variant], trained, config.infer)
         if config.baselines:
             score("closed-book", trained, config.infer.model_copy(update={"closed_book": True}))

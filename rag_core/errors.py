@@ -22,3 +22,19 @@ class ConfigError(RagError):
 
 class ArtefactError(RagError):
     """A folder that a stage should read is missing, damaged, of another kind, or does not fit another artefact."""
+
+
+class NotFiniteError(RagError):
+    """A model gave numbers that are not finite: its weights are damaged, or training diverged. `part` says which."""
+
+    part = "a part of the model"
+
+    @classmethod
+    def of(cls, part: str, found: str) -> NotFiniteError:
+        """`found` says where, with a capital letter and a full stop."""
+        error = cls(
+            f"Not finite: {part}. {found} The model's weights are damaged, or training diverged: train again with lower "
+            "learning rates, or take another model."
+        )
+        error.part = part
+        return error

@@ -2,47 +2,76 @@
 
 Recall is told in both senses: the gold passage's id is among the first k (where the question names one), and the
 answer's string is contained in one of them (DPR's rule, arXiv 2004.04906). Scores are fractions between 0 and 1.
+
+A question has the scores that can be told of it, and every mean is over the questions that have the score. A question
+that no answer is right for (SQuAD 2.0), or that has neither answers nor gold passages, has none: it is left out of
+every mean and counted apart, as `unanswerable`. Answers that are regular expressions have no F1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import regex
 
 from rag_core.errors import ArtefactError, InputError
-from rag_core.metrics import exact_match, f1, has_answer, recall_at_k
-from rag_core.passages import Passage
+from rag_core.metrics import (
+    Match,
+    exact_match,
+    f1,
+    has_answer,
+    has_regex_answer,
+    recall_at_k,
+    regex_exact_match,
+    written_without_spaces,
+)
+from rag_core.passages import NO_PASSAGE, Passage
 from rag_core.predictions import read_predictions
 from rag_core.questions import Question
 from rag_core.retriever import Retriever
+from rag_core.scores import Evaluation, Scores, by_type, mean_scores
 from rag_core.text_encoder import Precision, TextEncoder
 
-Scores = dict[str, float]
+__all__ = [
+    "Evaluation",
+    "Scores",
+    "answer_scores",
+    "by_type",
+    "check_own_encoder",
+    "evaluate_predictions",
+    "evaluate_retrieval",
+    "has_text_answers",
+    "is_unanswerable",
+    "mean_scores",
+    "retrieval_scores",
+    "spaceless_hint",
+]
 
 
-def evaluate_predictions(predictions: Path, questions: Sequence[Question], ks: Sequence[int]) -> dict[str, Scores]:
-    """Scores of a predictions artefact: {"overall": {...}, type: {...}, …}.
+def evaluate_predictions(
+    predictions: Path, questions: Sequence[Question], ks: Sequence[int], match: Match = "words"
+) -> Evaluation:
+    """Scores of a predictions artefact.
 
     Raises:
-        InputError: a question has no prediction, or no question has an answer to compare with.
+        InputError: a question has no prediction, or that of another question; or no question has an answer to compare with.
+        ArtefactError: the predictions are damaged, or answer one question twice.
     """
-    rows = {row["id"]: row for row in read_predictions(predictions)}
-    missing = [question.id for question in questions if question.id not in rows]
-    if missing:
-        raise InputError(
-            f"{predictions} has no prediction for {len(missing)} of {len(questions)} questions (first: id {missing[0]!r}). "
-            "Evaluate with the question file that was answered."
-        )
-    if not any(question.answers for question in questions):
+    rows: dict[str, dict[str, Any]] = {}
+    for row in read_predictions(predictions):
+        if row["id"] in rows:
+            raise ArtefactError(
+                f"{predictions} has two predictions for the question {row['id']!r}, so neither can be scored. Run `rag "
+                "infer` again."
+            )
+        rows[row["id"]] = row
+    _check_same_questions(predictions, rows, questions)
+    if not any(question.answers and not question.is_impossible for question in questions):
         raise InputError("None of the questions has an answer, so nothing can be compared. Add `answers` to the file.")
-    scored = [
-        (question.type, {**answer_scores(rows[question.id]["answer"], question), **_recall(rows, question, ks)})
-        for question in questions
-    ]
-    return by_type(scored)
+    return by_type([(one.type, _scores_of(rows[one.id], one, ks, match)) for one in questions], match)
 
 
 def evaluate_retrieval(
@@ -51,16 +80,26 @@ def evaluate_retrieval(
     questions: Sequence[Question],
     ks: Sequence[int],
     precision: Precision = "float32",
-) -> dict[str, Scores]:
-    """Recall@k of an index and a question encoder, without a generator: {"overall": {...}, type: {...}, …}."""
-    vectors_BD = encoder.encode([question.question for question in questions], precision=precision)
+    match: Match = "words",
+) -> Evaluation:
+    """Recall@k of an index and a question encoder, without a generator.
+
+    Raises:
+        InputError: no question has an answer or a gold passage to compare with.
+    """
+    asked = [question for question in questions if not is_unanswerable(question)]
+    if not asked:
+        raise InputError(
+            "None of the questions has an answer or a gold passage, so nothing can be compared. Add `answers` or "
+            "`gold_passage_ids` to the file."
+        )
+    vectors_BD = encoder.encode([question.question for question in asked], precision=precision)
     rows_BK = index.search(vectors_BD, max(ks)).rows_BK
-    return by_type(
-        [
-            (question.type, retrieval_scores(passages_K, question, ks))
-            for question, passages_K in zip(questions, index.passages_of(rows_BK), strict=True)
-        ]
-    )
+    scored: list[tuple[str | None, Scores | None]] = [
+        (question.type, retrieval_scores(passages_K, question, ks, match))
+        for question, passages_K in zip(asked, index.passages_of(rows_BK), strict=True)
+    ]
+    return by_type([*scored, *((one.type, None) for one in questions if is_unanswerable(one))], match)
 
 
 def check_own_encoder(index: Retriever, encoder: TextEncoder) -> None:
@@ -74,19 +113,61 @@ def check_own_encoder(index: Retriever, encoder: TextEncoder) -> None:
         )
 
 
-def answer_scores(prediction: str, question: Question) -> Scores:
-    """EM and F1 of one answer, best over the gold answers; nothing for a question without any."""
-    if not question.answers:
+def is_unanswerable(question: Question) -> bool:
+    """Whether nothing can be right for a question: no answer is (SQuAD 2.0), or none is known, nor a gold passage."""
+    return question.is_impossible or not (question.answers or question.gold_passage_ids)
+
+
+def has_text_answers(question: Question) -> bool:
+    """Whether a generator can be taught the question's answers, and its likelihood of them be told."""
+    return bool(question.answers) and not question.is_impossible and question.answers_are == "text"
+
+
+def spaceless_hint(questions: Sequence[Question], match: Match) -> str:
+    """One sentence where the rule `words` compares answers in scripts that have no words; else empty."""
+    found = [
+        question
+        for question in questions
+        if has_text_answers(question) and any(map(written_without_spaces, question.answers))
+    ]
+    if match != "words" or not found:
+        return ""
+    example = next(answer for answer in found[0].answers if written_without_spaces(answer))
+    return (
+        f"{len(found)} of {len(questions)} questions have answers in a script without spaces between words (question "
+        f"{found[0].id!r}: {example[:40]!r}), which the published rule takes for one long word. To compare characters, "
+        "give --match characters (in a YAML file `match: characters`)."
+    )
+
+
+def answer_scores(prediction: str, question: Question, match: Match = "words") -> Scores:
+    """EM and F1 of one answer, best over the gold answers; EM alone for regular expressions; nothing without answers.
+
+    Raises:
+        InputError: a regular expression that is none, or that takes too long.
+    """
+    if question.is_impossible or not question.answers:
         return {}
-    return {"em": exact_match(prediction, question.answers), "f1": f1(prediction, question.answers)}
+    if question.answers_are == "regex":
+        with _naming_the_pattern(question):
+            return {"em": regex_exact_match(prediction, question.answers)}
+    return {"em": exact_match(prediction, question.answers, match), "f1": f1(prediction, question.answers, match)}
 
 
-def retrieval_scores(passages: Sequence[Passage], question: Question, ks: Sequence[int]) -> Scores:
-    """Hits at each k: `recall@k` by gold id where the question names one, else by answer string; `answer_recall@k`."""
+def retrieval_scores(
+    passages: Sequence[Passage], question: Question, ks: Sequence[int], match: Match = "words"
+) -> Scores:
+    """Hits at each k: `recall@k` by gold id where the question names one, else by answer string; `answer_recall@k`.
+
+    Raises:
+        InputError: as `answer_scores`.
+    """
     scores: Scores = {}
     ks = [k for k in ks if k <= len(passages)]
+    if question.is_impossible or not ks:
+        return scores
     if question.answers:
-        contained = [has_answer(passage.text, question.answers) for passage in passages[: max(ks, default=0)]]
+        contained = _contained(passages[: max(ks)], question, match)
         scores |= {f"answer_recall@{k}": hit for k, hit in recall_at_k([contained], ks).items()}
         scores |= {f"recall@{k}": scores[f"answer_recall@{k}"] for k in ks}
     if question.gold_passage_ids:
@@ -95,20 +176,48 @@ def retrieval_scores(passages: Sequence[Passage], question: Question, ks: Sequen
     return scores
 
 
-def by_type(scored: Sequence[tuple[str | None, Mapping[str, float]]]) -> dict[str, Scores]:
-    """Means over all questions ("overall") and over those of each type; `count` is the number of questions."""
-    groups: dict[str, list[Mapping[str, float]]] = {"overall": [scores for _, scores in scored]}
-    for name in sorted({kind for kind, _ in scored if kind}):
-        groups[name] = [scores for kind, scores in scored if kind == name]
-    return {name: mean_scores(group) | {"count": float(len(group))} for name, group in groups.items()}
+def _contained(passages: Sequence[Passage], question: Question, match: Match) -> list[bool]:
+    if question.answers_are == "text":
+        return [has_answer(passage.text, question.answers, match) for passage in passages]
+    with _naming_the_pattern(question):
+        return [has_regex_answer(passage.text, question.answers) for passage in passages]
 
 
-def mean_scores(scored: Sequence[Mapping[str, float]]) -> Scores:
-    """Mean of every score over the questions that have it."""
-    names = dict.fromkeys(name for scores in scored for name in scores)
-    return {name: float(np.mean([scores[name] for scores in scored if name in scores])) for name in names}
+@contextlib.contextmanager
+def _naming_the_pattern(question: Question) -> Iterator[None]:
+    try:
+        yield
+    except (TimeoutError, regex.error) as error:
+        patterns = ", ".join(repr(one[:200]) for one in question.answers)
+        fault = "takes too long to match" if isinstance(error, TimeoutError) else f"cannot be read ({error})"
+        raise InputError(
+            f"Question {question.id!r}: one of its answers {fault} as a regular expression: {patterns}. Write it more "
+            "simply, or give `answers_are: text` if it is none."
+        ) from error
 
 
-def _recall(rows: Mapping[str, dict[str, Any]], question: Question, ks: Sequence[int]) -> Scores:
-    passages = [Passage(one["id"], one["title"], one["text"]) for one in rows[question.id]["passages"]]
-    return retrieval_scores(passages, question, ks)
+def _scores_of(row: Mapping[str, Any], question: Question, ks: Sequence[int], match: Match) -> Scores | None:
+    if is_unanswerable(question):
+        return None
+    passages = [Passage(one["id"], one["title"], one["text"]) for one in row["passages"]]
+    # A closed-book answer was read from nothing, so nothing was retrieved.
+    read = [passage for passage in passages if passage != NO_PASSAGE]
+    return {**answer_scores(row["answer"], question, match), **retrieval_scores(read, question, ks, match)}
+
+
+def _check_same_questions(
+    predictions: Path, rows: Mapping[str, Mapping[str, Any]], questions: Sequence[Question]
+) -> None:
+    missing = [question.id for question in questions if question.id not in rows]
+    if missing:
+        raise InputError(
+            f"{predictions} has no prediction for {len(missing)} of {len(questions)} questions (first: id {missing[0]!r}). "
+            "Evaluate with the question file that was answered."
+        )
+    others = [question for question in questions if rows[question.id]["question"] != question.question]
+    if others:
+        raise InputError(
+            f"{predictions} answers other questions under the ids of {len(others)} of {len(questions)} questions (first: "
+            f"id {others[0].id!r} is {rows[others[0].id]['question'][:80]!r} there, and {others[0].question[:80]!r} in the "
+            "file). Evaluate with the question file that was answered."
+        )

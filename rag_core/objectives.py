@@ -41,6 +41,9 @@ class EndToEnd(nn.Module):
     section 2.4); the passages' vectors are constants. Of several gold answers the first is learnt.
     """
 
+    # The search refuses question vectors that are not finite, and the likelihood is finite for finite logits.
+    loss_comes_from = "the generator's logits"
+
     def __init__(self, model: RagModel, index: Retriever, variant: Variant, rates: EndToEndRates) -> None:
         super().__init__()
         model.check_index(index)
@@ -97,6 +100,8 @@ class Reading(nn.Module):
 
     Freshly made parameters (a decoder's cross-attention) learn at a multiple of the base rate.
     """
+
+    loss_comes_from = "the generator's logits"
 
     def __init__(self, reader: GeneratorReader, *, rate: float, fresh: Sequence[str], fresh_factor: float) -> None:
         super().__init__()

@@ -16,3 +16,7 @@ class Passage:
     id: str
     title: str
     text: str
+
+
+# What a closed-book answer reads.
+NO_PASSAGE = Passage(id="", title="", text="")

@@ -17,6 +17,7 @@ from transformers import EncoderDecoderModel
 
 from rag_core.contexts import PromptConfig, end_token_id
 from rag_core.errors import ConfigError, InputError
+from rag_core.evaluation import has_text_answers
 from rag_core.model_source import (
     load_config,
     load_from_source,
@@ -124,7 +125,7 @@ def reading_examples(questions: Sequence[Question], passages: Sequence[Passage])
         ReadingExample(question.question, by_id[gold], question.answers[0])
         for question in questions
         for gold in question.gold_passage_ids[:1]
-        if gold in by_id and question.answers
+        if gold in by_id and has_text_answers(question)
     ]
     if not examples:
         raise InputError(

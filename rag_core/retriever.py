@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_core.artefacts.artefact import Manifest
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtefactError, ConfigError, NotFiniteError
 from rag_core.passages import Passage
 
 
@@ -114,9 +114,11 @@ class Retriever(ABC):
 
         Raises:
             ConfigError: k is larger than the corpus, or the queries have another width than the index.
+            NotFiniteError: a query holds NaN or infinity, for which nothing can be found.
         """
         self.check_width(queries_BD.shape[-1])
         self.check_num_docs(k)
+        _check_finite(queries_BD)
         found = merge(self._search_shards(np.ascontiguousarray(queries_BD, dtype=np.float32), k), k)
         if found.scores_BK.shape[1] < k or np.isneginf(found.scores_BK).any():
             raise ConfigError(
@@ -151,3 +153,12 @@ class Retriever(ABC):
                 f"{k} passages per question were asked for, but the index {self.path} holds {len(self)}. "
                 f"Ask for 1 to {len(self)}."
             )
+
+
+def _check_finite(queries_BD: np.ndarray) -> None:
+    bad = len(queries_BD) - int(np.isfinite(queries_BD).all(axis=-1).sum())
+    if bad:
+        found = (
+            f"{bad} of {len(queries_BD)} questions have a vector with NaN or infinity in it, so nothing can be found."
+        )
+        raise NotFiniteError.of("the question encoder's vectors", found)

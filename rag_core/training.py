@@ -11,7 +11,6 @@ Shapes: B examples in a rank's part of a batch.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from rag_core.checkpoint import Checkpoints
+from rag_core.divergence import FiniteChecks
 from rag_core.errors import ConfigError
 from rag_core.own_draws import own_draws, recomputes_activations
 from rag_core.text_encoder import Precision, autocast
@@ -108,7 +108,7 @@ def run_training(
 
     Raises:
         ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0,
-            the loss is not finite, or the checkpoint was made by another number of workers.
+            loss, gradient, weights or dev scores are not finite, or the checkpoint was made by another number of workers.
         ArtefactError: a checkpoint finds no room on the disk; the one before it stands.
     """
     part = _part_size(config, place)
@@ -147,27 +147,28 @@ class _Run:
         config, hooks = self._config, self._hooks
         self._objective.train()
         mine = batch[self._place.rank :: self._place.world_size]
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        finite = FiniteChecks(self._objective, step, rates)
         # Dropout of a step follows from seed, rank and step, whatever was drawn before, and by whom.
-        with own_draws([config.seed, DROPOUT, self._place.rank, step], self._device, recomputes=self._recomputes):
+        draws = own_draws([config.seed, DROPOUT, self._place.rank, step], self._device, recomputes=self._recomputes)
+        with draws, finite.naming_the_step():
             nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], self._device, config)
         trained = (one for group in self._groups for one in group["params"])
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        if not math.isfinite(nll) or not torch.isfinite(norm):
-            raise ConfigError(
-                f"Training diverged at step {step}: loss {nll}, gradient norm {float(norm)}. Lower the learning rates, "
-                "lengthen the warm-up, or train in float32."
-            )
-        rate = float(self._optimizer.param_groups[0]["lr"])
+        finite.loss_and_gradient(nll, float(norm))
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._meter.add(nll, float(norm), len(batch))
         if step % config.log_every == 0 or step == config.steps:
-            hooks.log(step, {**self._meter.take(), "learning_rate": rate})
+            hooks.log(step, {**self._meter.take(), "learning_rate": rates[0]})
         if step % config.eval_every == 0 or step == config.steps:
             self._objective.eval()
-            with self._meter.paused():
-                hooks.keep(step, hooks.evaluate(step))
+            with self._meter.paused(), finite.naming_the_step():
+                finite.weights()
+                scores = hooks.evaluate(step)
+                finite.dev_scores(scores)
+                hooks.keep(step, scores)
 
     def checkpoint(self, checkpoints: Checkpoints, step: int) -> bool:
         """Write a checkpoint if one is due; whether to stop here. Rank 0 decides for all."""

@@ -21,7 +21,7 @@ from rag_core.artefacts.places import absolute
 from rag_core.contexts import ContextCount
 from rag_core.errors import ConfigError
 from rag_core.likelihood import Variant
-from rag_core.passages import Passage
+from rag_core.passages import NO_PASSAGE, Passage
 from rag_core.predictions import prediction_row, write_part
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import ModelConfig, RagModel, batches_of
@@ -33,7 +33,6 @@ from tasks.retriever_shards import RetrievalConfig
 
 # Beside each part: how many contexts were read for it.
 COUNT = ".count"
-NO_PASSAGE = Passage(id="", title="", text="")
 
 
 class InferConfig(BaseModel):

@@ -10,14 +10,19 @@ from prefect import task
 
 from rag_core.artefacts.artefact import fingerprint_of_files, local_file, open_artefact
 from rag_core.artefacts.places import as_place
-from rag_core.evaluation import Scores, evaluate_predictions
+from rag_core.evaluation import evaluate_predictions, spaceless_hint
+from rag_core.metrics import Match
 from rag_core.predictions import KIND as PREDICTIONS
 from rag_core.questions import read_questions
+from rag_core.scores import Evaluation
+from tasks.metric_names import metric_name, metric_prefixes, score_metrics
+from tasks.notices import warn_once
 from tasks.plots import recall_curve, scores_by_type
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
+from tasks.score_tables import MATCH_NAMES, scores_markdown, types_markdown
 from tasks.stage import publish_table
-from tasks.tracking import open_run, run_link
+from tasks.tracking import StageRun, open_run, run_link
 
 
 @task(name="evaluate", **STAGE_RETRIES)
@@ -27,26 +32,24 @@ def evaluate(
     ks: Sequence[int] = (1, 5),
     parent_run_id: str | None = None,
     stage: str = "evaluate",
-) -> tuple[StageResult, dict[str, Scores]]:
+    match: Match = "words",
+) -> tuple[StageResult, Evaluation]:
     """EM, F1 and recall@k, overall and by question type. It is quick and writes no artefact, so it always runs."""
     started = time.monotonic()
     manifest = open_artefact(predictions, PREDICTIONS)
     with open_run(stage, parent_run_id) as run:
+        run.log_params({"match": match, "k": ",".join(map(str, ks))})
         run.log_input("predictions", predictions, manifest.fingerprint)
         run.log_input("questions", questions, fingerprint_of_files([local_file(questions)]))
-        scores = evaluate_predictions(predictions, read_questions(questions), ks)
-        run.log_metrics(scores["overall"])
-        for kind, values in scores.items():
-            if kind != "overall":
-                run.log_metrics({f"{kind}/{name}": value for name, value in values.items()})
-        run.log_dict(scores, "scores.json")
-        for name in ("em", "recall@1"):
-            run.log_figure(scores_by_type(scores, name), f"{name.replace('@', '_at_')}_by_type.png")
-        run.log_figure(recall_curve(scores["overall"]), "recall_at_k.png")
+        asked = read_questions(questions)
+        if hint := spaceless_hint(asked, match):
+            warn_once(hint)
+        evaluation = evaluate_predictions(predictions, asked, ks, match)
+        _log(run, evaluation)
         seconds = time.monotonic() - started
         run.log_metrics({"seconds": seconds})
-        rows = {"MLflow run": run_link(run)} | {name: f"{value:.3f}" for name, value in scores["overall"].items()}
-        publish_table(stage, rows)
+        rows = {"MLflow run": run_link(run), "answers compared by": MATCH_NAMES[match]}
+        publish_table(stage, rows | scores_markdown(evaluation.overall), below=types_markdown(evaluation))
         result = StageResult(
             stage=stage,
             path=as_place(predictions).resolve(),
@@ -55,4 +58,18 @@ def evaluate(
             run_id=run.run_id,
             seconds=seconds,
         )
-    return result, scores
+    return result, evaluation
+
+
+def _log(run: StageRun, evaluation: Evaluation) -> None:
+    run.log_metrics(score_metrics(evaluation))
+    content = evaluation.as_json()
+    for kind, prefix in metric_prefixes(evaluation.by_type).items():
+        if prefix != kind:
+            content["by_type"][kind]["metrics"] = f"{prefix}/…"
+    run.log_dict(content, "scores.json")
+    for name in ("em", "recall@1"):
+        if figure := scores_by_type(evaluation, name):
+            run.log_figure(figure, f"{metric_name(name)}_by_type.png")
+    if figure := recall_curve(evaluation.overall):
+        run.log_figure(figure, "recall_at_k.png")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
-from rich.console import Console
+
+from tasks.terminal import say
+
+_told: set[str] = set()
 
 
 def tell(text: str) -> None:
@@ -18,8 +21,15 @@ def tell(text: str) -> None:
 
 def warn(text: str) -> None:
     """One paragraph on standard error; in a flow also a warning in its log."""
-    Console(stderr=True).print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    say(text, style="yellow")
     try:
-        get_run_logger().warning(text)
+        get_run_logger().warning("%s", text)
     except MissingContextError:
         return
+
+
+def warn_once(text: str) -> None:
+    """The same, unless this process has said so already: in a pipeline several stages find the same."""
+    if text not in _told:
+        _told.add(text)
+        warn(text)

@@ -6,7 +6,7 @@ entities among them, stay unseen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from rag_core.artefacts.artefact import (
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.corpus import Corpus
-from rag_core.evaluation import answer_scores, mean_scores
+from rag_core.errors import InputError
+from rag_core.evaluation import answer_scores
 from rag_core.model_source import absolute_source
 from rag_core.own_draws import own_draws
 from rag_core.passages import Passage
@@ -40,6 +41,7 @@ from rag_core.pretraining import (
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
+from rag_core.scores import means_of, sums_and_counts
 from rag_core.text_encoder import TextEncoder
 from rag_core.training import FRESH_WEIGHTS, run_training, sum_over_workers
 from tasks.plots import training_curves
@@ -127,7 +129,7 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     reading = reading_examples(questions, passages)
     copying = copying_examples(list({example.passage.id: example.passage for example in reading}.values()))
     by_id = {passage.id: passage for passage in passages}
-    dev_pairs = [(one, by_id[gold]) for one in dev for gold in one.gold_passage_ids[:1] if gold in by_id]
+    dev_pairs = scorable_pairs(Path(settings["dev"]), dev, by_id)
     reader = GeneratorReader(generator, tokenizer, config.prompt)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -154,6 +156,24 @@ def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage
     return [passage for passage in corpus.iter_passages() if passage.id in wanted]
 
 
+def scorable_pairs(
+    path: Path, dev: Sequence[Question], passages: Mapping[str, Passage]
+) -> list[tuple[Question, Passage]]:
+    """Dev questions that have an answer to compare with, each with its gold passage; InputError if there are none."""
+    pairs = [
+        (question, passages[gold])
+        for question in dev
+        for gold in question.gold_passage_ids[:1]
+        if gold in passages and question.answers and not question.is_impossible
+    ]
+    if not pairs:
+        raise InputError(
+            f"{path}: none of the {len(dev)} dev questions has an answer and names a gold passage of the corpus "
+            "(field gold_passage_ids), so no weights can be chosen. Give questions made from this corpus."
+        )
+    return pairs
+
+
 def reading_scores(
     reader: GeneratorReader, pairs: Sequence[tuple[Question, Passage]], config: PretrainConfig
 ) -> dict[str, float]:
@@ -174,9 +194,6 @@ def reading_scores(
             scored += [
                 answer_scores(answer.text, question) for answer, (question, _) in zip(answers, part, strict=True)
             ]
-    sums = {name: value * len(scored) for name, value in mean_scores(scored).items()}
-    sums = sum_over_workers({"count": float(len(scored)), "em": sums.get("em", 0.0), "f1": sums.get("f1", 0.0)})
-    count = max(sums.pop("count"), 1.0)
-    scores = {name: value / count for name, value in sums.items()}
+    scores = means_of(sum_over_workers(sums_and_counts(scored, ("em", "f1"))))
     scores["contexts_cut_share"] = count_over_workers(contexts).cut_share
     return {f"dev_{name}": value for name, value in scores.items()}

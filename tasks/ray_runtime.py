@@ -20,12 +20,12 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from rag_core.errors import ConfigError
 from tasks.environment.ray_cluster import check_ray, cluster_address, object_store_here
 from tasks.environment.variables import seconds
+from tasks.terminal import Terminal, say, text_column
 
 POLL_SECONDS = 0.5
 # Environment variable: how long a stage waits for a machine that can hold its first worker. Default 300.
@@ -177,7 +177,7 @@ class Patience:
         if waited > min(NOTICE_SECONDS, self._limit) and not self._told:
             self._told = True
             text = f"No worker runs yet: waiting for a machine with {wanted} ({describe_cluster()})"
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            say(text)
         if waited > self._limit:
             raise ConfigError(
                 f"For {self._limit:g} s no machine of the Ray cluster has had {wanted} free for a worker; "
@@ -258,7 +258,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
     meter.reset.remote(done)
     if done:
         text = f"{description}: {done} of {total} were finished by a run that was stopped; going on with the others"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        say(text)
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(meter, description, total, stop), daemon=True)
     watcher.start()
@@ -283,14 +283,14 @@ def _meter() -> Any:
 
 
 def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> None:
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        text_column("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        text_column("{task.fields[note]}"),
     )
     started, last_tenth = time.monotonic(), 0
     done, note, losses = 0, "", 0
@@ -307,12 +307,10 @@ def _watch(meter: Any, description: str, total: int, stop: threading.Event) -> N
             if lost > losses:
                 losses = lost
                 text = f"{description}: a worker was lost; another one goes on from the last checkpoint"
-                console.print(text, highlight=False, soft_wrap=True)
+                console.print(text, soft_wrap=True)
             bar.update(task, completed=done, note=note)
             if not console.is_terminal and done * 10 // max(total, 1) > last_tenth:
                 last_tenth = done * 10 // max(total, 1)
-                console.print(
-                    f"{description}: {done}/{total} in {time.monotonic() - started:.0f} s {note}", highlight=False
-                )
+                console.print(f"{description}: {done}/{total} in {time.monotonic() - started:.0f} s {note}")
             if last:
                 return

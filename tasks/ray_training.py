@@ -21,7 +21,6 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
-from rich.console import Console
 
 from rag_core.artefacts.artefact import MANIFEST
 from rag_core.checkpoint import Checkpoints
@@ -33,6 +32,7 @@ from tasks.environment.ray_cluster import cluster_address
 from tasks.ray_runtime import Share, ensure_ray, limit_threads, progress, share_of_cluster
 from tasks.ray_workers import LOST, REPLACEMENTS, close_workers, run_on_worker
 from tasks.stopping import stopping_gently
+from tasks.terminal import say
 
 
 @dataclass
@@ -134,13 +134,13 @@ def train_on_ray(
 
 
 def _say_where_it_goes_on(stage: str, folder: Path, steps: int) -> None:
-    found, console = Checkpoints(folder).find(), Console(stderr=True)
+    found = Checkpoints(folder).find()
     for damaged, why in found.damaged.items():
         text = f"{stage}: the checkpoint {damaged.name} is damaged, so it is not used ({why.partition('. ')[0]})"
-        console.print(text, highlight=False, soft_wrap=True)
+        say(text)
     if found.newest:
         text = f"{stage}: going on after step {found.newest.step} of {steps} (checkpoint of {found.newest.written_at})"
-        console.print(text, highlight=False, soft_wrap=True)
+        say(text)
 
 
 def _fit_alone(

@@ -8,6 +8,7 @@ that a pipeline's page shows all of its stages.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rag_core.artefacts.artefact import Manifest, find_finished, finish_publishi
 from rag_core.artefacts.places import absolute, as_place
 from rag_core.artefacts.writer_lock import reserved
 from rag_core.errors import ArtefactError
+from tasks.markdown import code_cell, table, text_cell
 from tasks.notices import warn
 from tasks.results import StageResult
 from tasks.tracking import StageRun, open_run, run_link, unsent_folder
@@ -121,17 +123,18 @@ def refuse_unseen_parts(folder: Path, names: Sequence[str], out: Path) -> None:
 
 def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:
     """A readable table on the Prefect flow run's page."""
-    rows = {"folder": f"`{result.path}`", "fingerprint": f"`{manifest.fingerprint[:16]}`", "MLflow run": run_link(run)}
+    rows = {"folder": code_cell(str(result.path)), "fingerprint": code_cell(manifest.fingerprint[:16])}
+    rows["MLflow run"] = run_link(run)
     rows |= {name: f"{count:,}" for name, count in manifest.counts.items()}
     rows |= {name: f"{value:.4g}" for name, value in result.metrics.items() if not name.startswith("count_")}
     publish_table(result.stage, rows, note="Up to date, not run again." if result.skipped else "")
 
 
-def publish_table(stage: str, rows: Mapping[str, str], note: str = "") -> None:
-    """Two columns of Markdown as a Prefect artefact with the stage's name as its key."""
-    body = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    key = "".join(letter if letter.isalnum() else "-" for letter in stage.lower()).strip("-")
-    publish_page(f"## {stage}\n{note}\n\n| | |\n| --- | --- |\n{body}\n", key=key, description=stage)
+def publish_table(stage: str, rows: Mapping[str, str], note: str = "", below: str = "") -> None:
+    """Two columns of Markdown, and what stands below them, as a Prefect artefact with the stage's name as its key."""
+    body = table(["", ""], [[name, value] for name, value in rows.items()])
+    key = re.sub("[^a-z0-9]+", "-", stage.lower()).strip("-") or "stage"
+    publish_page(f"## {text_cell(stage)}\n{note}\n\n{body}\n\n{below}\n", key=key, description=stage)
 
 
 def publish_page(markdown: str, key: str, description: str) -> None:

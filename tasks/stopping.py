@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
+from tasks.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -52,7 +52,7 @@ def stopping_gently(stage: str, meter: Any) -> Iterator[None]:
             text = (
                 f"\n{stage}: stopping after this step, with a checkpoint. A second signal stops at once, without one."
             )
-            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            say(text)
             meter.stop.remote()
 
     threading.Thread(target=pass_on, name="pass a signal on", daemon=True).start()

@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rag_core.evaluation import Scores
+from rag_core.scores import Evaluation
 from tasks.environment.ray_cluster import check_ray_settings
+from tasks.markdown import code_cell, table, text_cell
+from tasks.metric_names import metric_name
 from tasks.results import StageResult
+from tasks.score_tables import systems_markdown
 from tasks.stage import publish_page
-from tasks.tracking import RunAddress, metric_name, open_run
+from tasks.tracking import RunAddress, open_run
 
 # Share of a stage's contexts above which the user is told what to do about it.
 MANY_CUT = 0.03
@@ -30,36 +33,26 @@ def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
         yield run.run_id
 
 
-def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[str, Mapping[str, Scores]]) -> None:
+def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[str, Evaluation]) -> None:
     """Scores of every system and seconds of every stage: to the parent run, and as a table to Prefect."""
     address = RunAddress.of(run_id)
-    for system, values in scores.items():
-        address.log_metrics({f"{system}/{name}": value for name, value in values["overall"].items()})
+    for system, evaluation in scores.items():
+        overall = {"count": float(evaluation.overall.count), **evaluation.overall.means}
+        address.log_metrics({f"{system}/{metric_name(name)}": value for name, value in overall.items()})
     address.log_metrics({f"seconds/{result.stage}": result.seconds for result in stages})
-    body = results_markdown(scores) + "\n\n" + stages_markdown(stages)
+    body = systems_markdown(scores) + "\n\n" + stages_markdown(stages)
     address.log_text(body, "summary.md")
     publish_page(body, key="pipeline-summary", description="pipeline")
-
-
-def results_markdown(scores: Mapping[str, Mapping[str, Scores]]) -> str:
-    """Systems as rows, scores as columns."""
-    names = list(dict.fromkeys(name for values in scores.values() for name in values["overall"]))
-    head = "| system | " + " | ".join(metric_name(name) for name in names) + " |\n|" + " --- |" * (len(names) + 1)
-    rows = [
-        f"| {system} | " + " | ".join(f"{values['overall'].get(name, float('nan')):.3g}" for name in names) + " |"
-        for system, values in scores.items()
-    ]
-    return "\n".join([head, *rows])
 
 
 def stages_markdown(stages: Sequence[StageResult]) -> str:
     """Stages as rows: seconds, skipped or not, folder; below them, where too many contexts were cut."""
     rows = [
-        f"| {one.stage} | {one.seconds:.1f} | {'up to date' if one.skipped else 'ran'} | `{one.path}` |"
+        [text_cell(one.stage), f"{one.seconds:.1f}", "up to date" if one.skipped else "ran", code_cell(str(one.path))]
         for one in stages
     ]
-    notes = [f"\n{note}" for note in map(cut_note, stages) if note]
-    return "\n".join(["| stage | seconds | | artefact |", "| --- | --- | --- | --- |", *rows, *notes])
+    notes = [f"\n{text_cell(note)}" for note in map(cut_note, stages) if note]
+    return "\n".join([table(["stage", "seconds", "", "artefact"], rows), *notes])
 
 
 def cut_note(result: StageResult) -> str:

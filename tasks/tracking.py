@@ -32,6 +32,7 @@ from rag_core.errors import ConfigError
 from tasks import tracking_delivery as delivery
 from tasks.environment.mlflow_store import check_store
 from tasks.environment.variables import FOR_STAGES, check_variables
+from tasks.metric_names import metric_name
 from tasks.notices import warn
 from tasks.tracking_journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of
 
@@ -73,7 +74,7 @@ class RunAddress:
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text file."""
-        self.write({"do": "file", "path": name, "content": text.encode()})
+        self.write({"do": "file", "path": name, "content": text.encode(errors="backslashreplace")})
 
     def write(self, entry: Entry) -> None:
         """Send an entry of `tasks.tracking_delivery`, or keep it until it can be sent."""
@@ -130,7 +131,7 @@ class StageRun:
 
     def log_dict(self, content: Mapping[str, Any], name: str) -> None:
         """Keep a JSON file."""
-        self.address.log_text(json.dumps(dict(content), indent=2, default=str), name)
+        self.address.log_text(json.dumps(dict(content), indent=2, default=str, ensure_ascii=False), name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.write({"do": "tags", "tags": dict(tags)})
@@ -302,11 +303,6 @@ def run_link(run: StageRun) -> str:
 def milliseconds() -> int:
     """Now, as MLflow counts time."""
     return int(time.time() * 1000)
-
-
-def metric_name(name: str) -> str:
-    """MLflow refuses @ in names: recall@5 becomes recall_at_5."""
-    return name.replace("@", "_at_")
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

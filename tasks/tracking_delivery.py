@@ -29,6 +29,7 @@ from mlflow.environment_variables import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ArtefactError
@@ -123,7 +124,7 @@ def deliver(uri: str, header: Entry, entries: list[Entry], hurry: bool) -> None:
     with reaching(uri, PROMPT_SECONDS if hurry else None) as client:
         run_id = found_run(client, header)
         if only_metrics:
-            client.log_batch(run_id, metrics=[point for entry in entries for point in _points(entry)])
+            _log_points(client, run_id, [point for entry in entries for point in _points(entry)])
             return
         for entry in entries:
             _deliver_one(client, uri, run_id, entry)
@@ -133,12 +134,20 @@ def _points(entry: Entry) -> list[Metric]:
     return [Metric(name, value, entry["time"], entry["step"]) for name, value in entry["metrics"].items()]
 
 
+def _log_points(client: MlflowClient, run_id: str, points: list[Metric]) -> None:
+    # A question file may have any number of types, and an outage leave any number of points.
+    for at in range(0, len(points), MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=points[at : at + MAX_METRICS_PER_BATCH])
+
+
 def _deliver_one(client: MlflowClient, uri: str, run_id: str, entry: Entry) -> None:
     match entry["do"]:
         case "metrics":
-            client.log_batch(run_id, metrics=_points(entry))
+            _log_points(client, run_id, _points(entry))
         case "params":
-            client.log_batch(run_id, params=[Param(name, value) for name, value in entry["params"].items()])
+            params = [Param(name, value) for name, value in entry["params"].items()]
+            for at in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
+                client.log_batch(run_id, params=params[at : at + MAX_PARAMS_TAGS_PER_BATCH])
         case "tags":
             for name, value in entry["tags"].items():
                 client.set_tag(run_id, name, value)

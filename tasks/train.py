@@ -22,17 +22,20 @@ from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
 from rag_core.errors import InputError
-from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
+from rag_core.evaluation import answer_scores, has_text_answers, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
+from rag_core.metrics import Match
 from rag_core.objectives import EndToEnd, EndToEndRates
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
+from rag_core.scores import Scores, means_of, sums_and_counts
 from rag_core.text_encoder import autocast
 from rag_core.training import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
+from tasks.notices import warn
 from tasks.plots import training_curves
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
@@ -52,10 +55,16 @@ class TrainConfig(BaseModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     eval_questions: int = Field(200, ge=1, description="dev questions used in each evaluation during training")
     best_by: Literal["em", "f1", "nll"] = Field("em", description="dev score that decides which weights are kept")
+    match: Match = Field("words", description="how dev answers are compared: words (published rule) or characters")
     num_workers: int = Field(
         0, ge=0, description="data-parallel workers; 0: one for each GPU, else one for each machine"
     )
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is trained. Only another rule than the published one is among them by name."""
+        undecisive: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
+        return self.model_dump(mode="json", exclude=undecisive | ({"match": True} if self.match == "words" else {}))
 
 
 @task(name="train", **STAGE_RETRIES)
@@ -74,7 +83,11 @@ def train(
     start = RagModel.from_parts(model)
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
-    asked = trainable_questions(Path(questions))
+    all_asked, all_dev = read_questions(Path(questions)), read_questions(Path(dev))
+    asked, asked_of_dev = trainable_questions(questions, all_asked), scorable_questions(dev, all_dev, config)
+    unanswerable = {
+        name: sum(one.is_impossible for one in all) for name, all in (("train", all_asked), ("dev", all_dev))
+    }
     check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
@@ -85,15 +98,20 @@ def train(
     settings = {
         "variant": variant,
         "model": model.decisive(),
-        "train": config.model_dump(
-            mode="json", exclude={"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
-        ),
+        "train": config.decisive(),
     }
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
         run.set_tags({"variant": variant})
+        run.log_metrics({"train_questions": len(asked), "dev_questions": len(asked_of_dev)})
+        run.log_metrics({f"{name}_unanswerable": count for name, count in unanswerable.items()})
+        if unanswerable["train"]:
+            warn(
+                f"{stage}: {unanswerable['train']:,} of the {len(all_asked):,} training questions are unanswerable and "
+                "are left out: there is no answer to learn."
+            )
         loop_settings: dict[str, Any] = {
             "variant": variant,
             "model": model.with_absolute_sources(),
@@ -140,16 +158,18 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     variant: Variant = settings["variant"]
     place = this_place(settings["cpus"])
     index: Retriever = settings["open_retriever"]()
-    questions, dev = trainable_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
+    paths = Path(settings["questions"]), Path(settings["dev"])
+    questions = trainable_questions(paths[0], read_questions(paths[0]))
+    dev = scorable_questions(paths[1], read_questions(paths[1]), config)
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
-    mine = dev[: config.eval_questions][place.rank :: place.world_size]
+    mine = dev[place.rank :: place.world_size]
     objective = EndToEnd(model, index, variant, config.rates)
 
     def better(scores: dict[str, float]) -> float:
         # Equal EM is common on a small dev set; the likelihood decides then.
-        tie = -scores["dev_nll"]
+        tie = -scores.get("dev_nll", 0.0)
         return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
 
     reporter = Reporter.of(settings, place, model.write_files, better, model.reader.count)
@@ -158,16 +178,46 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     return reporter.result(done)
 
 
-def trainable_questions(path: Path) -> list[Question]:
-    """The questions of a file; InputError names the first one without an answer."""
-    questions = read_questions(path)
+def trainable_questions(path: Path, questions: Sequence[Question]) -> list[Question]:
+    """Those of a file's questions that an answer can be learnt from: all but the unanswerable ones.
+
+    Raises:
+        InputError: names the first question that should have an answer and has none, or a regular expression; or all
+            are unanswerable.
+    """
     for question in questions:
-        if not question.answers:
+        if question.is_impossible or has_text_answers(question):
+            continue
+        if question.answers:
             raise InputError(
-                f"{path}: question {question.id!r} has no answer, so it cannot be trained on. Add `answers`, or leave "
-                "the question out."
+                f"{path}: the answers of question {question.id!r} are regular expressions ({question.answers[0][:80]!r}), "
+                "which cannot be learnt. Give the answers as texts, or leave the question out."
             )
-    return questions
+        raise InputError(
+            f"{path}: question {question.id!r} has no answer, so it cannot be trained on. Add `answers`, leave the "
+            "question out, or give `is_impossible: true` if it is unanswerable."
+        )
+    answerable = [question for question in questions if not question.is_impossible]
+    if not answerable:
+        raise InputError(f"{path}: all {len(questions)} questions are unanswerable, so there is nothing to learn.")
+    return answerable
+
+
+def scorable_questions(path: Path, questions: Sequence[Question], config: TrainConfig) -> list[Question]:
+    """The first `eval_questions` dev questions that have an answer to compare with.
+
+    Raises:
+        InputError: none of them has the score that decides which weights are kept.
+    """
+    found = [question for question in questions if question.answers and not question.is_impossible]
+    found = found[: config.eval_questions]
+    if not any(config.best_by == "em" or has_text_answers(question) for question in found):
+        lacking = "an answer" if config.best_by == "em" or not found else "an answer that is a text"
+        raise InputError(
+            f"{path}: none of the {len(questions)} dev questions has {lacking}, so no weights can be chosen by "
+            f"{config.best_by}. Add `answers` to the file."
+        )
+    return found
 
 
 def dev_scores(
@@ -178,7 +228,11 @@ def dev_scores(
     variant: Variant,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """nll, EM, F1 (greedy answers), recall@1 and @K and the share of contexts cut on dev questions, over all workers."""
+    """nll, EM, F1 (greedy answers), recall@1 and @K and the share of contexts cut on dev questions, over all workers.
+
+    `questions` are this worker's, of which there may be none. Every mean is over the questions of all workers that have
+    the score; one that no question has is left out.
+    """
     import torch
 
     precision = config.optimizer.precision
@@ -189,21 +243,19 @@ def dev_scores(
     with model.reader.counting() as contexts:
         answers = model.answer([question.question for question in questions], index, variant=variant, decoding=decoding)
     ks = sorted({1, model.settings.num_docs})
-    scored = [
+    scored: list[Scores] = [
         {
-            **answer_scores(answer.text, question),
-            **retrieval_scores([read.passage for read in answer.passages], question, ks),
+            **answer_scores(answer.text, question, config.match),
+            **retrieval_scores([read.passage for read in answer.passages], question, ks, config.match),
         }
         for answer, question in zip(answers, questions, strict=True)
     ]
+    learnable = [question for question in questions if has_text_answers(question)]
     # Read once more: not to be counted among the contexts of training either.
     with model.reader.counting(), torch.inference_mode(), autocast(model.device, precision):
-        nll = sum(float(objective(batch).sum()) for batch in batches_of([one for one in questions if one.answers], 8))
-    names = ["em", "f1", *(f"recall@{k}" for k in ks)]
-    means = mean_scores(scored)
-    sums = {name: means.get(name, 0.0) * len(scored) for name in names} | {"nll": nll, "count": float(len(scored))}
-    sums = sum_over_workers(sums)
-    count = max(sums.pop("count"), 1.0)
-    scores = {name: value / count for name, value in sums.items()}
+        for batch in batches_of(learnable, 8):
+            scored += [{"nll": nll} for nll in objective(batch).tolist()]
+    names = ["em", "f1", *(f"recall@{k}" for k in ks), "nll"]
+    scores = means_of(sum_over_workers(sums_and_counts(scored, names)))
     scores["contexts_cut_share"] = count_over_workers(contexts).cut_share
     return {f"dev_{name}": value for name, value in scores.items()}

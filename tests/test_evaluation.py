@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,15 @@ import pytest
 
 from rag_core.artefacts.artefact import publish
 from rag_core.errors import ArtefactError, InputError
-from rag_core.evaluation import evaluate_predictions, evaluate_retrieval, mean_scores, retrieval_scores
-from rag_core.passages import Passage
+from rag_core.evaluation import (
+    answer_scores,
+    evaluate_predictions,
+    evaluate_retrieval,
+    mean_scores,
+    retrieval_scores,
+    spaceless_hint,
+)
+from rag_core.passages import NO_PASSAGE, Passage
 from rag_core.predictions import JSONL, PARQUET, join_parts, prediction_row, read_predictions, write_part
 from rag_core.questions import Question
 from rag_core.reader import Answer, Candidate, ReadPassage
@@ -57,8 +66,8 @@ def _published(folder: Path, cases: list[tuple[Question, Answer]], cut: int = 2)
 
 def test_scores_are_means_over_all_questions_and_by_type(tmp_path: Path) -> None:
     scores = evaluate_predictions(_published(tmp_path / "out", CASES), [one for one, _ in CASES], ks=(1, 2, 5))
-    assert set(scores) == {"overall", "country", "river"}
-    assert scores["overall"] == pytest.approx(
+    assert (set(scores.by_type), scores.overall.count) == ({"country", "river"}, 4)
+    assert scores.overall.means == pytest.approx(
         {
             "em": 2 / 4,
             "f1": (1 + 2 / 3 + 0 + 1) / 4,
@@ -66,29 +75,131 @@ def test_scores_are_means_over_all_questions_and_by_type(tmp_path: Path) -> None
             "recall@2": 3 / 4,
             "answer_recall@1": 2 / 4,
             "answer_recall@2": 3 / 4,
-            "count": 4,
         }
     )
-    assert scores["country"] == pytest.approx(
-        {"em": 0.5, "f1": 0.5, "recall@1": 0.5, "recall@2": 1, "answer_recall@1": 0.5, "answer_recall@2": 1, "count": 2}
+    assert scores.by_type["country"].means == pytest.approx(
+        {"em": 0.5, "f1": 0.5, "recall@1": 0.5, "recall@2": 1, "answer_recall@1": 0.5, "answer_recall@2": 1}
     )
-    assert scores["river"]["f1"] == pytest.approx(2 / 3)
-    assert scores["river"]["count"] == 1
+    assert scores.by_type["country"].count == 2
+    assert scores.by_type["river"].means["f1"] == pytest.approx(2 / 3)
+    assert scores.by_type["river"].count == 1
 
 
 def test_more_predictions_than_questions_and_another_order_change_nothing(tmp_path: Path) -> None:
     folder = _published(tmp_path / "out", CASES)
     scores = evaluate_predictions(folder, [CASES[1][0], CASES[0][0]], ks=(1,))
-    assert scores["overall"] == pytest.approx(
-        {"em": 0.5, "f1": 5 / 6, "recall@1": 0.5, "answer_recall@1": 0.5, "count": 2}
-    )
+    assert scores.overall.means == pytest.approx({"em": 0.5, "f1": 5 / 6, "recall@1": 0.5, "answer_recall@1": 0.5})
+    assert scores.overall.count == 2
 
 
-def test_a_question_without_answers_is_scored_for_retrieval_only(tmp_path: Path) -> None:
+def test_a_question_without_answers_is_scored_for_retrieval_only_and_every_mean_tells_over_how_many_it_is(
+    tmp_path: Path,
+) -> None:
     silent = Question("e", "?", (), None, (CORK.id,))
-    folder = _published(tmp_path / "out", [CASES[0], (silent, _answer("?", CORK))])
-    scores = evaluate_predictions(folder, [CASES[0][0], silent], ks=(1,))["overall"]
-    assert scores == pytest.approx({"em": 1, "f1": 1, "recall@1": 1, "answer_recall@1": 1, "count": 2})
+    folder = _published(tmp_path / "out", [CASES[0], (silent, _answer("?", CORK)), CASES[1]])
+    scores = evaluate_predictions(folder, [CASES[0][0], silent, CASES[1][0]], ks=(1,)).overall
+    assert scores.means == pytest.approx({"em": 1 / 2, "f1": 5 / 6, "recall@1": 2 / 3, "answer_recall@1": 1 / 2})
+    assert scores.counts == {"em": 2, "f1": 2, "recall@1": 3, "answer_recall@1": 2}
+    assert (scores.count, scores.unanswerable) == (3, 0)
+
+
+def test_unanswerable_questions_are_left_out_of_every_mean_and_counted_apart(tmp_path: Path) -> None:
+    """SQuAD 2.0: the paragraph that holds no answer is named, and must not count as a hit; nor must the answer."""
+    impossible = Question("x", "who rules Lyon?", (), "who", (LYON.id,), is_impossible=True)
+    unknown = Question("y", "what else?", (), "country")
+    cases = [*CASES, (impossible, _answer("", LYON)), (unknown, _answer("nobody", LYON))]
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1, 2))
+    without = evaluate_predictions(_published(tmp_path / "without", CASES), [one for one, _ in CASES], ks=(1, 2))
+    assert scores.overall.means == without.overall.means
+    assert scores.overall.counts == without.overall.counts == dict.fromkeys(scores.overall.means, 4)
+    assert (scores.overall.count, scores.overall.unanswerable) == (4, 2)
+    assert (scores.by_type["country"].count, scores.by_type["country"].unanswerable) == (2, 1)
+    assert (scores.by_type["who"].means, scores.by_type["who"].count, scores.by_type["who"].unanswerable) == ({}, 0, 1)
+    told = scores.as_json()
+    assert (told["count"], told["unanswerable"], told["counts"]["em"]) == (4, 2, 4)
+    assert told["by_type"]["who"] == {"count": 0, "unanswerable": 1, "counts": {}}
+
+
+def test_closed_book_answers_have_no_recall(tmp_path: Path) -> None:
+    cases = [(question, _answer(answer.text, NO_PASSAGE)) for question, answer in CASES]
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in CASES], ks=(1, 5))
+    assert scores.overall.means == pytest.approx({"em": 2 / 4, "f1": (1 + 2 / 3 + 0 + 1) / 4})
+    assert all(set(one.means) == {"em", "f1"} for one in scores.by_type.values())
+
+
+@pytest.mark.parametrize("kind", ["overall", "count", "by_type", "match", "a/b", "[/b]", "中文", "..", "a\nb", "em"])
+def test_any_string_is_a_question_type(tmp_path: Path, kind: str) -> None:
+    cases = [(replace(CASES[0][0], type=kind), CASES[0][1]), (replace(CASES[2][0], type="other"), CASES[2][1])]
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1,))
+    assert (scores.overall.means["em"], scores.overall.count) == (0.5, 2)
+    assert (scores.by_type[kind].means["em"], scores.by_type[kind].count) == (1.0, 1)
+    told = json.loads(json.dumps(scores.as_json()))
+    assert (told["em"], told["count"], told["match"]) == (0.5, 2, "words")
+    assert (set(told["by_type"]), told["by_type"][kind]["em"]) == ({kind, "other"}, 1.0)
+
+
+def test_regular_expressions_are_matched_as_drqa_and_dpr_do_and_have_no_f1(tmp_path: Path) -> None:
+    pattern = Question("r", "who?", (r"France|French\s?Republic",), "trec", (), answers_are="regex")
+    cases = [
+        CASES[0],
+        (pattern, _answer("french republic of old", OSLO, LYON)),
+        (replace(pattern, id="s"), _answer("in France", LYON)),
+    ]
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1, 2))
+    # DrQA's `match` asks for the beginning alone; DPR's `search` for any place.
+    assert scores.by_type["trec"].means == {
+        "em": 0.5,
+        "answer_recall@1": 0.5,
+        "answer_recall@2": 1.0,
+        "recall@1": 0.5,
+        "recall@2": 1.0,
+    }
+    assert scores.overall.means["em"] == pytest.approx(2 / 3)
+    assert scores.overall.counts["f1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"), [("(a|aa)+$", "takes too long to match"), ("(unclosed", "cannot be read")]
+)
+def test_a_hostile_regular_expression_is_an_error_that_names_question_and_pattern(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, fault: str
+) -> None:
+    monkeypatch.setattr("rag_core.metrics.REGEX_SECONDS", 0.2)
+    question = Question("q7", "?", (pattern,), answers_are="regex")
+    with pytest.raises(InputError, match=f"'q7'.*{fault}.*{re.escape(repr(pattern))}"):
+        answer_scores("a" * 200 + "b", question)
+    with pytest.raises(InputError, match=f"'q7'.*{fault}"):
+        retrieval_scores([Passage("1", "", "a" * 200 + "b")], question, (1,))
+
+
+def test_predictions_of_other_questions_under_the_same_ids_are_refused(tmp_path: Path) -> None:
+    """Questions without ids are numbered, so any two files have the same."""
+    folder = _published(tmp_path / "out", CASES)
+    others = [replace(CASES[0][0], question="capital of France?"), CASES[1][0]]
+    with pytest.raises(InputError, match=r"1 of 2 questions \(first: id 'a' is 'country of Lyon\?' there"):
+        evaluate_predictions(folder, others, ks=(1,))
+
+
+def test_two_predictions_for_one_question_are_refused(tmp_path: Path) -> None:
+    folder = _published(tmp_path / "out", [CASES[0], (CASES[0][0], _answer("Norway", OSLO))], cut=1)
+    with pytest.raises(ArtefactError, match=r"two predictions for the question 'a'"):
+        evaluate_predictions(folder, [CASES[0][0]], ks=(1,))
+
+
+def test_answers_in_chinese_are_found_by_characters_and_a_hint_says_so(tmp_path: Path) -> None:
+    passage = Passage("p", "", "東京タワーは、日本の首都にある。高さは３３３メートル。")
+    question = Question("1", "日本の首都にあるのは?", ("東京タワー", "333メートル"), None)
+    folder = _published(tmp_path / "out", [(question, _answer("東京", passage))], cut=1)
+    words = evaluate_predictions(folder, [question], ks=(1,)).overall.means
+    assert (words["em"], words["f1"], words["answer_recall@1"]) == (0, 0, 0)
+    characters = evaluate_predictions(folder, [question], ks=(1,), match="characters")
+    assert characters.match == "characters"
+    assert characters.overall.means == pytest.approx(
+        {"em": 0, "f1": 2 * 2 / (2 + 5), "answer_recall@1": 1, "recall@1": 1}
+    )
+    assert "1 of 1 questions" in spaceless_hint([question], "words")
+    assert "'東京タワー'" in spaceless_hint([question], "words")
+    assert spaceless_hint([question], "characters") == spaceless_hint([CASES[0][0]], "words") == ""
 
 
 def test_a_question_without_prediction_is_named(tmp_path: Path) -> None:
@@ -125,11 +236,16 @@ def test_retrieval_scores_equal_a_count_over_brute_force_search(tmp_path: Path) 
         order = np.argsort(-(documents_ND @ query_D)).tolist()
         ranks.append(order.index([fact[0] for fact in FACTS].index(gold)))
     for k in (1, 3, 9):
-        assert scores["overall"][f"recall@{k}"] == pytest.approx(np.mean([rank < k for rank in ranks]))
+        assert scores.overall.means[f"recall@{k}"] == pytest.approx(np.mean([rank < k for rank in ranks]))
     rivers = [rank for rank, question in zip(ranks, QUESTIONS, strict=True) if question[3] == "river"]
-    assert scores["river"]["recall@3"] == pytest.approx(np.mean([rank < 3 for rank in rivers]))
-    assert (scores["river"]["count"], scores["overall"]["count"], scores["overall"]["recall@9"]) == (2, 8, 1)
-    assert 0 < scores["overall"]["recall@3"] < 1
+    assert scores.by_type["river"].means["recall@3"] == pytest.approx(np.mean([rank < 3 for rank in rivers]))
+    assert (scores.by_type["river"].count, scores.overall.count, scores.overall.means["recall@9"]) == (2, 8, 1)
+    assert 0 < scores.overall.means["recall@3"] < 1
+    unanswerable = Question("x", "who?", (), "river", (FACTS[0][0],), is_impossible=True)
+    more = evaluate_retrieval(index, encoder, [unanswerable, *questions], ks=(1, 3, 9))
+    assert (more.overall.means, more.overall.unanswerable) == (scores.overall.means, 1)
+    with pytest.raises(InputError, match="None of the questions has an answer or a gold passage"):
+        evaluate_retrieval(index, encoder, [unanswerable], ks=(1,))
 
 
 def test_parts_are_joined_in_order_and_both_files_hold_the_same_rows(tmp_path: Path) -> None:

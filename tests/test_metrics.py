@@ -5,13 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import string
 import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rag_core.metrics import exact_match, f1, has_answer, normalize_answer, recall_at_k
+from rag_core.metrics import (
+    character_tokens,
+    exact_match,
+    f1,
+    has_answer,
+    has_regex_answer,
+    normalize_answer,
+    recall_at_k,
+    regex_exact_match,
+)
 
 XQUAD = Path(__file__).resolve().parents[2] / "shared/data/xquad.en.json"
 
@@ -174,3 +186,96 @@ def test_recall_counts_a_hit_among_the_first_k() -> None:
 def test_recall_over_nothing_is_an_error_and_not_a_number(hits: list[list[bool]], ks: list[int]) -> None:
     with pytest.raises(ValueError, match="recall_at_k"):
         recall_at_k(hits, ks)
+
+
+# Composed letters, dashes and symbols, without the typographic quotes, in which the rule differs from the scripts.
+PUBLISHED = st.text(st.sampled_from("aAbthe' \"-.,()[]$%&/\\\t\n0123é–—ßÅ§½Ж東ア"), max_size=24)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(PUBLISHED, PUBLISHED)
+def test_the_default_rule_equals_the_published_ones(prediction: str, answer: str) -> None:
+    assert normalize_answer(prediction).split() == reference_words(prediction)
+    assert exact_match(prediction, [answer]) == float(reference_words(prediction) == reference_words(answer))
+    assert f1(prediction, [answer]) == pytest.approx(reference_f1(prediction, answer), abs=1e-12)
+    if reference_tokens(answer):
+        assert has_answer(prediction, [answer]) == reference_has_answer(prediction, answer)
+        assert has_answer(f"{prediction} {answer}", [answer])
+
+
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [
+        ("O’Brien", "O'Brien"),
+        ("“Help!”", '"Help!"'),
+        ("Rock ‘n’ Roll", "Rock 'n' Roll"),
+        ("Hawaiʼi", "Hawai'i"),
+        ("Malmo\u0308", "Malm\u00f6"),
+        ("\u1112\u1161\u11ab", "\ud55c"),
+    ],
+)
+def test_typographic_quotes_and_other_forms_of_a_letter_make_no_difference(written: str, gold: str) -> None:
+    for left, right in ((written, gold), (gold, written)):
+        assert (exact_match(left, [right]), f1(left, [right])) == (1, 1)
+        assert has_answer(f"Then {left} came.", [right])
+
+
+def test_dashes_stay_apart_as_in_the_published_script_but_not_by_characters() -> None:
+    assert exact_match("1914–1918", ["1914-1918"]) == 0
+    assert exact_match("1914–1918", ["1914-1918"], "characters") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("東京タワー", ["東", "京", "タ", "ワ", "ー"]),
+        ("ＡＢＣ１２ Corp、本社。", ["abc12", "corp", "本", "社"]),
+        ("ｶﾞﾗｽ", ["ガ", "ラ", "ス"]),
+        ("서울특별시", ["서", "울", "특", "별", "시"]),
+        ("กรุงเทพ", ["ก", "รุ", "ง", "เ", "ท", "พ"]),
+        ("Straße 5", ["strasse", "5"]),
+        ("", []),
+    ],
+)
+def test_scripts_without_spaces_are_taken_letter_by_letter_and_other_words_whole(text: str, tokens: list[str]) -> None:
+    assert character_tokens(text) == tokens
+
+
+def test_the_rule_by_characters_scores_as_counted_by_hand() -> None:
+    # 3 of 4 predicted and 3 of 5 gold characters are the same.
+    assert f1("東京タア", ["東京タワー"], "characters") == pytest.approx(2 * 3 / 9)
+    assert exact_match("「東京タワー」。", ["東京 タワー"], "characters") == 1
+    assert has_answer("日本の東京タワーは高い。", ["東京タワー"], "characters")
+    assert not has_answer("日本の東京タワーは高い。", ["東京タワー"])
+    assert not has_answer("京東タワー", ["東京"], "characters")
+    assert has_answer("In Newark", ["newark"], "characters")
+    assert not has_answer("In Newark", ["new"], "characters")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.text(st.sampled_from("abthe '-.,()$0123"), max_size=20),
+    st.text(st.sampled_from("abthe '-.,()$0123"), max_size=20),
+)
+def test_on_english_text_both_rules_give_the_same_em_and_f1(prediction: str, answer: str) -> None:
+    assert exact_match(prediction, [answer], "characters") == exact_match(prediction, [answer])
+    assert f1(prediction, [answer], "characters") == pytest.approx(f1(prediction, [answer]))
+
+
+def drqa_regex_match(text: str, pattern: str, *, anywhere: bool) -> bool:
+    """DrQA's `regex_match_score` and DPR's `regex_match`, with Python's own `re`."""
+    compiled = re.compile(pattern, flags=re.IGNORECASE + re.UNICODE + re.MULTILINE)
+    return (compiled.search(text) if anywhere else compiled.match(text)) is not None
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"France|French\s?Republic", r"^\d{4}$", r"\bLyon\b", r"Malm(o|ö)", r"1[,.]?000", r"(?i)oslo"]
+)
+@pytest.mark.parametrize(
+    "text", ["FRANCE", "the french republic", "x\n1999\ny", "in Lyon.", "Malmö", "Lyonnais", "1,000", "", "OSLO"]
+)
+def test_regular_expressions_match_as_pythons_do_in_drqa(pattern: str, text: str) -> None:
+    assert regex_exact_match(text, [pattern]) == drqa_regex_match(text, pattern, anywhere=False)
+    nfd, nfd_pattern = (unicodedata.normalize("NFD", one) for one in (text, pattern))
+    assert has_regex_answer(text, [pattern]) == drqa_regex_match(nfd, nfd_pattern, anywhere=True)
+    assert regex_exact_match(text, ["no such", pattern]) == regex_exact_match(text, [pattern])

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.printing import console
 from rag_core.errors import RagError
+from tasks.terminal import printable, styled
 
 if TYPE_CHECKING:
     from rag_core.artefacts.artefact_inputs import GivenInputs
@@ -103,17 +104,17 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
 def _print(report: Report) -> None:
     kind = report.manifest.kind if report.manifest else "not readable"
     files = f", {len(report.manifest.files)} files" if report.manifest else ""
-    state = f"[red]{len(report.findings)} findings[/]" if report.findings else "[green]whole[/]"
-    console.print(f"{escape(str(report.path))} ({kind}{files}): {state}", highlight=False, soft_wrap=True)
+    state = styled(f"{len(report.findings)} findings", "red") if report.findings else styled("whole", "green")
+    console.print(Text.assemble(printable(f"{report.path} ({kind}{files}): "), state), soft_wrap=True)
     if report.repaired:
-        console.print(f"  made again, byte for byte: {escape(', '.join(report.repaired))}", highlight=False)
+        console.print(f"  made again, byte for byte: {', '.join(report.repaired)}")
     if report.findings:
         table = Table("file", "expected", "found", "how to repair")
         for one in report.findings:
-            table.add_row(*(escape(_short(cell)) for cell in (one.file, one.expected, one.found, report.remedy(one))))
+            table.add_row(*(_short(cell) for cell in (one.file, one.expected, one.found, report.remedy(one))))
         console.print(table)
     for note in report.notes:
-        console.print(f"  {escape(note)}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"  {note}", style="yellow", soft_wrap=True)
 
 
 def _short(cell: str) -> str:

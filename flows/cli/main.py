@@ -11,8 +11,6 @@ import sys
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from flows.cli import (
     artefact_commands,
@@ -23,6 +21,7 @@ from flows.cli import (
     sync_command,
 )
 from rag_core.errors import RagError
+from tasks.terminal import Terminal, printable, styled
 
 app = typer.Typer(
     name="rag",
@@ -73,14 +72,14 @@ def run() -> NoReturn:
     except RagError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        Console(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
+        Terminal(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
         sys.exit(130)
     sys.exit(0)
 
 
 def fail(message: str) -> NoReturn:
     """One paragraph on standard error, exit code 2."""
-    Console(stderr=True, soft_wrap=True).print("[bold red]Error:[/]", escape(message), highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(styled("Error:", "bold red"), printable(message))
     sys.exit(2)
 
 

@@ -13,3 +13,12 @@ TrustRemoteCode = Annotated[
         help="Run code that comes with the model, and read pickled weights: only for models you trust. It is not remembered.",
     ),
 ]
+
+Match = Annotated[
+    str,
+    typer.Option(
+        "--match",
+        help="How answers are compared. words: the published rule. characters: for Chinese, Japanese, Korean, Thai and "
+        "other text without spaces.",
+    ),
+]

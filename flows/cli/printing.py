@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from rich.console import Console
-from rich.markup import escape
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
+from tasks.terminal import Terminal, shortened, styled
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
     from rag_core.likelihood import Variant
+    from rag_core.metrics import Match
     from rag_core.reader import Answer
+    from rag_core.scores import Evaluation, MeanScores
     from tasks.results import StageResult
 
-console = Console()
+console = Terminal()
 
 
 def parse_ks(text: str) -> list[int]:
@@ -37,58 +39,105 @@ def parse_variant(text: str | None) -> Variant | None:
     raise ConfigError(f"Unknown variant {text!r}. Give --variant sequence or --variant token.")
 
 
+def parse_match(text: str) -> Match:
+    """'words' or 'characters'; ConfigError for anything else."""
+    from rag_core.metrics import Match
+
+    if text not in get_args(Match):
+        raise ConfigError(f"Unknown rule {text!r} to compare answers. Give --match words or --match characters.")
+    return text  # type: ignore[return-value]
+
+
 def print_stage(result: StageResult) -> None:
     """One line for a finished stage, and one more if too many contexts were cut."""
     from tasks.summary import cut_note
 
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
     state = "up to date" if result.skipped else f"{result.seconds:.1f} s"
-    console.print(f"{result.stage}: {counts} → {result.path} ({state}; MLflow run {result.run_id})", highlight=False)
+    console.print(f"{result.stage}: {counts} → {result.path} ({state}; MLflow run {result.run_id})")
     if note := cut_note(result):
-        console.print(escape(note), style="yellow", highlight=False)
+        console.print(note, style="yellow")
 
 
-def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
-    """Question types as rows, scores as columns."""
-    names = [name for name in scores["overall"] if name != "count"]
-    table = Table("", "questions", *names)
-    for kind, values in scores.items():
-        cells = [f"{100 * values[name]:.1f}%" if name in values else "–" for name in names]
-        table.add_row(kind, f"{int(values['count'])}", *cells)
+def print_scores(evaluation: Evaluation) -> None:
+    """Question types as rows below all questions, scores as columns."""
+    from tasks.score_tables import ALL, score_names
+
+    names = score_names([evaluation.overall, *evaluation.by_type.values()])
+    table = _score_table("", names, left_out=evaluation.overall.unanswerable > 0)
+    _add_scores(table, styled(ALL, "bold"), evaluation.overall, names)
+    table.add_section()
+    for kind, scores in evaluation.by_type.items():
+        _add_scores(table, Text(shortened(kind)), scores, names)
     console.print(table)
+    _print_rules([evaluation])
+
+
+def _score_table(first: str, names: list[str], *, left_out: bool, title: str | None = None) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    table.add_column(first, overflow="fold")
+    # In lines of their own, so that nine columns fit into a terminal of 80.
+    short = [name.replace("answer_", "answer\n").replace("@", "\n@") for name in names]
+    for name in ["questions", *(["left\nout"] if left_out else []), *short]:
+        table.add_column(name, justify="right", vertical="top", no_wrap=True)
+    return table
+
+
+def _add_scores(table: Table, label: Text, scores: MeanScores, names: list[str]) -> None:
+    from tasks.score_tables import score_cell
+
+    left_out = [f"{scores.unanswerable:,}"] if len(table.columns) == len(names) + 3 else []
+    cells = [score_cell(scores, name).replace(" (", "\n(") for name in names]
+    table.add_row(label, f"{scores.count:,}", *left_out, *cells)
+
+
+def _print_rules(evaluations: list[Evaluation]) -> None:
+    """Below a table: how answers were compared, and what was left out."""
+    from tasks.score_tables import MATCH_NAMES
+
+    rules = [f"Answers compared by {MATCH_NAMES[match]}." for match in dict.fromkeys(one.match for one in evaluations)]
+    groups = [one.overall for one in evaluations]
+    if any(group.unanswerable for group in groups):
+        rules.append("Left out: unanswerable questions.")
+    if any(count != group.count for group in groups for count in group.counts.values()):
+        rules.append("In brackets: over how many questions, where not over all.")
+    console.print(" ".join(rules))
 
 
 def print_answer(answer: Answer) -> None:
     """The answer, its runners-up, and the passages with p(z|q) and p(z|q,a)."""
-    console.print(f"[bold]{escape(answer.text)}[/]   (log-probability {answer.log_prob:.2f})", highlight=False)
+    console.print(Text.assemble(styled(answer.text, "bold"), f"   (log-probability {answer.log_prob:.2f})"))
     for candidate in answer.candidates[1:]:
-        console.print(f"  or: {escape(candidate.text)}   ({candidate.log_prob:.2f})", highlight=False)
+        console.print(f"  or: {candidate.text}   ({candidate.log_prob:.2f})")
     table = Table("passage", "text", "p(z|q)", "p(z|q,a)")
     for read in answer.passages:
-        row = (escape(read.passage.id), escape(read.passage.text))
-        table.add_row(*row, f"{read.prior:.3f}", f"{read.posterior:.3f}")
+        table.add_row(read.passage.id, read.passage.text, f"{read.prior:.3f}", f"{read.posterior:.3f}")
     console.print(table)
 
 
 def print_pipeline(result: PipelineResult) -> None:
     """Scores of every system on the test questions, the time of every stage, and where too many contexts were cut."""
+    from tasks.score_tables import score_names
     from tasks.summary import cut_note
 
-    names = [name for name in next(iter(result.scores.values()))["overall"] if name in ("em", "f1") or "recall" in name]
-    names = [name for name in names if not name.startswith("answer_")]
-    table = Table("system", *names, "questions", title="On the test questions")
-    for system, scores in result.scores.items():
-        overall = scores["overall"]
-        cells = [f"{100 * overall[name]:.1f}%" if name in overall else "–" for name in names]
-        table.add_row(system, *cells, f"{int(overall['count'])}")
+    evaluations = list(result.scores.values())
+    # Recall by answer string stands in scores.json.
+    names = [name for name in score_names(one.overall for one in evaluations) if not name.startswith("answer_")]
+    left_out = any(one.overall.unanswerable for one in evaluations)
+    table = _score_table("system", names, left_out=left_out, title="On the test questions")
+    for system, evaluation in result.scores.items():
+        _add_scores(table, Text(system), evaluation.overall, names)
     console.print(table)
+    _print_rules(evaluations)
     times = Table("stage", "seconds", "", title="Stages")
     for stage in result.stages:
         times.add_row(stage.stage, f"{stage.seconds:.1f}", "up to date" if stage.skipped else "")
     times.add_row("all", f"{sum(stage.seconds for stage in result.stages):.1f}", "")
     console.print(times)
     for note in filter(None, map(cut_note, result.stages)):
-        console.print(escape(note), style="yellow", highlight=False)
+        console.print(note, style="yellow")
 
 
 def print_pages() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import TrustRemoteCode
+from flows.cli.options import Match, TrustRemoteCode
 from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_scores, print_stage
 
@@ -231,15 +231,16 @@ def evaluate(
     predictions: Annotated[Path, typer.Option(help="Folder written by `rag infer`.")],
     questions: Questions,
     k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5",
+    match: Match = "words",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """EM, F1 and recall@k, overall and by question type."""
-    from flows.cli.printing import parse_ks
+    from flows.cli.printing import parse_ks, parse_match
     from flows.evaluate import evaluate as evaluate_flow
 
-    result, scores = evaluate_flow(predictions, questions, parse_ks(k))
+    result, scores = evaluate_flow(predictions, questions, parse_ks(k), match=parse_match(match))
     if as_json:
-        typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))
+        typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
     else:
         print_scores(scores)
         print_stage(result)

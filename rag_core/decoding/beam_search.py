@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rag_core.decoding.passage_decoder import PassageDecoder
-from rag_core.errors import ConfigError
+from rag_core.errors import ConfigError, NotFiniteError
 from rag_core.generation_tokens import GenerationTokens
 from rag_core.generator_limits import refuse_long_search
 from rag_core.likelihood import check_contexts, check_encoder_decoder
@@ -128,6 +128,9 @@ def beam_search(
     Returns:
         Beams of B questions. Log-probabilities are the model's own: tokens that must not be generated are left out
         without renormalising.
+
+    Raises:
+        NotFiniteError: the generator's logits at the prompt are NaN.
     """
     B, K = doc_log_probs_BK.shape
     tokens, H, device = decoder.tokens, settings.num_beams, doc_log_probs_BK.device
@@ -143,6 +146,8 @@ def beam_search(
 
     logits_AKWV = decoder.first_logits_NV.view(B, K, 1, -1)
     V = logits_AKWV.shape[-1]
+    if logits_AKWV.isnan().any():
+        raise NotFiniteError.of("the generator's logits", "They are NaN at the first token of an answer.")
     dtype = torch.promote_types(logits_AKWV.dtype, torch.float32)
     neg_inf = torch.tensor(float("-inf"), dtype=dtype, device=device)
 
