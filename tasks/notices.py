@@ -12,7 +12,7 @@ _told: set[str] = set()
 
 def tell(text: str) -> None:
     """One line on standard error; in a flow also in its log. For what is as it should be."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True, markup=False)
+    say(text)
     try:
         get_run_logger().info("%s", text)
     except MissingContextError:

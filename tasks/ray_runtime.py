@@ -96,7 +96,7 @@ def _start_ray() -> None:
             os.environ.setdefault(name, value)
         store = object_store_here()
         if store.notice:
-            Console(stderr=True).print(store.notice, style="yellow", highlight=False, soft_wrap=True, markup=False)
+            say(store.notice, style="yellow")
         # "local": never a cluster that another command on this machine has left running, or its address.
         with _loopback_only():
             ray.init(
