@@ -212,13 +212,25 @@ def test_a_bad_squad_paragraph_is_rejected_and_the_ids_of_the_others_stay(tmp_pa
         ("[]", "found list"),
         ('{"articles": []}', "keys \\['articles'\\]"),
         ('{"data": [{"title": "A"}]}', "article 1: expected an object"),
-        ('{"data": [{"paragraphs": []}]}', "article 1: expected an object"),
-        (squad(("A", []), ("B", []), ("A", [])), "two articles titled 'A' \\(the second is article 3\\)"),
+        ('{"data": [{"title": 5, "paragraphs": []}]}', "article 1: expected an object"),
     ],
 )
 def test_json_that_is_not_squad_is_refused_by_name(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=rf"s\.json .*{message}"):
         read(put(tmp_path / "s.json", content), "squad")
+
+
+def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_place_and_the_others_keep_theirs(
+    tmp_path: Path,
+) -> None:
+    titles = ["A", "B", "A", "", None, "A-3", " ", "Zoë"]
+    articles = [{"title": title, "paragraphs": [{"context": "c"}] * 2} for title in titles]
+    del articles[4]["title"]
+    passages, rejects = read(put(tmp_path / "s.json", json.dumps({"data": articles})), "squad")
+    names = ["A-1", "B", "A-3-3", "article-4", "article-5", "A-3", "article-7", "Zoë"]
+    assert [passage.id for passage in passages] == [f"{name}#{index}" for name in names for index in (0, 1)]
+    assert [passage.title for passage in passages[::2]] == ["A", "B", "A", "", "", "A-3", "", "Zoë"]
+    assert rejects == []
 
 
 def test_text_ids_come_from_relative_paths_and_titles_from_headings_or_file_names(tmp_path: Path) -> None:

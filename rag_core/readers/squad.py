@@ -1,14 +1,18 @@
 """SQuAD 1.1 and 2.0 JSON: every paragraph is a passage, its article's title the passage's title.
 
 The file is loaded whole (SQuAD's training set is 30 MB). The questions in it are read elsewhere, through
-`read_articles` and `paragraph_id`, so that a question's gold passage and the corpus can never disagree on an id.
-Titles must be unique within a file for that reason.
+`articles_of` and `numbered_paragraphs`, so that a question's gold passage and the corpus can never disagree on an id.
+
+A passage's id is `TITLE#INDEX`. An article without a title, or with a title that another article of the file has too,
+is named by its place as well: `TITLE-N#INDEX` or `article-N#INDEX`, where N counts the file's articles from 1.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +25,39 @@ from rag_core.readers.sources import SourceFile
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """A SQuAD article: its title and its paragraphs as the JSON gives them, not yet checked."""
+    """A SQuAD article: its title (may be empty), its name in passage ids, and its paragraphs, not yet checked."""
 
     title: str
     paragraphs: list[Any]
+    name: str
 
 
-def paragraph_id(article_title: str, paragraph_index: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Paragraph:
+    """A paragraph as the JSON gives it, with its article, its place in it (from 0), and its passage id."""
+
+    article: Article
+    index: int
+    id: str
+    value: Any
+
+
+def paragraph_id(article_name: str, paragraph_index: int) -> str:
     """The passage id of a paragraph; `paragraph_index` counts from 0 within the article."""
-    return f"{article_title}#{paragraph_index}"
+    return f"{article_name}#{paragraph_index}"
+
+
+def context_id(title: str | None, context: str) -> str:
+    """The passage id of a row of Hugging Face's SQuAD, which has no paragraph numbers: title and a hash of the context."""
+    name = title if title and title.strip() else "passage"
+    return f"{name}-{hashlib.sha256(context.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def numbered_paragraphs(articles: Sequence[Article]) -> Iterator[Paragraph]:
+    """Every paragraph of a file with its passage id: the one source of ids, for passages and for gold passages."""
+    for article in articles:
+        for index, value in enumerate(article.paragraphs):
+            yield Paragraph(article, index, paragraph_id(article.name, index), value)
 
 
 def read(source: SourceFile) -> Iterator[Row | Reject]:
@@ -38,18 +66,17 @@ def read(source: SourceFile) -> Iterator[Row | Reject]:
     Raises:
         InputError: the file is not SQuAD JSON.
     """
-    for article in read_articles(source.path):
-        for index, paragraph in enumerate(article.paragraphs):
-            text = paragraph.get("context") if isinstance(paragraph, dict) else None
-            id = paragraph_id(article.title, index)
-            yield check_row(source.path, None, id, article.title, text, found=f"{id}: {paragraph!r}")
+    for paragraph in numbered_paragraphs(read_articles(source.path)):
+        text = paragraph.value.get("context") if isinstance(paragraph.value, dict) else None
+        found = f"{paragraph.id}: {paragraph.value!r}"
+        yield check_row(source.path, None, paragraph.id, paragraph.article.title, text, found=found)
 
 
 def read_articles(path: Path) -> list[Article]:
     """The articles of a SQuAD file.
 
     Raises:
-        InputError: an archive, not UTF-8, not JSON, not laid out as SQuAD, or two articles share a title.
+        InputError: an archive, not UTF-8, not JSON, or not laid out as SQuAD.
     """
     refuse_archives_and_utf16(path)
     try:
@@ -70,25 +97,34 @@ def articles_of(content: object, path: Path) -> list[Article]:
             f"{path} is not SQuAD JSON: an object whose `data` is a list of articles was expected, found {found}. "
             "Correct the file or the format."
         )
-    articles: dict[str, Article] = {}
-    for number, entry in enumerate(data, 1):
-        article = _article(path, number, entry)
-        if article.title in articles:
-            raise InputError(
-                f"{path} has two articles titled {article.title!r} (the second is article {number}), so their "
-                "paragraphs would share ids. Make the titles unique."
-            )
-        articles[article.title] = article
-    return list(articles.values())
+    entries = [_article(path, number, entry) for number, entry in enumerate(data, 1)]
+    names = _names([title for title, _ in entries])
+    return [Article(title, paragraphs, name) for (title, paragraphs), name in zip(entries, names, strict=True)]
 
 
-def _article(path: Path, number: int, entry: object) -> Article:
+def _names(titles: Sequence[str]) -> list[str]:
+    """A name for each article, unique in the file: its title where no other article has it, else with its place."""
+    times = Counter(titles)
+    taken = {title for title, count in times.items() if title and count == 1}
+    names = []
+    for number, title in enumerate(titles, 1):
+        name = title
+        if not title or times[title] > 1:
+            name = f"{title or 'article'}-{number}"
+            while name in taken:  # another article's title happens to be that name
+                name += f"-{number}"
+            taken.add(name)
+        names.append(name)
+    return names
+
+
+def _article(path: Path, number: int, entry: object) -> tuple[str, list[Any]]:
     if isinstance(entry, dict):
         title, paragraphs = entry.get("title"), entry.get("paragraphs")
-        if isinstance(title, str) and title.strip() and isinstance(paragraphs, list):
-            return Article(title, paragraphs)
+        if isinstance(paragraphs, list) and (title is None or isinstance(title, str)):
+            return (title if title and title.strip() else ""), paragraphs
     found = f"the keys {list(entry)}" if isinstance(entry, dict) else type(entry).__name__
     raise InputError(
-        f"{path} article {number}: expected an object with a string `title` and a list `paragraphs`, found {found}. "
-        "Correct the file or the format."
+        f"{path} article {number}: expected an object with a list `paragraphs` and usually a string `title`, found "
+        f"{found}. Correct the file or the format."
     )
