@@ -6,6 +6,7 @@ from prefect import flow
 
 from rag_core.artefacts.places import ArtefactPath
 from rag_core.evaluation import Scores
+from rag_core.questions import AnswersAre
 from tasks.evaluate import evaluate as run_task
 from tasks.results import StageResult
 
@@ -17,6 +18,7 @@ def evaluate(
     ks: list[int] = [1, 5],  # noqa: B006 (Prefect shows the default in its form)
     parent_run_id: str | None = None,
     stage: str = "evaluate",
+    answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, dict[str, Scores]]:
     """EM, F1 and recall@k of predictions, overall and by question type."""
-    return run_task(predictions, questions, ks, parent_run_id, stage)
+    return run_task(predictions, questions, ks, parent_run_id, stage, answers_are)

@@ -84,8 +84,6 @@ def read_question_file(path: Path, answers_are: AnswersAre | None = None) -> Que
     Raises:
         InputError: missing or empty file, an archive other than gzip, unknown format, a bad row, an id that occurs twice.
     """
-    if answers_are is not None and answers_are not in get_args(AnswersAre):
-        raise ConfigError(f"answers_are is {answers_are!r}; known are {', '.join(get_args(AnswersAre))}. Correct it.")
     place, path = path, _checked(path)
     records = _records(path, answers_are)
     first = next(records, None)
@@ -95,6 +93,13 @@ def read_question_file(path: Path, answers_are: AnswersAre | None = None) -> Que
     if not file.questions:
         raise InputError(f"{path} is empty or holds no question. Expected {FORMATS}. Give another file.")
     return file
+
+
+def as_answers_are(value: str | None) -> AnswersAre | None:
+    """A setting from outside as what answers can be; ConfigError if it is something else."""
+    if value is not None and value not in get_args(AnswersAre):
+        raise ConfigError(f"answers_are is {value!r}; known are {' and '.join(get_args(AnswersAre))}. Correct it.")
+    return value  # type: ignore[return-value]
 
 
 def files_of_questions(path: Path) -> list[Path]:
@@ -151,7 +156,9 @@ def _checked(path: Path) -> Path:
     path = local_file(path)
     if not path.is_file():
         found = "it is a folder" if path.is_dir() else "it does not exist"
-        raise InputError(f"{path} cannot be read: {found}. A file of questions was expected ({FORMATS}). Correct the path.")
+        raise InputError(
+            f"{path} cannot be read: {found}. A file of questions was expected ({FORMATS}). Correct the path."
+        )
     refuse_archives_and_utf16(path, gzip_too=False)
     return path
 
@@ -263,7 +270,7 @@ def _answers_are(record: Record, value: dict[str, Any], default: AnswersAre | No
     kind = value.get("answers_are") or default or "text"
     if kind not in get_args(AnswersAre):
         raise record.error(f"`answers_are` is {kind!r}", f"one of {', '.join(get_args(AnswersAre))}")
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
 def _check_patterns(record: Record, answers: tuple[str, ...]) -> None:

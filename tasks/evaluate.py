@@ -8,11 +8,12 @@ from pathlib import Path
 
 from prefect import task
 
-from rag_core.artefacts.artefact import fingerprint_of_files, local_file, open_artefact
+from rag_core.artefacts.artefact import fingerprint_of_files, open_artefact
 from rag_core.artefacts.places import as_place
 from rag_core.evaluation import Scores, evaluate_predictions
 from rag_core.predictions import KIND as PREDICTIONS
-from rag_core.questions import read_questions
+from rag_core.question_checks import check_answers
+from rag_core.questions import AnswersAre, files_of_questions, read_question_file
 from tasks.plots import recall_curve, scores_by_type
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
@@ -27,14 +28,17 @@ def evaluate(
     ks: Sequence[int] = (1, 5),
     parent_run_id: str | None = None,
     stage: str = "evaluate",
+    answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, dict[str, Scores]]:
     """EM, F1 and recall@k, overall and by question type. It is quick and writes no artefact, so it always runs."""
     started = time.monotonic()
     manifest = open_artefact(predictions, PREDICTIONS)
+    file = read_question_file(questions, answers_are)
+    check_answers(file)
     with open_run(stage, parent_run_id) as run:
         run.log_input("predictions", predictions, manifest.fingerprint)
-        run.log_input("questions", questions, fingerprint_of_files([local_file(questions)]))
-        scores = evaluate_predictions(predictions, read_questions(questions), ks)
+        run.log_input("questions", questions, fingerprint_of_files(files_of_questions(questions)))
+        scores = evaluate_predictions(predictions, file.questions, ks)
         run.log_metrics(scores["overall"])
         for kind, values in scores.items():
             if kind != "overall":

@@ -16,7 +16,6 @@ from prefect import task
 from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
-    local_file,
     open_artefact,
     publish,
     stage_key,
@@ -36,7 +35,8 @@ from rag_core.pretraining import (
     reading_examples,
     reading_objective,
 )
-from rag_core.questions import Question, read_questions
+from rag_core.question_checks import check_texts, trainable
+from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.text_encoder import TextEncoder
@@ -64,10 +64,12 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
+    trainable(read_question_file(questions))
+    check_texts(read_question_file(dev))
     made_from = {
         "corpus": opened.manifest.fingerprint,
-        "questions": fingerprint_of_files([local_file(questions)]),
-        "dev": fingerprint_of_files([local_file(dev)]),
+        "questions": fingerprint_of_files(files_of_questions(questions)),
+        "dev": fingerprint_of_files(files_of_questions(dev)),
         "encoder": TextEncoder.from_pretrained(
             config.encoder, trust_remote_code=config.trust_remote_code
         ).fingerprint(),

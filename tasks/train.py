@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
-    local_file,
     open_artefact,
     publish,
     stage_key,
@@ -21,18 +20,19 @@ from rag_core.artefacts.artefact import (
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
-from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.objectives import EndToEnd, EndToEndRates
-from rag_core.questions import Question, read_questions
+from rag_core.question_checks import check_texts, trainable
+from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
 from rag_core.text_encoder import autocast
 from rag_core.training import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
+from tasks.notices import warn
 from tasks.plots import training_curves
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
@@ -74,12 +74,19 @@ def train(
     start = RagModel.from_parts(model)
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
-    asked = trainable_questions(Path(questions))
+    file = read_question_file(questions)
+    asked = trainable(file)
+    check_texts(read_question_file(dev))
+    if len(asked) < len(file.questions):
+        left_out = len(file.questions) - len(asked)
+        warn(
+            f"{questions}: {left_out} of {len(file.questions)} questions are unanswerable, so they are not trained on."
+        )
     check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
-        "questions": Input(questions, fingerprint_of_files([local_file(questions)])),
-        "dev": Input(dev, fingerprint_of_files([local_file(dev)])),
+        "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
+        "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
     made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
     settings = {
@@ -93,6 +100,7 @@ def train(
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
+        run.log_params({"questions_layout": file.layout})
         run.set_tags({"variant": variant})
         loop_settings: dict[str, Any] = {
             "variant": variant,
@@ -159,15 +167,8 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def trainable_questions(path: Path) -> list[Question]:
-    """The questions of a file; InputError names the first one without an answer."""
-    questions = read_questions(path)
-    for question in questions:
-        if not question.answers:
-            raise InputError(
-                f"{path}: question {question.id!r} has no answer, so it cannot be trained on. Add `answers`, or leave "
-                "the question out."
-            )
-    return questions
+    """The questions of a file that can be learnt; InputError names the first whose answer is not known."""
+    return trainable(read_question_file(path))
 
 
 def dev_scores(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import TrustRemoteCode
+from flows.cli.options import AnswersAreOption, TrustRemoteCode
 from flows.cli.printing import parse_ks, parse_variant, print_answer, print_scores
 
 Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
@@ -57,19 +57,22 @@ def retrieve(
     k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5,20",
     model: Annotated[Path | None, typer.Option(help="Use the question encoder of this trained model.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Use this question encoder; default: the index's own.")] = None,
+    answers_are: AnswersAreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
     from rag_core.evaluation import check_own_encoder, evaluate_retrieval
     from rag_core.index import PassageIndex
-    from rag_core.questions import read_questions
+    from rag_core.question_checks import check_retrieval
+    from rag_core.questions import as_answers_are, read_question_file
     from rag_core.rag_model import RagModel
     from rag_core.text_encoder import TextEncoder
 
     ks = parse_ks(k)
     opened = PassageIndex.open(index)
-    asked = read_questions(questions)
+    file = read_question_file(questions, as_answers_are(answers_are))
+    check_retrieval(file)
     if model:
         loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.check_index(opened)
@@ -80,7 +83,7 @@ def retrieve(
         )
         if encoder is None:
             check_own_encoder(opened, question_encoder)
-    scores = evaluate_retrieval(opened, question_encoder, asked, ks)
+    scores = evaluate_retrieval(opened, question_encoder, file.questions, ks)
     if as_json:
         typer.echo(json.dumps({**scores["overall"], "by_type": {k: v for k, v in scores.items() if k != "overall"}}))
     else:

@@ -162,11 +162,14 @@ def _csv(path: Path, cells_are_answers: bool) -> Iterator[Record]:
         cells = next(csv.reader([first], delimiter=delimiter), [])
         if any(cell.strip().casefold() in _HEADERS for cell in cells):
             return _csv_with_header(path, delimiter, cells_are_answers)
-    id, tab, question = first.partition("\t")
-    if tab and id.strip() and not any(letter.isspace() for letter in id) and "\t" not in question:
-        if not question.lstrip().startswith(("[", '"[')):
-            return _topics(path)
-    return _dpr_csv(path, cells_are_answers)
+    return _topics(path) if _is_topic(first) else _dpr_csv(path, cells_are_answers)
+
+
+def _is_topic(line: str) -> bool:
+    """Whether a line without a header is an id and a question, rather than a question and a list of answers."""
+    id, _, question = line.partition("\t")
+    is_id = bool(id) and not any(letter.isspace() for letter in id)
+    return is_id and bool(question.strip()) and not question.lstrip().startswith(("[", '"[', "{", "("))
 
 
 def _rows(path: Path, delimiter: str, expected: str) -> Iterator[tuple[int, list[str]]]:
@@ -189,7 +192,7 @@ def _rows(path: Path, delimiter: str, expected: str) -> Iterator[tuple[int, list
             return
         except csv.Error as error:
             raise Record(f"{path} line {number}", "", began).error(f"broken row ({error})", expected) from error
-        if row:
+        if row and not (len(row) == 1 and row[0].isspace()):
             yield number, row
 
 

@@ -7,7 +7,7 @@ strings.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from rag_core.question_files.records import Record, distinct, list_of, objects, texts
 from rag_core.readers.ids import kilt_passage_id
@@ -45,8 +45,9 @@ def _paragraphs(record: Record, provenance: dict[str, Any]) -> list[str]:
     last = first if provenance.get("end_paragraph_id") is None else provenance["end_paragraph_id"]
     if page is None or first is None:
         return []
-    numbers = isinstance(first, int) and isinstance(last, int) and not {type(first), type(last)} & {bool}
-    if not isinstance(page, str) or not numbers or not first <= last < first + MAX_PARAGRAPHS:
+    if not (
+        isinstance(page, str) and _is_integer(first) and _is_integer(last) and first <= last < first + MAX_PARAGRAPHS
+    ):
         raise record.error(
             f"a provenance of page {page!r} from paragraph {first!r} to {last!r}",
             f"`wikipedia_id`, and integers `start_paragraph_id` to `end_paragraph_id`, at most {MAX_PARAGRAPHS} apart",
@@ -54,10 +55,16 @@ def _paragraphs(record: Record, provenance: dict[str, Any]) -> list[str]:
     return [kilt_passage_id(page, paragraph) for paragraph in range(first, last + 1) if paragraph >= 0]
 
 
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def from_dpr_training(record: Record) -> dict[str, Any]:
     """DPR's training files: Karpukhin et al. 2020, arXiv 2004.04906. Gold passages are the positive contexts with an id."""
     contexts = objects(record, "positive_ctxs", record.get("positive_ctxs"))
-    named = (next((one[key] for key in ("passage_id", "psg_id", "id") if one.get(key) is not None), None) for one in contexts)
+    named = (
+        next((one[key] for key in ("passage_id", "psg_id", "id") if one.get(key) is not None), None) for one in contexts
+    )
     return {"gold_passage_ids": distinct(id_as_text(one) for one in named if one is not None)}
 
 

@@ -80,9 +80,7 @@ def rows_of(record: Record, name: str, value: object) -> list[dict[str, Any]]:
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
         raise record.error(f"the lists in `{name}` are not equally long", "one item of each list for every row")
-    return [
-        dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)
-    ]
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def distinct(items: Iterable[Any]) -> list[Any]:
