@@ -40,7 +40,9 @@ def queries_of(place: Path) -> Path:
         elif candidate.prefix and candidate.parent.bucket:
             try:
                 found = local_file(candidate)
-            except ArtefactError:
+            except ArtefactError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
                 continue
             if found.is_file():
                 return found

@@ -7,6 +7,7 @@ three that are no records at all: SQuAD's nesting, and two kinds of CSV without 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -159,7 +160,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _csv(path: Path, cells_are_answers: bool) -> Iterator[Record]:
     first = next((line for _, line in _lines(path) if line.strip()), "")
     for delimiter in "\t,;":
-        cells = next(csv.reader([first], delimiter=delimiter), [])
+        cells: list[str] = []
+        with contextlib.suppress(csv.Error):  # to be told, with its line, where the rows are read
+            cells = next(csv.reader([first], delimiter=delimiter), [])
         if any(cell.strip().casefold() in _HEADERS for cell in cells):
             return _csv_with_header(path, delimiter, cells_are_answers)
     return _topics(path) if _is_topic(first) else _dpr_csv(path, cells_are_answers)

@@ -77,10 +77,8 @@ def _with_gold(more: Callable[[Record], Canonical]) -> Callable[[Record], Canoni
 
     def canonical(record: Record) -> Canonical:
         plain = _plain(record)
-        found = {key: value for key, value in more(record).items() if value is not None}
-        if plain.get("gold_passage_ids") is not None:
-            found.pop("gold_passage_ids", None)
-        return plain | found
+        gold = plain.get("gold_passage_ids")
+        return plain | more(record) | ({} if gold is None else {"gold_passage_ids": gold})
 
     return canonical
 

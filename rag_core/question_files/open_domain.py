@@ -77,7 +77,7 @@ def from_trivia_qa(record: Record) -> dict[str, Any]:
 def from_trivia_qa_rows(record: Record) -> dict[str, Any]:
     """TriviaQA as Hugging Face's data set has it."""
     answers = _trivia_qa_answers(record, "answer", ("value", "aliases", "human_answers"))
-    return {"id": record.get("question_id") if record.get("id") is None else None, "answers": answers}
+    return {"id": record.get("question_id") if record.get("id") is None else record.get("id"), "answers": answers}
 
 
 def _trivia_qa_answers(record: Record, name: str, keys: tuple[str, ...]) -> list[Any] | None:

@@ -134,7 +134,8 @@ def _questions(name: str, samples: list[bytes], folder: Path) -> Target:
     def feed(data: bytes) -> None:
         file.write_bytes(data)
         for question in read_questions(file):
-            (question.id + question.question + "".join(question.answers)).encode("utf-8")
+            texts = question.answers + question.gold_passage_ids + (question.type or "",)
+            (question.id + question.question + "".join(texts)).encode("utf-8")
 
     return Target(samples, feed)
 
