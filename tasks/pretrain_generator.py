@@ -32,6 +32,7 @@ from rag_core.pretraining import (
     build_generator,
     copy_then_read,
     copying_examples,
+    read_pairs,
     reading_examples,
     reading_objective,
 )
@@ -127,8 +128,7 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     passages = gold_passages(Corpus.open(Path(settings["corpus"]), check_content=False), [*questions, *dev])
     reading = reading_examples(questions, passages)
     copying = copying_examples(list({example.passage.id: example.passage for example in reading}.values()))
-    by_id = {passage.id: passage for passage in passages}
-    dev_pairs = [(one, by_id[gold]) for one in dev for gold in one.gold_passage_ids[:1] if gold in by_id]
+    dev_pairs = read_pairs(dev, passages)
     reader = GeneratorReader(generator, tokenizer, config.prompt)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -151,7 +151,7 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:
     """The passages of the corpus that some question points to."""
-    wanted = {gold for question in questions for gold in question.gold_passage_ids[:1]}
+    wanted = {gold for question in questions for gold in question.gold_passage_ids}
     return [passage for passage in corpus.iter_passages() if passage.id in wanted]
 
 

@@ -14,7 +14,8 @@ import regex
 FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 MAX_CHARS = 10_000
 MAX_WRITTEN_OUT = 100_000
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\{(\d+)(?:,(\d*))?\}|[()]|.", re.DOTALL)
+_TOKEN = re.compile(r"\\.|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+_COMMENT = re.compile(r"\(\?#[^)]*\)")
 
 
 def pattern_fault(pattern: str) -> str | None:
@@ -32,18 +33,18 @@ def pattern_fault(pattern: str) -> str | None:
 
 def _written_out(pattern: str) -> int:
     """About how many characters the pattern has when every {n} is written out."""
-    sums, last = [0], 0
-    for token in _TOKEN.finditer(pattern):
+    sums, last, in_class = [0], 0, False
+    for token in _TOKEN.finditer(_COMMENT.sub("", pattern)):
         mark = token.group()
-        if mark == "(":
+        if in_class or mark == "[":
+            in_class, last = mark != "]", 1
+        elif mark == "(":
             sums.append(0)
-            last = 0
             continue
-        if mark == ")" and len(sums) > 1:
+        elif mark == ")" and len(sums) > 1:
             last = sums.pop() + 1
         elif token.group(1) is not None:
-            low, high = token.group(1), token.group(2)
-            times = int((high or low)[:9] or 0)
+            times = int((token.group(2) or token.group(1))[:9])
             sums[-1] += last * max(times - 1, 0)
             last *= max(times, 1)
             continue
