@@ -6,6 +6,7 @@ from prefect import flow
 
 from rag_core.artefacts.places import ArtefactPath
 from rag_core.metrics import Match
+from rag_core.questions import AnswersAre
 from rag_core.scores import Evaluation
 from tasks.evaluate import evaluate as run_task
 from tasks.results import StageResult
@@ -19,6 +20,7 @@ def evaluate(
     parent_run_id: str | None = None,
     stage: str = "evaluate",
     match: Match = "words",
+    answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, Evaluation]:
     """EM, F1 and recall@k of predictions, overall and by question type."""
-    return run_task(predictions, questions, ks, parent_run_id, stage, match)
+    return run_task(predictions, questions, ks, parent_run_id, stage, match, answers_are)

@@ -25,6 +25,7 @@ from rag_core.index import IndexConfig
 from rag_core.likelihood import Variant
 from rag_core.metrics import Match
 from rag_core.pretraining import PretrainConfig
+from rag_core.questions import AnswersAre
 from rag_core.rag_model import ModelConfig
 from rag_core.scores import Evaluation
 from tasks.answering import InferConfig
@@ -44,6 +45,9 @@ class QuestionFiles(BaseModel):
     train: ArtefactPath
     dev: ArtefactPath
     test: ArtefactPath
+    test_answers_are: AnswersAre | None = Field(
+        None, description="regex: answers of the test file that do not say what they are are regular expressions"
+    )
 
 
 class PipelineConfig(BaseModel):
@@ -96,7 +100,7 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
                 batch_infer(model, index, files.test, out / "predictions" / folder, infer, parent, f"infer {system}")
             )
             result, scores[system] = evaluate(
-                answers, files.test, config.ks, parent, f"evaluate {system}", config.match
+                answers, files.test, config.ks, parent, f"evaluate {system}", config.match, files.test_answers_are
             )
             stages.append(result)
 

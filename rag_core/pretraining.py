@@ -8,7 +8,7 @@ holds the answer. Measured prices of leaving out each step are in `docs/log.md`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ def copying_examples(passages: Sequence[Passage]) -> list[ReadingExample]:
 
 
 def reading_examples(questions: Sequence[Question], passages: Sequence[Passage]) -> list[ReadingExample]:
-    """Questions with the passage that holds the answer.
+    """Questions with the passage that holds the answer: the first of its gold passages that is among `passages`.
 
     Raises:
         InputError: no question names a gold passage that is among `passages`.
@@ -124,8 +124,8 @@ def reading_examples(questions: Sequence[Question], passages: Sequence[Passage])
     examples = [
         ReadingExample(question.question, by_id[gold], question.answers[0])
         for question in questions
-        for gold in question.gold_passage_ids[:1]
-        if gold in by_id and has_text_answers(question)
+        for gold in _first_known(question, by_id)
+        if has_text_answers(question)
     ]
     if not examples:
         raise InputError(
@@ -133,6 +133,17 @@ def reading_examples(questions: Sequence[Question], passages: Sequence[Passage])
             "taught. Give questions made from this corpus."
         )
     return examples
+
+
+def read_pairs(questions: Sequence[Question], passages: Sequence[Passage]) -> list[tuple[Question, Passage]]:
+    """Questions with the first of their gold passages that is among `passages`; those that have none are left out."""
+    by_id = {passage.id: passage for passage in passages}
+    return [(question, by_id[gold]) for question in questions for gold in _first_known(question, by_id)]
+
+
+def _first_known(question: Question, by_id: Mapping[str, Passage]) -> list[str]:
+    """A list of one gold passage, or of none. KILT names headings, too, and a corpus may be a part of a data set's."""
+    return [gold for gold in question.gold_passage_ids if gold in by_id][:1]
 
 
 def copy_then_read(

@@ -1,34 +1,34 @@
 """Questions with what is known about them: gold answers, gold passages, contexts retrieved elsewhere.
 
-Reads plain JSON Lines, NQ-open, DPR's .csv, SQuAD JSON and FiD/DPR records with `ctxs`; writes one canonical JSON
-Lines. Unlike the corpus readers this one is strict: a question left out or misread would silently change a result,
-so any bad row raises InputError. Keys it does not know are ignored. It does not look anything up in a corpus.
+Reads the layouts of many data sets (`rag_core.question_files` knows them) and writes one canonical JSON Lines. Unlike the
+corpus readers this one is strict: a question left out or misread would silently change a result, so any bad row raises
+InputError. Keys that no layout knows are ignored. It does not look anything up in a corpus.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import csv
 import json
 import math
 import os
 import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rag_core.artefacts.artefact import local_file
-from rag_core.errors import InputError
+from rag_core.errors import ConfigError, InputError
 from rag_core.passages import Passage
+from rag_core.question_files import beir
+from rag_core.question_files.containers import FORMATS, read_records
+from rag_core.question_files.layouts import WANTED, canonical
+from rag_core.question_files.patterns import pattern_fault
+from rag_core.question_files.records import Record, number, text, texts
 from rag_core.readers.first_bytes import refuse_archives_and_utf16
-from rag_core.readers.rows import MAX_LINE_BYTES, Reject, decode_line, excerpt, field_fault, id_as_text
-from rag_core.readers.squad import articles_of, paragraph_id
-
-_FORMATS = "JSON Lines with `question`, DPR's tab-separated .csv, SQuAD JSON, or a JSON list of records with `ctxs`"
-
+from rag_core.readers.rows import id_as_text
 
 AnswersAre = Literal["text", "regex"]
 
@@ -53,42 +53,65 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
-    """A JSON object that should be a question, where it stood, and the id it gets if it names none."""
+class QuestionFile:
+    """All questions of a file, with the place where each stood ("FILE line 3"), and the layout that was found.
 
-    place: str
-    default_id: str
-    value: Any
+    `ignored` are keys of the file that no layout reads, for messages about what is missing.
+    """
 
-    def error(self, fault: str, expected: str) -> InputError:
-        try:
-            found = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError):  # of Python's literals, not of JSON; or nested very deeply
-            found = f"a {type(self.value).__name__}"
-        found = excerpt(found)
-        return InputError(f"{self.place}: {fault}; expected {expected}. Found {found!r}. Correct or remove it.")
+    path: Path
+    layout: str
+    questions: list[Question]
+    places: list[str]
+    ignored: tuple[str, ...] = ()
 
 
-def read_questions(path: Path) -> list[Question]:
-    """All questions of a file, whose format follows from its suffix and content.
+def read_questions(path: Path, answers_are: AnswersAre | None = None) -> list[Question]:
+    """All questions of a file; arguments and errors as for `read_question_file`."""
+    return read_question_file(path, answers_are).questions
 
-    A question without an id gets its 1-based line (or place in the list) as one.
+
+def read_question_file(path: Path, answers_are: AnswersAre | None = None) -> QuestionFile:
+    """All questions of a file, whose format follows from its content.
+
+    A question without an id gets its 1-based line (or row, or place in the list) as one. An empty list of answers says that
+    none is right (`is_impossible`), as SQuAD 2.0's own script takes it, if other questions of the file have answers.
+
+    Args:
+        path: a file, here or in an object store; of BEIR's data sets the file of a split's judgements.
+        answers_are: what answers are in rows that do not say so with a key `answers_are`; default: text.
 
     Raises:
-        InputError: missing or empty file, an archive, unknown format, a bad row, an id that occurs twice.
+        InputError: missing or empty file, an archive other than gzip, unknown format, a bad row, an id that occurs twice.
     """
-    path = local_file(path)
+    place, path = path, _checked(path)
+    records = _records(path, answers_are)
+    first = next(records, None)
+    if first is not None and beir.is_judgement(first):
+        return _judged_questions(place, path, chain([first], records), answers_are)
+    file = _question_file(path, chain([] if first is None else [first], records), answers_are)
+    if not file.questions:
+        raise InputError(f"{path} is empty or holds no question. Expected {FORMATS}. Give another file.")
+    return file
+
+
+def as_answers_are(value: str | None) -> AnswersAre | None:
+    """A setting from outside as what answers can be; ConfigError if it is something else."""
+    if value is not None and value not in get_args(AnswersAre):
+        raise ConfigError(f"answers_are is {value!r}; known are {' and '.join(get_args(AnswersAre))}. Correct it.")
+    return value  # type: ignore[return-value]
+
+
+def files_of_questions(path: Path) -> list[Path]:
+    """The local files that the questions of `path` are read from, whose contents are its identity: one; two for BEIR."""
+    place, path = path, local_file(path)
     if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "it does not exist"
-        raise InputError(
-            f"{path} cannot be read: {found}. A file of questions was expected ({_FORMATS}). Correct the path."
-        )
-    refuse_archives_and_utf16(path)
-    lines = _decoded_lines(path)
-    records = list(_records(path, lines)) if any(line.strip() for line in lines) else []
-    if not records:
-        raise InputError(f"{path} is empty or holds no question. Expected {_FORMATS}. Give another file.")
-    return _with_unique_ids(records)
+        return [path]
+    with contextlib.suppress(InputError):  # to be told where the file is read
+        first = next(_records(path, None), None)
+        if first is not None and beir.is_judgement(first):
+            return [path, beir.queries_of(place)]
+    return [path]
 
 
 def write_questions(questions: Iterable[Question], path: Path) -> None:
@@ -109,7 +132,9 @@ def write_questions(questions: Iterable[Question], path: Path) -> None:
 
 
 def _as_json(question: Question) -> dict[str, Any]:
-    value: dict[str, Any] = {"id": question.id, "question": question.question, "answers": list(question.answers)}
+    value: dict[str, Any] = {"id": question.id, "question": question.question}
+    if question.answers or question.is_impossible:  # an empty list would say that no answer is right
+        value["answers"] = list(question.answers)
     if question.type is not None:
         value["type"] = question.type
     if question.answers_are != "text":
@@ -126,199 +151,147 @@ def _as_json(question: Question) -> dict[str, Any]:
     return value
 
 
-def _decoded_lines(path: Path) -> list[str]:
-    lines = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        line = decode_line(path, number, raw)
-        if isinstance(line, Reject):
-            raise InputError(
-                f"{path} line {number}: {line.reason}; found {line.found!r}, expected UTF-8. Convert the file to UTF-8."
-            )
-        lines.append(line)
-    return lines
-
-
-def _records(path: Path, lines: list[str]) -> Iterator[_Record]:
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return _dpr_csv(path, lines)
-    start = next(line.lstrip()[0] for line in lines if line.strip())
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path, lines)
-    if start not in "[{":
+def _checked(path: Path) -> Path:
+    """`path` as a local file that can be read."""
+    path = local_file(path)
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "it does not exist"
         raise InputError(
-            f"{path} is of no known format: it starts with {start!r}. Expected {_FORMATS}. Convert the file."
+            f"{path} cannot be read: {found}. A file of questions was expected ({FORMATS}). Correct the path."
         )
-    try:
-        content = json.loads("\n".join(lines))
-    except json.JSONDecodeError as error:
-        if start == "{" and error.msg == "Extra data":
-            return _json_lines(path, lines)
-        raise InputError(f"{path} line {error.lineno}: broken JSON ({error.msg}). Correct the file.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON ({error}). Correct the file.") from error
-    if isinstance(content, list):
-        return (_Record(f"{path} record {number}", str(number), value) for number, value in enumerate(content, 1))
-    if "question" in content and "data" not in content:
-        return iter([_Record(f"{path} record 1", "1", content)])
-    return _squad(path, content)
+    refuse_archives_and_utf16(path, gzip_too=False)
+    return path
 
 
-def _json_lines(path: Path, lines: list[str]) -> Iterator[_Record]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _Record(f"{path} line {number}", "", line).error(
-                f"broken JSON ({error})", "one object a line"
-            ) from error
-        yield _Record(f"{path} line {number}", str(number), value)
+def _records(path: Path, answers_are: AnswersAre | None) -> Iterator[Record]:
+    return read_records(path, WANTED, cells_are_answers=answers_are == "regex")
 
 
-def _dpr_csv(path: Path, lines: list[str]) -> Iterator[_Record]:
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    expected = "question, tab, list of answers such as ['Paris', 'City of Paris']"
-    # Strict: otherwise a stray quote would silently swallow the rows after it.
-    rows = csv.reader((line + "\n" for line in lines), delimiter="\t", strict=True)
-    while True:
-        number = rows.line_num + 1
-        place = f"{path} line {number}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise _Record(place, "", lines[number - 1]).error(f"broken row ({error})", expected) from error
-        if not row:
-            continue
-        if len(row) != 2:
-            raise _Record(place, "", "\t".join(row)).error(f"{len(row)} tab-separated columns", expected)
-        answers = _list_literal(row[1])
-        if answers is None:
-            raise _Record(place, "", row[1]).error("the second column is no list", expected)
-        yield _Record(place, str(number), {"question": row[0], "answers": answers})
+def _judged_questions(
+    place: Path, path: Path, judgements: Iterator[Record], answers_are: AnswersAre | None
+) -> QuestionFile:
+    """The questions that a file of BEIR's judgements is about, in the order of the queries, with their gold passages."""
+    gold = beir.gold_passages(judgements)
+    queries = beir.queries_of(place)
+    asked = _question_file(queries, _records(_checked(queries), answers_are), answers_are)
+    missing = gold.keys() - {question.id for question in asked.questions}
+    if missing:
+        first = min(missing)
+        raise InputError(
+            f"{gold[first][1]}: the query {first!r} is not in {queries} ({len(missing)} of {len(gold)} are not). Put the "
+            "queries of the same data set there."
+        )
+    judged = [
+        (replace(question, gold_passage_ids=tuple(gold[question.id][0])), stood)
+        for question, stood in zip(asked.questions, asked.places, strict=True)
+        if question.id in gold
+    ]
+    if not judged:
+        raise InputError(f"{path} names no relevant passage (no `score` above 0), so no question. Give another file.")
+    return QuestionFile(path, beir.LAYOUT, [one for one, _ in judged], [stood for _, stood in judged], asked.ignored)
 
 
-def _list_literal(text: str) -> list[Any] | None:
-    """A list written in Python's or JSON's way; no code is run."""
-    # JSON first: where text is both, only JSON joins its surrogate pairs (such as \ud83d\ude00).
-    for parse in (json.loads, ast.literal_eval):
-        with (
-            warnings.catch_warnings(action="ignore", category=SyntaxWarning),
-            contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError),
-        ):
-            value = parse(text.strip())
-            return value if isinstance(value, list) else None
-    return None
-
-
-def _squad(path: Path, content: Any) -> Iterator[_Record]:
-    count = 0
-    for article in articles_of(content, path):
-        for index, paragraph in enumerate(article.paragraphs):
-            passage_id = paragraph_id(article.title, index)
-            qas = paragraph.get("qas") if isinstance(paragraph, dict) else None
-            if not isinstance(qas, list):
-                raise _Record(f"{path} paragraph {passage_id!r}", "", paragraph).error(
-                    "no list `qas`", "SQuAD's layout"
-                )
-            for number, qa in enumerate(qas, 1):
-                count += 1
-                place = f"{path} paragraph {passage_id!r} question {number}"
-                if not isinstance(qa, dict) or not isinstance(qa.get("answers", []), list):
-                    raise _Record(place, "", qa).error("no object with a list `answers`", "SQuAD's layout")
-                texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in qa.get("answers", [])]
-                # Several people answered each question. Not a dict's keys: an item may be of any type before its check.
-                texts = [text for at, text in enumerate(texts) if text not in texts[:at]]
-                value = {"id": qa.get("id"), "question": qa.get("question"), "answers": texts}
-                yield _Record(place, str(count), value | {"gold_passage_ids": [passage_id]})
-
-
-def _with_unique_ids(records: Sequence[_Record]) -> list[Question]:
-    places: dict[str, str] = {}
+def _question_file(path: Path, records: Iterator[Record], answers_are: AnswersAre | None) -> QuestionFile:
+    """One record at a time, since a record may be a thousand times as large as its question."""
+    questions: list[Question] = []
+    places: list[str] = []
+    layouts: Counter[str] = Counter()
+    place_of_id: dict[str, str] = {}
+    without_id: list[tuple[int, str]] = []
+    empty: list[int] = []
+    ignored: dict[str, None] = {}
     for record in records:
-        if not isinstance(record.value, dict):
-            raise record.error(f"a {type(record.value).__name__}", "an object with `question`")
-        if record.value.get("id") is None:
-            continue
-        id = _text(record, "id", id_as_text(record.value["id"]))
-        if id in places:
-            raise record.error(f"the id {id!r} was already used at {places[id]}", "every id once")
-        places[id] = record.place
-    questions = []
-    for record in records:
-        given = record.value.get("id")
-        id = record.default_id if given is None else str(given)
-        while given is None and id in places:
+        layout, value = canonical(record)
+        if value.get("id") is None:
+            id = ""
+            without_id.append((len(questions), record.default_id))
+        else:
+            id = text(record, layout.names.get("id", "id"), id_as_text(value["id"]))
+            if id in place_of_id:
+                raise record.error(f"the id {id!r} was already used at {place_of_id[id]}", "every id once")
+            place_of_id[id] = record.place
+        if value.get("answers") == [] and value.get("is_impossible") is None:
+            empty.append(len(questions))
+        questions.append(_question(record, id, value, layout.names, answers_are))
+        places.append(record.place)
+        layouts[record.layout or layout.name] += 1
+        if len(ignored) < 20:
+            ignored |= dict.fromkeys(key for key in record.value if isinstance(key, str) and key not in layout.reads)
+    for at, default_id in without_id:
+        id = default_id
+        while id in place_of_id:
             id = f"line-{id}"
-        questions.append(_question(record, id))
-    return questions
+        questions[at] = replace(questions[at], id=id)
+    if any(question.answers for question in questions):  # else the file has no answers at all: they are not known
+        for at in empty:
+            questions[at] = replace(questions[at], is_impossible=True)
+    found = " and ".join(name for name, _ in layouts.most_common())
+    return QuestionFile(path, found, questions, places, tuple(ignored))
 
 
-def _question(record: _Record, id: str) -> Question:
-    value = record.value
-    if value.get("answers") is not None and value.get("answer") is not None:
-        raise record.error("both `answers` and `answer`", "one of them")
-    answers = value.get("answers") if value.get("answer") is None else value["answer"]
-    answers = [answers] if isinstance(answers, str) and value.get("answers") is None else answers
-    gold = value.get("gold_passage_ids")
+def _question(
+    record: Record, id: str, value: dict[str, Any], names: dict[str, str], default: AnswersAre | None
+) -> Question:
+    """The question of a record from its canonical keys; `names` are the layout's own words for them."""
+    if value.get("question") is None:
+        raise record.error(
+            f"missing question among the keys {', '.join(map(repr, list(record.value)[:20])) or '(none)'}",
+            f"`{names.get('question', 'question')}`, or another layout of docs/formats.md",
+        )
     contexts, scores = _contexts(record, value.get("ctxs"))
+    answers_are = _answers_are(record, value, default)
+    is_impossible = value.get("is_impossible") or False
+    if not isinstance(is_impossible, bool):
+        raise record.error(f"`is_impossible` is {is_impossible!r}", "true or false")
+    answers = texts(record, names.get("answers", "answers"), value.get("answers"))
+    if answers and is_impossible:
+        raise record.error("`is_impossible` is true, but there are answers", "one of them")
+    if answers_are == "regex":
+        _check_patterns(record, answers)
+    gold = value.get("gold_passage_ids")
     return Question(
         id=id,
-        question=_text(record, "question", value.get("question")),
-        answers=_texts(record, "answers", answers),
-        type=None if value.get("type") is None else _text(record, "type", value["type"]),
-        gold_passage_ids=_texts(
-            record, "gold_passage_ids", [id_as_text(g) for g in gold] if isinstance(gold, list) else gold
+        question=text(record, names.get("question", "question"), value["question"]),
+        answers=answers,
+        type=None if value.get("type") is None else text(record, "type", value["type"]),
+        gold_passage_ids=texts(
+            record,
+            names.get("gold_passage_ids", "gold_passage_ids"),
+            [id_as_text(g) for g in gold] if isinstance(gold, list) else gold,
         ),
         contexts=contexts,
         context_scores=scores,
-        answers_are=_answers_are(record),
-        is_impossible=_is_impossible(record),
+        answers_are=answers_are,
+        is_impossible=is_impossible,
     )
 
 
-def _answers_are(record: _Record) -> AnswersAre:
-    kind = record.value.get("answers_are", "text")
+def _answers_are(record: Record, value: dict[str, Any], default: AnswersAre | None) -> AnswersAre:
+    kind = value.get("answers_are") or default or "text"
     if kind not in get_args(AnswersAre):
         raise record.error(f"`answers_are` is {kind!r}", f"one of {', '.join(get_args(AnswersAre))}")
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
-def _is_impossible(record: _Record) -> bool:
-    value = record.value.get("is_impossible", False)
-    if not isinstance(value, bool):
-        raise record.error(f"`is_impossible` is {value!r}", "true or false")
-    return value
+def _check_patterns(record: Record, answers: tuple[str, ...]) -> None:
+    for answer in answers:
+        fault = pattern_fault(answer)
+        if fault:
+            raise record.error(
+                f"the answer {answer[:80]!r} cannot be used as a regular expression: {fault}", "one that compiles"
+            )
 
 
-def _text(record: _Record, name: str, value: object) -> str:
-    fault = field_fault(name, value)
-    if fault:
-        raise record.error(fault, f"`{name}` to be a string that is not empty")
-    return str(value)
-
-
-def _texts(record: _Record, name: str, value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise record.error(f"`{name}` is {type(value).__name__}", f"`{name}` to be a list of strings")
-    return tuple(_text(record, name, item) for item in value)
-
-
-def _contexts(record: _Record, ctxs: object) -> tuple[tuple[Passage, ...] | None, tuple[float, ...] | None]:
+def _contexts(record: Record, ctxs: object) -> tuple[tuple[Passage, ...] | None, tuple[float, ...] | None]:
     if ctxs is None:
         return None, None
     if not isinstance(ctxs, list) or not ctxs or not all(isinstance(context, dict) for context in ctxs):
         raise record.error("`ctxs` is no list of objects, or empty", "[{id, title, text, score}, …]")
     passages = tuple(
         Passage(
-            _text(record, "ctxs id", id_as_text(context.get("id"))),
-            "" if context.get("title") in (None, "") else _text(record, "ctxs title", context["title"]),
-            _text(record, "ctxs text", context.get("text")),
+            text(record, "ctxs id", id_as_text(context.get("id"))),
+            "" if context.get("title") in (None, "") else text(record, "ctxs title", context["title"]),
+            text(record, "ctxs text", context.get("text")),
         )
         for context in ctxs
     )
@@ -328,12 +301,8 @@ def _contexts(record: _Record, ctxs: object) -> tuple[tuple[Passage, ...] | None
     return passages, scores or None
 
 
-def _score(record: _Record, value: object) -> float:
-    # DPR writes its scores as strings.
-    try:
-        score = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
-    except (ValueError, OverflowError):
-        score = math.nan
+def _score(record: Record, value: object) -> float:
+    score = number(value)  # DPR writes its scores as strings
     if not math.isfinite(score):
         raise record.error(f"ctxs score {value!r}", "a finite number")
     return score

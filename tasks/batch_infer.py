@@ -15,7 +15,6 @@ from prefect import task
 from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
-    local_file,
     open_artefact,
     publish,
 )
@@ -24,7 +23,7 @@ from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
 from rag_core.index import PassageIndex
 from rag_core.predictions import KIND, join_parts
-from rag_core.questions import read_questions
+from rag_core.questions import files_of_questions, read_question_file
 from rag_core.rag_model import ModelConfig
 from tasks.answering import InferConfig, answer_on_ray, load_model, part_name
 from tasks.results import StageResult
@@ -45,7 +44,8 @@ def batch_infer(
     stage: str = "batch-infer",
 ) -> StageResult:
     """Answer every question of a file. `model` is a trained folder, or the parts of one that is not trained yet."""
-    opened_index, opened_questions = PassageIndex.open(index), read_questions(questions)
+    opened_index, file = PassageIndex.open(index), read_question_file(questions)
+    opened_questions = file.questions
     loaded = load_model(model if isinstance(model, ModelConfig) else str(model), config)
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
@@ -56,13 +56,14 @@ def batch_infer(
         "model": loaded.fingerprint(),
         "model_settings": settings_print,
         "index": opened_index.manifest.fingerprint,
-        "questions": fingerprint_of_files([local_file(questions)]),
+        "questions": fingerprint_of_files(files_of_questions(questions)),
     }
     undecisive = {"num_workers", "shard_questions", "retrieval", "trust_remote_code"}
     settings = config.model_dump(mode="json", exclude=undecisive)
     size = config.shard_questions
 
     def work(run: StageRun) -> Manifest:
+        run.log_params({"questions_layout": file.layout})
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             parts = draft.folder / "parts"
             parts.mkdir(exist_ok=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from prefect import task
 
-from rag_core.artefacts.artefact import fingerprint_of_files, local_file, open_artefact
+from rag_core.artefacts.artefact import fingerprint_of_files, open_artefact
 from rag_core.artefacts.places import as_place
 from rag_core.evaluation import evaluate_predictions, spaceless_hint
 from rag_core.metrics import Match
 from rag_core.predictions import KIND as PREDICTIONS
-from rag_core.questions import read_questions
+from rag_core.question_checks import check_answers
+from rag_core.questions import AnswersAre, files_of_questions, read_question_file
 from rag_core.scores import Evaluation
 from tasks.metric_names import metric_name, metric_prefixes, score_metrics
 from tasks.notices import warn_once
@@ -33,18 +34,20 @@ def evaluate(
     parent_run_id: str | None = None,
     stage: str = "evaluate",
     match: Match = "words",
+    answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, Evaluation]:
     """EM, F1 and recall@k, overall and by question type. It is quick and writes no artefact, so it always runs."""
     started = time.monotonic()
     manifest = open_artefact(predictions, PREDICTIONS)
+    file = read_question_file(questions, answers_are)
+    check_answers(file)
     with open_run(stage, parent_run_id) as run:
         run.log_params({"match": match, "k": ",".join(map(str, ks))})
         run.log_input("predictions", predictions, manifest.fingerprint)
-        run.log_input("questions", questions, fingerprint_of_files([local_file(questions)]))
-        asked = read_questions(questions)
-        if hint := spaceless_hint(asked, match):
+        run.log_input("questions", questions, fingerprint_of_files(files_of_questions(questions)))
+        if hint := spaceless_hint(file.questions, match):
             warn_once(hint)
-        evaluation = evaluate_predictions(predictions, asked, ks, match)
+        evaluation = evaluate_predictions(predictions, file.questions, ks, match)
         _log(run, evaluation)
         seconds = time.monotonic() - started
         run.log_metrics({"seconds": seconds})

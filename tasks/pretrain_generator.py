@@ -6,7 +6,7 @@ entities among them, stay unseen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from prefect import task
 from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
-    local_file,
     open_artefact,
     publish,
     stage_key,
@@ -35,10 +34,12 @@ from rag_core.pretraining import (
     build_generator,
     copy_then_read,
     copying_examples,
+    read_pairs,
     reading_examples,
     reading_objective,
 )
-from rag_core.questions import Question, read_questions
+from rag_core.question_checks import check_texts, trainable
+from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.scores import means_of, sums_and_counts
@@ -67,10 +68,12 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
+    trainable(read_question_file(questions))
+    check_texts(read_question_file(dev))
     made_from = {
         "corpus": opened.manifest.fingerprint,
-        "questions": fingerprint_of_files([local_file(questions)]),
-        "dev": fingerprint_of_files([local_file(dev)]),
+        "questions": fingerprint_of_files(files_of_questions(questions)),
+        "dev": fingerprint_of_files(files_of_questions(dev)),
         "encoder": TextEncoder.from_pretrained(
             config.encoder, trust_remote_code=config.trust_remote_code
         ).fingerprint(),
@@ -128,8 +131,7 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     passages = gold_passages(Corpus.open(Path(settings["corpus"]), check_content=False), [*questions, *dev])
     reading = reading_examples(questions, passages)
     copying = copying_examples(list({example.passage.id: example.passage for example in reading}.values()))
-    by_id = {passage.id: passage for passage in passages}
-    dev_pairs = scorable_pairs(Path(settings["dev"]), dev, by_id)
+    dev_pairs = scorable_pairs(Path(settings["dev"]), dev, passages)
     reader = GeneratorReader(generator, tokenizer, config.prompt)
 
     def evaluate(step: int) -> dict[str, float]:
@@ -152,20 +154,13 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:
     """The passages of the corpus that some question points to."""
-    wanted = {gold for question in questions for gold in question.gold_passage_ids[:1]}
+    wanted = {gold for question in questions for gold in question.gold_passage_ids}
     return [passage for passage in corpus.iter_passages() if passage.id in wanted]
 
 
-def scorable_pairs(
-    path: Path, dev: Sequence[Question], passages: Mapping[str, Passage]
-) -> list[tuple[Question, Passage]]:
+def scorable_pairs(path: Path, dev: Sequence[Question], passages: Sequence[Passage]) -> list[tuple[Question, Passage]]:
     """Dev questions that have an answer to compare with, each with its gold passage; InputError if there are none."""
-    pairs = [
-        (question, passages[gold])
-        for question in dev
-        for gold in question.gold_passage_ids[:1]
-        if gold in passages and question.answers and not question.is_impossible
-    ]
+    pairs = read_pairs([one for one in dev if one.answers and not one.is_impossible], passages)
     if not pairs:
         raise InputError(
             f"{path}: none of the {len(dev)} dev questions has an answer and names a gold passage of the corpus "

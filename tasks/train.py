@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.artefacts.artefact import (
     Manifest,
     fingerprint_of_files,
-    local_file,
     open_artefact,
     publish,
     stage_key,
@@ -27,7 +26,8 @@ from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.metrics import Match
 from rag_core.objectives import EndToEnd, EndToEndRates
-from rag_core.questions import Question, read_questions
+from rag_core.question_checks import check_answers, trainable
+from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
@@ -83,16 +83,18 @@ def train(
     start = RagModel.from_parts(model)
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
-    all_asked, all_dev = read_questions(Path(questions)), read_questions(Path(dev))
-    asked, asked_of_dev = trainable_questions(questions, all_asked), scorable_questions(dev, all_dev, config)
+    file, dev_file = read_question_file(questions), read_question_file(dev)
+    check_answers(dev_file)
+    asked, asked_of_dev = trainable(file), scorable_questions(dev, dev_file.questions, config)
     unanswerable = {
-        name: sum(one.is_impossible for one in all) for name, all in (("train", all_asked), ("dev", all_dev))
+        name: sum(one.is_impossible for one in one_file.questions)
+        for name, one_file in (("train", file), ("dev", dev_file))
     }
     check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
-        "questions": Input(questions, fingerprint_of_files([local_file(questions)])),
-        "dev": Input(dev, fingerprint_of_files([local_file(dev)])),
+        "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
+        "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
     made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
     settings = {
@@ -104,12 +106,13 @@ def train(
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
+        run.log_params({"questions_layout": file.layout})
         run.set_tags({"variant": variant})
         run.log_metrics({"train_questions": len(asked), "dev_questions": len(asked_of_dev)})
         run.log_metrics({f"{name}_unanswerable": count for name, count in unanswerable.items()})
         if unanswerable["train"]:
             warn(
-                f"{stage}: {unanswerable['train']:,} of the {len(all_asked):,} training questions are unanswerable and "
+                f"{stage}: {unanswerable['train']:,} of the {len(file.questions):,} training questions are unanswerable and "
                 "are left out: there is no answer to learn."
             )
         loop_settings: dict[str, Any] = {
@@ -159,7 +162,7 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     place = this_place(settings["cpus"])
     index: Retriever = settings["open_retriever"]()
     paths = Path(settings["questions"]), Path(settings["dev"])
-    questions = trainable_questions(paths[0], read_questions(paths[0]))
+    questions = trainable(read_question_file(paths[0]))
     dev = scorable_questions(paths[1], read_questions(paths[1]), config)
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
@@ -176,31 +179,6 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config))
     done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
     return reporter.result(done)
-
-
-def trainable_questions(path: Path, questions: Sequence[Question]) -> list[Question]:
-    """Those of a file's questions that an answer can be learnt from: all but the unanswerable ones.
-
-    Raises:
-        InputError: names the first question that should have an answer and has none, or a regular expression; or all
-            are unanswerable.
-    """
-    for question in questions:
-        if question.is_impossible or has_text_answers(question):
-            continue
-        if question.answers:
-            raise InputError(
-                f"{path}: the answers of question {question.id!r} are regular expressions ({question.answers[0][:80]!r}), "
-                "which cannot be learnt. Give the answers as texts, or leave the question out."
-            )
-        raise InputError(
-            f"{path}: question {question.id!r} has no answer, so it cannot be trained on. Add `answers`, leave the "
-            "question out, or give `is_impossible: true` if it is unanswerable."
-        )
-    answerable = [question for question in questions if not question.is_impossible]
-    if not answerable:
-        raise InputError(f"{path}: all {len(questions)} questions are unanswerable, so there is nothing to learn.")
-    return answerable
 
 
 def scorable_questions(path: Path, questions: Sequence[Question], config: TrainConfig) -> list[Question]:

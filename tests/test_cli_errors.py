@@ -177,6 +177,39 @@ def test_a_training_question_without_answer_is_named(rag: Rag, parts: Parts, tmp
     assert is_one_paragraph(error, file, "q7", "answers")
 
 
+def test_regular_expressions_cannot_be_trained_on(rag: Rag, parts: Parts, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"id": "q7", "question": "who?", "answers": ["a|b"], "answers_are": "regex"}) + "\n")
+    for changed in ("questions", "dev"):
+        code, error = rag(*train_arguments(parts, tmp_path / "out", **{changed: file}))
+        assert code == 2
+        assert is_one_paragraph(error, f"{file} line 1", "q7", "regular expressions")
+
+
+def test_pretraining_questions_without_answer_are_named(rag: Rag, parts: Parts, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"id": "q7", "question": "who?", "gold_passage_ids": ["lyon:country"]}) + "\n")
+    folders = ("--corpus", parts.folder / "corpus", "--encoder", parts.encoder, "--out", tmp_path / "out")
+    code, error = rag("pretrain", *folders, "--questions", file, "--dev", parts.questions)
+    assert code == 2
+    assert is_one_paragraph(error, f"{file} line 1", "q7", "answers")
+
+
+def test_a_file_without_answers_is_refused_by_evaluate(rag: Rag, parts: Parts, tmp_path: Path) -> None:
+    from rag_core.artefacts.artefact import publish
+    from rag_core.predictions import join_parts, write_part
+
+    row = {"id": "1", "question": "who?", "answer": "a", "log_prob": -1.0, "candidates": [], "passages": []}
+    with publish(tmp_path / "predictions", "predictions") as draft:
+        write_part([row], draft.folder / "part.jsonl")
+        join_parts([draft.folder / "part.jsonl"], draft.folder)
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"id": "1", "question": "who?", "golden": ["a"], "gold_passage_ids": ["p"]}) + "\n")
+    code, error = rag("evaluate", "--predictions", tmp_path / "predictions", "--questions", file)
+    assert code == 2
+    assert is_one_paragraph(error, f"{file} line 1", "golden", "answers")
+
+
 def test_a_misspelt_setting_names_file_section_and_field(rag: Rag, parts: Parts, tmp_path: Path) -> None:
     content = yaml.safe_load(parts.config.read_text())
     content["model"]["num_dox"] = 5

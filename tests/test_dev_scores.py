@@ -14,7 +14,7 @@ from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.scores import means_of
 from rag_core.training import Hooks, Place, run_training
-from tasks.train import TrainConfig, dev_scores, scorable_questions, trainable_questions
+from tasks.train import TrainConfig, dev_scores, scorable_questions
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config, optimizer
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
@@ -86,16 +86,6 @@ def test_dev_scores_of_several_workers_are_those_of_one_though_shards_are_uneven
     sums = {name: sum(values[name] for values in told) for name in told[0]}
     found = {f"dev_{name}": value for name, value in means_of(sums).items()}
     assert found == pytest.approx({name: value for name, value in expected.items() if "cut" not in name}, rel=1e-5)
-
-
-def test_training_leaves_unanswerable_questions_out_and_refuses_others_without_an_answer_to_learn() -> None:
-    assert trainable_questions(FILE, [IMPOSSIBLE, *EXAMPLES, IMPOSSIBLE]) == EXAMPLES
-    with pytest.raises(InputError, match=r"questions\.jsonl: question 'z' has no answer.*is_impossible: true"):
-        trainable_questions(FILE, [*EXAMPLES, Question("z", "and who?")])
-    with pytest.raises(InputError, match=r"question 'r' are regular expressions"):
-        trainable_questions(FILE, [*EXAMPLES, PATTERN])
-    with pytest.raises(InputError, match=r"all 2 questions are unanswerable"):
-        trainable_questions(FILE, [IMPOSSIBLE, IMPOSSIBLE])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from rag_core.artefacts import object_store, stored_artefact
 from rag_core.artefacts.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
 from rag_core.artefacts.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.artefacts.stored_artefact import work_folder
-from rag_core.errors import ArtefactError
-from rag_core.questions import read_questions
+from rag_core.errors import ArtefactError, InputError
+from rag_core.questions import files_of_questions, read_questions
 from tests.processes import free_port
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 
@@ -268,6 +269,18 @@ def test_question_files_are_read_from_a_store(place: ObjectPath, s3: Any) -> Non
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}.jsonl", Body=b'{"question": "who?"}\n')
     (question,) = read_questions(Path(f"{place}.jsonl"))
     assert question.question == "who?"
+
+
+def test_a_split_of_beir_is_read_from_a_store_with_its_queries(place: ObjectPath, s3: Any) -> None:
+    judgements = b"query-id\tcorpus-id\tscore\nq1\td1\t1\n"
+    s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/qrels/test.tsv", Body=judgements)
+    with pytest.raises(InputError, match=rf"there is no queries\.jsonl in {place} or {place}/qrels"):
+        read_questions(place / "qrels/test.tsv")
+    queries = b'{"_id": "q1", "text": "who?"}\n{"_id": "q2", "text": "what?"}\n'
+    s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/queries.jsonl.gz", Body=gzip.compress(queries))
+    (question,) = read_questions(Path(f"{place}/qrels/test.tsv"))
+    assert (question.question, question.gold_passage_ids) == ("who?", ("d1",))
+    assert [file.name for file in files_of_questions(place / "qrels/test.tsv")] == ["test.tsv", "queries.jsonl.gz"]
 
 
 def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewhere_is_refused(

@@ -18,6 +18,7 @@ from rag_core.pretraining import (
     build_generator,
     copy_then_read,
     copying_examples,
+    read_pairs,
     reading_examples,
     reading_objective,
 )
@@ -204,3 +205,12 @@ def test_scores_on_dev_tell_the_share_of_contexts_cut_and_leave_the_count_of_tra
     assert set(scores) == {"dev_em", "dev_f1", "dev_contexts_cut_share"}
     assert scores["dev_contexts_cut_share"] == pytest.approx(sum(cut) / 80)
     assert reader.count == ContextCount(0, 0)
+
+
+def test_a_question_is_read_over_the_first_of_its_gold_passages_that_the_corpus_has() -> None:
+    known = PASSAGES[0]
+    question = Question("x", "who?", ("me",), None, ("elsewhere", known.id, PASSAGES[1].id))
+    unknown = Question("y", "who?", ("me",), None, ("elsewhere",))
+    (example,) = reading_examples([question, unknown], PASSAGES)
+    assert example.passage == known
+    assert read_pairs([question, unknown], PASSAGES) == [(question, known)]

@@ -65,7 +65,7 @@ def test_squad_answers_are_distinct_and_the_gold_passage_is_the_paragraph(tmp_pa
     file = put(tmp_path / "dev.json", squad(qa, unanswerable))
     assert read_questions(file) == [
         Question("1", "q?", ("x", "y"), None, ("A#0",)),
-        Question("2", "r?", (), None, ("A#0",)),
+        Question("2", "r?", (), None, ("A#0",), is_impossible=True),
     ]
 
 
@@ -163,7 +163,8 @@ def test_a_bad_dpr_csv_row_stops_the_reading_with_its_line(tmp_path: Path, row: 
 
 
 @pytest.mark.parametrize(
-    ("qa", "message"), [("q", "no object"), ({"id": "1"}, "missing question"), ({"answers": {"text": []}}, "no object")]
+    ("qa", "message"),
+    [("q", "a str; expected an object"), ({"id": "1"}, "missing question"), ({"answers": {"text": []}}, "no object")],
 )
 def test_a_bad_squad_question_is_named_by_its_paragraph(tmp_path: Path, qa: Any, message: str) -> None:
     with pytest.raises(InputError, match=rf"q\.json paragraph 'A#0' question 2: {message}"):
@@ -184,7 +185,7 @@ def test_duplicate_ids_are_refused_naming_both_places(tmp_path: Path, name: str)
         ("q.csv", "\n \n", "is empty or holds no question"),
         ("q.json", "[]", "is empty or holds no question"),
         ("q.json", '{"data": []}', "is empty or holds no question"),
-        ("q.json", '{"rows": []}', "is not SQuAD JSON"),
+        ("q.json", '{"rows": []}', "record 1: missing question among the keys 'rows'"),
         ("q.json", '[{"question": "q"},\n{', "line 2: broken JSON"),
         ("q.txt", "who is it?\n", "is of no known format"),
         ("q.jsonl", b'{"question": "q"}\n{"question": "caf\xe9"}\n', "line 2: undecodable"),

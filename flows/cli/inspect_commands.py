@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import Match, TrustRemoteCode
+from flows.cli.options import AnswersAreOption, Match, TrustRemoteCode
 from flows.cli.printing import parse_ks, parse_match, parse_variant, print_answer, print_scores
 
 Index = Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")]
@@ -61,20 +61,23 @@ def retrieve(
         str | None, typer.Option(help="Put before every question, such as 'query: '; default: what the encoder says.")
     ] = None,
     match: Match = "words",
+    answers_are: AnswersAreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
     from rag_core.evaluation import check_own_encoder, evaluate_retrieval, spaceless_hint
     from rag_core.index import PassageIndex
-    from rag_core.questions import read_questions
+    from rag_core.question_checks import check_retrieval
+    from rag_core.questions import as_answers_are, read_question_file
     from rag_core.rag_model import RagModel
     from rag_core.text_encoder import TextEncoder
     from tasks.terminal import say
 
     ks, rule = parse_ks(k), parse_match(match)
     opened = PassageIndex.open(index)
-    asked = read_questions(questions)
+    file = read_question_file(questions, as_answers_are(answers_are))
+    check_retrieval(file)
     if model:
         loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         loaded.check_index(opened)
@@ -88,9 +91,9 @@ def retrieve(
         if encoder is None:
             check_own_encoder(opened, loaded_encoder)
         question_encoder = loaded_encoder.for_questions(question_prompt)
-    if hint := spaceless_hint(asked, rule):
+    if hint := spaceless_hint(file.questions, rule):
         say(hint, style="yellow")
-    scores = evaluate_retrieval(opened, question_encoder, asked, ks, match=rule)
+    scores = evaluate_retrieval(opened, question_encoder, file.questions, ks, match=rule)
     if as_json:
         typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
     else:

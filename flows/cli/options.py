@@ -6,6 +6,13 @@ from typing import Annotated
 
 import typer
 
+AnswersAreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--answers-are",
+        help="text | regex: what answers are where the file does not say (CuratedTREC's are regular expressions).",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import Match, TrustRemoteCode
+from flows.cli.options import AnswersAreOption, Match, TrustRemoteCode
 from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_scores, print_stage
 
@@ -18,7 +18,9 @@ ConfigFile = Annotated[
 ]
 Questions = Annotated[
     Path,
-    typer.Option("--questions", help="JSONL (question, id, answers), NQ-open JSONL, DPR .csv, SQuAD JSON or FiD JSON."),
+    typer.Option(
+        "--questions", help="JSON Lines, JSON, CSV or Parquet in a layout of docs/formats.md; BEIR's qrels file."
+    ),
 ]
 Retrieval = Annotated[
     str | None,
@@ -232,13 +234,16 @@ def evaluate(
     questions: Questions,
     k: Annotated[str, typer.Option("--k", help="k of recall@k, separated by commas.")] = "1,5",
     match: Match = "words",
+    answers_are: AnswersAreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """EM, F1 and recall@k, overall and by question type."""
     from flows.cli.printing import parse_ks, parse_match
     from flows.evaluate import evaluate as evaluate_flow
+    from rag_core.questions import as_answers_are
 
-    result, scores = evaluate_flow(predictions, questions, parse_ks(k), match=parse_match(match))
+    rule, kind = parse_match(match), as_answers_are(answers_are)
+    result, scores = evaluate_flow(predictions, questions, parse_ks(k), match=rule, answers_are=kind)
     if as_json:
         typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
     else:

@@ -40,7 +40,7 @@ _SOCKET = "/ray/session_2026-11-27_16-39-29_123456_/sockets/plasma_store"
 LONGEST_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 # The least that Ray accepts, and the most for which it leaves /dev/shm by itself.
 SMALLEST_STORE, LARGEST_OUTSIDE = 75 * 2**20, 10**10
-SHARED_MEMORY = "/dev/shm"  # nosec B108
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  # nosec B108
 MEGABYTE = 10**6
 
 

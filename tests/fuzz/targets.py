@@ -5,6 +5,7 @@ A target is made in a folder of its own. What it feeds either is read or raises 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable
@@ -79,6 +80,42 @@ RECORDS = [
 ]
 QUESTIONS_JSONL = [b"\n".join(json.dumps(one).encode() for one in RECORDS), json.dumps(RECORDS[1]).encode()]
 QUESTIONS_LIST = [json.dumps(RECORDS).encode(), json.dumps(RECORDS[0]).encode()]
+# One record of each layout, and the kinds in which its lists come.
+LAYOUTS = [
+    {"id": "t0", "question": "q?", "golden_answers": ["a", "b"], "metadata": {"type": "x"}},
+    {"id": "k1", "input": "q?", "output": [
+        {"answer": "a", "provenance": [{"wikipedia_id": "11", "start_paragraph_id": 1, "end_paragraph_id": 2}]},
+        {"provenance": []}]},
+    {"question": "q?", "answers": ["a"], "positive_ctxs": [{"title": "T", "text": "t", "passage_id": "7"}, {"psg_id": 8}]},
+    {"id": "s1", "title": "T", "context": "c", "question": "q?", "answers": {"text": ["a", "a"], "answer_start": [0, 0]}},
+    {"Question": "q?", "QuestionId": "tc_1", "Answer": {"Value": "a", "Aliases": ["b"], "NormalizedAliases": ["b"]}},
+    {"question": "r?", "question_id": "tc_2", "answer": {"value": "a", "aliases": ["b", "c"]}},
+    {"_id": "h1", "question": "q?", "answer": "a", "type": "bridge", "supporting_facts": [["T", 0], ["U", 1]]},
+    {"id": "h2", "question": "q?", "answer": "a", "supporting_facts": {"title": ["T"], "sent_id": [0]}},
+    {"example_id": 5, "question_text": "q?", "document_text": "one <P> two three", "annotations": [
+        {"short_answers": [{"start_token": 0, "end_token": 3}], "yes_no_answer": "NONE"}, {"yes_no_answer": "YES"}]},
+    {"id": "n1", "question": {"text": "q?"}, "annotations": {
+        "short_answers": [{"text": ["a"], "start_token": [1]}], "yes_no_answer": [-1]}},
+    {"_id": "b1", "text": "q?", "metadata": {}},
+    {"question": "q?", "possible_answers": ["a"]},
+    {"utterance": "q?", "targetValue": '(list (description "a b") (description c))'},
+    {"question": "q?", "answers": ["a\\s?b", "(c|d){2,3}"], "answers_are": "regex"},
+    {"question": "q?", "answers": [], "is_impossible": True},
+]  # fmt: skip
+LAYOUT_LINES = [json.dumps(one).encode() for one in LAYOUTS] + [b"\n".join(json.dumps(one).encode() for one in LAYOUTS)]
+LAYOUT_OBJECTS = [
+    json.dumps(LAYOUTS[2:6]).encode(),
+    json.dumps({"Domain": "Web", "Data": [LAYOUTS[4]], "Version": 1.0}).encode(),
+    json.dumps({"version": "x", "data": LAYOUTS[:3]}, indent=1).encode(),
+    b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q?", "answers": []}]}]}, {"title": "", "paragraphs": []}]}',
+]
+LAYOUT_CSV = [
+    b'id,question,answers,type\n1,who?,"[\'a\', \'b\']",t\n2,"what, ""now""?","[""c""]",\n',
+    b"question\tanswer\nwho?\ta\nwhat?\t['b', 'c']\n",
+    b'301\twho?\n302\twhat "is" it?\n',
+    b"question;answer;is_impossible\r\nwho?;a;False\r\nwhat?;;true\r\n",
+]
+QRELS = [b"query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq2\td2\t2\n"]
 QUESTIONS_CSV = [b'who?\t[\'Paris\', "it\'s"]\nwhere?\t["a\\u00fc"]\n"a ""b"""\t[]\n']
 
 
@@ -153,9 +190,25 @@ def _questions(name: str, samples: list[bytes], folder: Path) -> Target:
     def feed(data: bytes) -> None:
         file.write_bytes(data)
         for question in read_questions(file):
-            (question.id + question.question + "".join(question.answers)).encode("utf-8")
+            texts = question.answers + question.gold_passage_ids + (question.type or "",)
+            (question.id + question.question + "".join(texts)).encode("utf-8")
 
     return Target(samples, feed)
+
+
+def _questions_parquet(folder: Path) -> Target:
+    samples = []
+    for number, rows in enumerate(([LAYOUTS[0]], LAYOUTS[3:4] * 2, LAYOUTS[7:8], LAYOUTS[9:10])):
+        rows = [row | {"id": str(at)} for at, row in enumerate(rows)]
+        options = {"compression": "none", "use_dictionary": False} if number % 2 else {"compression": "zstd"}
+        pq.write_table(pa.Table.from_pylist(rows), folder / "sample.parquet", **options)
+        samples.append((folder / "sample.parquet").read_bytes())
+    return _questions("q.parquet", samples, folder)
+
+
+def _judgements(folder: Path) -> Target:
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "who?"}\n{"_id": "q2", "text": "what?"}\n')
+    return _questions("test.tsv", QRELS, folder)
 
 
 def _small_artefact(folder: Path, kind: str, files: dict[str, bytes], **described: Any) -> None:
@@ -342,6 +395,12 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "questions-list": partial(_questions, "q.json", QUESTIONS_LIST),
     "questions-csv": partial(_questions, "q.csv", QUESTIONS_CSV),
     "questions-squad": partial(_questions, "q.json", SQUAD),
+    "questions-layouts": partial(_questions, "q.jsonl", LAYOUT_LINES),
+    "questions-objects": partial(_questions, "q.json", LAYOUT_OBJECTS),
+    "questions-columns": partial(_questions, "q.csv", LAYOUT_CSV),
+    "questions-gzip": partial(_questions, "q.jsonl.gz", [gzip.compress(one, mtime=0) for one in LAYOUT_LINES[-1:]]),
+    "questions-parquet": _questions_parquet,
+    "questions-qrels": _judgements,
     "manifest": _manifest,
     "predictions": _predictions,
     "settings": _settings,
