@@ -47,7 +47,7 @@ class OptimizerConfig(BaseModel):
     precision: Precision = Field(
         "auto", description="bfloat16: autocast of the matrix products, weights stay float32; auto: if native"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(
         100, ge=1, description="steps between evaluations on the dev questions; one comes at the end, too"
@@ -109,7 +109,7 @@ def run_training(
             the loss is not finite, or the checkpoint was made by another number of workers.
         ArtefactError: a checkpoint finds no room on the disk; the one before it stands.
     """
-    part = _part_size(config, place)
+    part = part_size(config, place)
     if not examples:
         raise ConfigError("There is nothing to train on: the training set is empty.")
     seed_everything(config.seed + place.rank)
@@ -270,7 +270,8 @@ def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.devi
     return total / count
 
 
-def _part_size(config: OptimizerConfig, place: Place) -> int:
+def part_size(config: OptimizerConfig, place: Place) -> int:
+    """Examples of a worker's forward pass; ConfigError if the batch cannot be dealt out over workers and parts."""
     share, rest = divmod(config.batch_size, place.world_size)
     part, more = divmod(share, config.accumulation)
     if rest or more or not part:

@@ -24,10 +24,12 @@ from rag_core.artefacts.artefact import (
 )
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
+from rag_core.contexts import check_questions
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
 from rag_core.model_source import absolute_source
 from rag_core.passages import Passage
+from rag_core.preflight import Problems, check_gold, check_reading_steps
 from rag_core.pretraining import (
     PretrainConfig,
     build_generator,
@@ -42,6 +44,7 @@ from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.text_encoder import TextEncoder
 from rag_core.training import run_training, sum_over_workers
 from tasks.plots import training_curves
+from tasks.preflight import check_optimizer
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
@@ -64,6 +67,7 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
+    _check(opened, questions, dev, config, num_workers)
     made_from = {
         "corpus": opened.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
@@ -112,6 +116,24 @@ def pretrain_generator(
         parent_run_id=parent_run_id,
         work=work,
     )
+
+
+def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, num_workers: int) -> None:
+    """Raise RagError for all that can be wrong with a pretraining, before it begins."""
+    problems, asked = Problems(), None
+    with problems.of("questions"):
+        asked = read_questions(questions)
+        check_gold(asked, questions, corpus)
+    with problems.of("dev"):
+        read_questions(dev)
+    with problems.of("pretrain"):
+        check_reading_steps(config)
+    with problems.of("pretrain"):
+        check_optimizer("pretrain", config.optimizer, num_workers)
+    with problems.of("pretrain"):
+        reader = GeneratorReader(*build_generator(config), config.prompt)
+        check_questions(reader.tokenizer, reader.prompt, asked or (), questions, learnt=True)
+    problems.raise_any("before pretraining, so it was not started")
 
 
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:

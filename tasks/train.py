@@ -21,11 +21,12 @@ from rag_core.artefacts.artefact import (
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
-from rag_core.errors import InputError
+from rag_core.errors import ConfigError, InputError
 from rag_core.evaluation import answer_scores, mean_scores, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.objectives import EndToEnd, EndToEndRates
+from rag_core.preflight import Problems, scorable_questions
 from rag_core.questions import Question, read_questions
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
@@ -34,6 +35,7 @@ from rag_core.text_encoder import autocast
 from rag_core.training import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
 from tasks.mlflow_model import register_model
 from tasks.plots import training_curves
+from tasks.preflight import check_optimizer, check_resources
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
@@ -70,12 +72,7 @@ def train(
     parent_run_id: str | None = None,
 ) -> StageResult:
     """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
-    opened = PassageIndex.open(index)
-    start = RagModel.from_parts(model)
-    start.check_index(opened)
-    opened.check_num_docs(model.num_docs)
-    asked = trainable_questions(Path(questions))
-    check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
+    opened, start = _checked_start(index, questions, dev, model, config)
     inputs = {
         "index": Input(index, opened.manifest.fingerprint),
         "questions": Input(questions, fingerprint_of_files([local_file(questions)])),
@@ -132,6 +129,48 @@ def train(
         work=work,
         announce=lambda run, skipped: register_model(run, out, index, variant, unless_known=skipped),
     )
+
+
+def _checked_start(
+    index: Path, questions: Path, dev: Path, model: ModelConfig, config: TrainConfig
+) -> tuple[PassageIndex, RagModel]:
+    """The index and the untrained model, once all that can be wrong with a training has been looked at.
+
+    Raises:
+        RagError: what is wrong, all of it.
+    """
+    problems, opened, start, asked = Problems(), None, None, None
+    with problems.of("index"):
+        opened = PassageIndex.open(index)
+        opened.check_num_docs(model.num_docs)
+    with problems.of("model"):
+        start = RagModel.from_parts(model)
+    with problems.of("questions"):
+        asked = trainable_questions(Path(questions))
+    with problems.of("dev"):
+        scorable_questions(dev, config.eval_questions)
+    with problems.of("train.rates"):
+        check_rates(config.rates)
+    with problems.of("train.optimizer"):
+        check_optimizer("train", config.optimizer, config.num_workers)
+    with problems.of("train.retrieval"):
+        check_resources("train", config.retrieval)
+    if opened and start:
+        with problems.of("index"):
+            start.check_index(opened)
+    if start and asked:
+        with problems.of("questions"):
+            check_questions(start.generator_tokenizer, start.settings.prompt, asked, questions, learnt=True)
+    problems.raise_any("before training, so it was not started")
+    assert opened is not None
+    assert start is not None
+    return opened, start
+
+
+def check_rates(rates: EndToEndRates) -> None:
+    """Raise ConfigError if neither part is trained."""
+    if rates.question_encoder == rates.generator == 0:
+        raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
 
 
 def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
