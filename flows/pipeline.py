@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from flows.batch_infer import batch_infer
 from flows.build_index import build_index
 from flows.corpus import make_corpus
 from flows.embed_corpus import embed_corpus
 from flows.evaluate import evaluate
+from flows.preflight import check_corpus, checked
 from flows.pretrain_generator import pretrain_generator
 from flows.train_sequence import train_sequence
 from flows.train_token import train_token
@@ -56,7 +57,7 @@ class PipelineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field("pipeline", description="name of the parent MLflow run")
-    sources: list[ArtefactPath] = Field(description="files or folders that the corpus is read from")
+    sources: list[ArtefactPath] = Field(min_length=1, description="files or folders that the corpus is read from")
     corpus: CorpusConfig = CorpusConfig()
     questions: QuestionFiles
     embed: EmbedConfig
@@ -67,7 +68,7 @@ class PipelineConfig(BaseModel):
     train: TrainConfig = Field(default_factory=TrainConfig)
     infer: InferConfig = Field(default_factory=InferConfig)
     baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")
-    ks: list[int] = Field(default_factory=lambda: [1, 5], description="k of recall@k")
+    ks: list[PositiveInt] = Field(default_factory=lambda: [1, 5], min_length=1, description="k of recall@k")
     match: Match = Field(
         "words", description="how answers are compared, of dev questions, too: words (published rule) or characters"
     )
@@ -84,6 +85,7 @@ class PipelineResult(BaseModel):
 @flow(name="pipeline")
 def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) -> PipelineResult:
     """Run every stage into folders below `out` and compare the trained variants on the test questions."""
+    config = checked(config, out)
     files = config.questions
     stages: list[StageResult] = []
     scores: dict[str, Evaluation] = {}
@@ -105,6 +107,7 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
             stages.append(result)
 
         corpus = done(make_corpus(config.sources, out / "corpus", config.corpus, parent))
+        check_corpus(config, corpus)
         embeddings = done(embed_corpus(corpus, out / "embeddings", config.embed, parent))
         index = done(build_index(embeddings, corpus, out / "index", config.index, parent))
         model = config.model

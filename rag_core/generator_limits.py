@@ -75,7 +75,12 @@ def refuse_long_answers(generator: Any, tokens: int, setting: str = "answers of"
 
 
 def refuse_long_search(generator: Any, max_new_tokens: int) -> None:
-    """Raise ConfigError if a search may write more tokens, a forced first one included, than the decoder has positions."""
+    """Raise ConfigError if a search may write more tokens, a forced first one included, than the decoder has positions.
+
+    Or none but the forced one.
+    """
+    if max_new_tokens <= GenerationTokens.of(generator).forced_first:
+        raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
     limit = decoder_positions(generator)
     if limit is not None and max_new_tokens > limit:
         raise ConfigError(

@@ -44,7 +44,9 @@ class IndexConfig(BaseModel):
         "auto", description="'auto', or a FAISS factory string such as 'Flat', 'HNSW32' or 'IVF1024,SQ8'"
     )
     target_recall: float = Field(0.95, gt=0, le=1, description="recall@10 against exact search that 'auto' tunes for")
-    seed: int = Field(0, ge=0, description="chooses the sample on which an approximate index is trained and measured")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="chooses the sample on which an approximate index is trained and measured"
+    )
     shards: int = Field(
         1, ge=1, le=99_999, description="FAISS indexes that the passages are divided among, by ranges of equal size"
     )

@@ -69,6 +69,23 @@ def refine_factor(factory: str) -> int:
     return 8 if factory.endswith("x4fs") else 4
 
 
+def empty_index(factory: str, dim: int) -> faiss.Index:
+    """The index that a factory string names, untrained; ConfigError if FAISS refuses the string for that width."""
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"FAISS does not accept the factory string {factory!r} for {dim} dimensions. Use 'auto', or a string such as "
+            "'Flat', 'HNSW32' or 'IVF1024,SQ8' (PQ needs a number that divides the dimensions)."
+        ) from error
+
+
+def lists_of(index: faiss.Index) -> int:
+    """The lists of an inverted file, for each of which training needs a vector; 0 for other indexes."""
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
+
+
 def make_faiss_index(vectors_ND: np.ndarray, factory: str, seed: int) -> faiss.Index:
     """Train on a sample and add all vectors, a slice at a time.
 
@@ -76,13 +93,7 @@ def make_faiss_index(vectors_ND: np.ndarray, factory: str, seed: int) -> faiss.I
         ConfigError: FAISS refuses the string, or training needs more vectors than there are.
     """
     dim = vectors_ND.shape[1]
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"FAISS does not accept the factory string {factory!r} for {dim} dimensions. Use 'auto', or a string such as "
-            "'Flat', 'HNSW32' or 'IVF1024,SQ8'."
-        ) from error
+    index = empty_index(factory, dim)
     try:
         if not index.is_trained:
             _rotate(index, vectors_ND, seed)
@@ -187,9 +198,7 @@ def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
 
 
 def _training_rows(index: faiss.Index) -> int:
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    lists = inner.nlist if isinstance(inner, faiss.IndexIVF) else 256
-    return max(TRAIN_ROWS_PER_LIST * lists, 20_000)
+    return max(TRAIN_ROWS_PER_LIST * (lists_of(index) or 256), 20_000)
 
 
 def _count(vectors: Sequence[np.ndarray]) -> int:

@@ -56,6 +56,11 @@ def absolute_source(name_or_folder: str) -> str:
     return str(place.resolve()) if isinstance(place, ObjectPath) or place.is_dir() else name_or_folder
 
 
+def pin_source(name_or_folder: str | Path) -> str:
+    """The same model by a name that means the same in every process."""
+    return absolute_source(str(name_or_folder))
+
+
 def load_from_source(load: Callable[..., Any], source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """Call a `from_pretrained`; whatever it cannot read becomes a ConfigError that says what to do."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rag_core.errors import InputError
+from rag_core.evaluation import has_text_answers
 from rag_core.question_files.beir import QUERIES
 from rag_core.questions import Question, QuestionFile
 from rag_core.readers.rows import excerpt
@@ -25,6 +26,28 @@ def trainable(file: QuestionFile) -> list[Question]:
     if not learnt:
         raise InputError(f"{file.path}: no question has an answer, so there is nothing to learn. Give another file.")
     return learnt
+
+
+def scorable(file: QuestionFile, first: int | None = None, *, as_texts: bool = False) -> list[Question]:
+    """The questions whose answers can be compared with: all but those that no answer is right for.
+
+    Args:
+        file: question file.
+        first: at most so many of them, from the beginning of the file. None: all.
+        as_texts: whether one of them at least must have an answer that is a text, as a likelihood needs.
+
+    Raises:
+        InputError: a question without a known answer, or none that can be scored.
+    """
+    check_answers(file)
+    found = [question for question in file.questions if question.answers][:first]
+    if not any(has_text_answers(question) or not as_texts for question in found):
+        lacking = "an answer that is a text" if found else "an answer"
+        raise InputError(
+            f"{file.path}: none of the {len(file.questions)} questions has {lacking}, so nothing can be scored. Give another "
+            "file."
+        )
+    return found
 
 
 def check_texts(file: QuestionFile) -> None:

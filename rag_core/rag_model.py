@@ -65,6 +65,17 @@ class ModelConfig(BaseModel):
         return self.model_copy(update=sources)
 
 
+def load_question_encoder(config: ModelConfig) -> TextEncoder:
+    """The question encoder that a model starts from; errors as `TextEncoder.from_pretrained`."""
+    return TextEncoder.from_pretrained(
+        config.question_encoder,
+        side="question",
+        pooling=config.pooling,
+        prompt=config.question_prompt,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 class ModelSettings(BaseModel):
     """What `rag_model.json` keeps."""
 
@@ -103,13 +114,7 @@ class RagModel(nn.Module):
                 or answers of the lengths that the prompt sets.
         """
         trust = config.trust_remote_code
-        question_encoder = TextEncoder.from_pretrained(
-            config.question_encoder,
-            side="question",
-            pooling=config.pooling,
-            prompt=config.question_prompt,
-            trust_remote_code=trust,
-        )
+        question_encoder = load_question_encoder(config)
         generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
         settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
         return cls(question_encoder, generator, tokenizer, settings)
@@ -212,11 +217,13 @@ class RagModel(nn.Module):
             on_progress: called with the number of questions done after each batch.
 
         Raises:
-            ConfigError: no variant known, K larger than the corpus, or an index of another width.
+            ConfigError: no variant known, K larger than the corpus, an index of another width, or more tokens than the
+                generator has positions for.
             ArtefactError: the index was made by another document encoder than the model was trained with.
         """
         self.check_index(index)
         variant, decoding = self.variant_or(variant), decoding or DecodingConfig()
+        self.reader.check_decoding(decoding)
         answers: list[Answer] = []
         with self.reader.many_batches(decoding):
             for batch in batches_of(questions, decoding.batch_size):

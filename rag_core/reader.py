@@ -25,7 +25,7 @@ from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.errors import ConfigError
 from rag_core.generation_tokens import GenerationTokens
-from rag_core.generator_limits import fitting_prompt, refuse_tokenizer
+from rag_core.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
 from rag_core.likelihood import Variant, rag_nll
 from rag_core.model_source import (
     load_config,
@@ -125,6 +125,10 @@ class GeneratorReader:
             yield self.count
         finally:
             self.count = outside
+
+    def check_decoding(self, decoding: DecodingConfig) -> None:
+        """Raise ConfigError, before anything is read, if the generator cannot write answers as long as `decoding` allows."""
+        refuse_long_search(self.generator, decoding.max_new_tokens)
 
     @contextlib.contextmanager
     def many_batches(self, decoding: DecodingConfig) -> Iterator[None]:

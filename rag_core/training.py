@@ -49,7 +49,7 @@ class OptimizerConfig(BaseModel):
     precision: Precision = Field(
         "auto", description="bfloat16: autocast of the matrix products, weights stay float32; auto: if native"
     )
-    seed: int = Field(0, ge=0, description="decides the order of the data, dropout and fresh weights")
+    seed: int = Field(0, ge=0, lt=2**63, description="decides the order of the data, dropout and fresh weights")
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(
         100, ge=1, description="steps between evaluations on the dev questions; one comes at the end, too"
@@ -111,7 +111,7 @@ def run_training(
             loss, gradient, weights or dev scores are not finite, or the checkpoint was made by another number of workers.
         ArtefactError: a checkpoint finds no room on the disk; the one before it stands.
     """
-    part = _part_size(config, place)
+    part = part_size(config, place)
     if not examples:
         raise ConfigError("There is nothing to train on: the training set is empty.")
     run = _Run(objective, config, place, hooks)
@@ -266,7 +266,8 @@ def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.devi
     return total / count
 
 
-def _part_size(config: OptimizerConfig, place: Place) -> int:
+def part_size(config: OptimizerConfig, place: Place) -> int:
+    """Examples of a worker's forward pass; ConfigError if the batch cannot be dealt out over workers and parts."""
     share, rest = divmod(config.batch_size, place.world_size)
     part, more = divmod(share, config.accumulation)
     if rest or more or not part:

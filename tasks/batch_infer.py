@@ -49,6 +49,7 @@ def batch_infer(
     loaded = load_model(model if isinstance(model, ModelConfig) else str(model), config)
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
+    loaded.reader.check_decoding(config.decoding)
     opened_index.check_num_docs(config.num_docs or loaded.settings.num_docs)
     check_questions(loaded.generator_tokenizer, loaded.settings.prompt, opened_questions, questions, learnt=False)
     settings_print = hashlib.sha256(loaded.settings.model_dump_json().encode()).hexdigest()

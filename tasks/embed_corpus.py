@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 
@@ -25,7 +26,11 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
     encoder = load_document_encoder(config)
     fingerprint = encoder.fingerprint()
     # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
-    settings = {"dtype": config.dtype, "precision": config.precision, "batch_tokens": config.batch_tokens}
+    settings: dict[str, Any] = {
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "batch_tokens": config.batch_tokens,
+    }
     settings |= {"prompt": config.prompt} if config.prompt is not None else {}
 
     def work(run: StageRun) -> Manifest:

@@ -23,12 +23,14 @@ from rag_core.artefacts.artefact import (
 )
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
+from rag_core.contexts import check_questions
 from rag_core.corpus import Corpus
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores
 from rag_core.model_source import absolute_source
 from rag_core.own_draws import own_draws
 from rag_core.passages import Passage
+from rag_core.preflight import Problems, check_gold, check_reading_steps
 from rag_core.pretraining import (
     PretrainConfig,
     build_generator,
@@ -38,14 +40,14 @@ from rag_core.pretraining import (
     reading_examples,
     reading_objective,
 )
-from rag_core.question_checks import check_texts, trainable
-from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
+from rag_core.questions import Question, files_of_questions, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.scores import means_of, sums_and_counts
 from rag_core.text_encoder import TextEncoder
 from rag_core.training import FRESH_WEIGHTS, run_training, sum_over_workers
 from tasks.plots import training_curves
+from tasks.preflight import check_optimizer
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
@@ -68,8 +70,7 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
-    trainable(read_question_file(questions))
-    check_texts(read_question_file(dev))
+    _check(opened, questions, dev, config, num_workers)
     made_from = {
         "corpus": opened.manifest.fingerprint,
         "questions": fingerprint_of_files(files_of_questions(questions)),
@@ -118,6 +119,24 @@ def pretrain_generator(
         parent_run_id=parent_run_id,
         work=work,
     )
+
+
+def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, num_workers: int) -> None:
+    """Raise RagError for all that can be wrong with a pretraining, before it begins."""
+    problems, asked = Problems(), None
+    with problems.of("questions"):
+        asked = trainable(read_question_file(questions))
+        check_gold(asked, questions, corpus)
+    with problems.of("dev"):
+        scorable(read_question_file(dev))
+    with problems.of("pretrain"):
+        check_reading_steps(config)
+    with problems.of("pretrain"):
+        check_optimizer("pretrain", config.optimizer, num_workers)
+    with problems.of("pretrain"):
+        reader = GeneratorReader(*build_generator(config), config.prompt)
+        check_questions(reader.tokenizer, reader.prompt, asked or (), questions, learnt=True)
+    problems.raise_any("before pretraining, so it was not started")
 
 
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:

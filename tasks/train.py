@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,15 @@ from rag_core.artefacts.artefact import (
 from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.contexts import check_questions
-from rag_core.errors import InputError
+from rag_core.errors import ConfigError
 from rag_core.evaluation import answer_scores, has_text_answers, retrieval_scores
 from rag_core.index import PassageIndex
 from rag_core.likelihood import Variant
 from rag_core.metrics import Match
 from rag_core.objectives import EndToEnd, EndToEndRates
-from rag_core.question_checks import check_answers, trainable
-from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
+from rag_core.preflight import Problems
+from rag_core.question_checks import scorable, trainable
+from rag_core.questions import Question, QuestionFile, files_of_questions, read_question_file
 from rag_core.rag_model import KIND, ModelConfig, RagModel, batches_of
 from rag_core.reader import DecodingConfig
 from rag_core.retriever import Retriever
@@ -37,6 +39,7 @@ from rag_core.training import NOT_IN_KEY, OptimizerConfig, run_training, sum_ove
 from tasks.mlflow_model import register_model
 from tasks.notices import warn
 from tasks.plots import training_curves
+from tasks.preflight import check_optimizer, check_resources
 from tasks.ray_training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
 from tasks.reporter import Reporter, count_over_workers
 from tasks.results import StageResult
@@ -79,24 +82,13 @@ def train(
     parent_run_id: str | None = None,
 ) -> StageResult:
     """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
-    opened = PassageIndex.open(index)
-    start = RagModel.from_parts(model)
-    start.check_index(opened)
-    opened.check_num_docs(model.num_docs)
-    file, dev_file = read_question_file(questions), read_question_file(dev)
-    check_answers(dev_file)
-    asked, asked_of_dev = trainable(file), scorable_questions(dev, dev_file.questions, config)
-    unanswerable = {
-        name: sum(one.is_impossible for one in one_file.questions)
-        for name, one_file in (("train", file), ("dev", dev_file))
-    }
-    check_questions(start.generator_tokenizer, model.prompt, asked, questions, learnt=True)
+    start = _checked_start(index, questions, dev, model, config)
     inputs = {
-        "index": Input(index, opened.manifest.fingerprint),
+        "index": Input(index, start.index.manifest.fingerprint),
         "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
         "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
-    made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.fingerprint()}
+    made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.model.fingerprint()}
     settings = {
         "variant": variant,
         "model": model.decisive(),
@@ -106,15 +98,8 @@ def train(
 
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
-        run.log_params({"questions_layout": file.layout})
         run.set_tags({"variant": variant})
-        run.log_metrics({"train_questions": len(asked), "dev_questions": len(asked_of_dev)})
-        run.log_metrics({f"{name}_unanswerable": count for name, count in unanswerable.items()})
-        if unanswerable["train"]:
-            warn(
-                f"{stage}: {unanswerable['train']:,} of the {len(file.questions):,} training questions are unanswerable and "
-                "are left out: there is no answer to learn."
-            )
+        start.log(run, stage)
         loop_settings: dict[str, Any] = {
             "variant": variant,
             "model": model.with_absolute_sources(),
@@ -125,7 +110,7 @@ def train(
         }
         folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
         with deleted_when_done(folder), publish(out, KIND, config=settings, made_from=made_from) as draft:
-            with retrieval(absolute(index), opened.manifest, config.retrieval) as loop_settings["open_retriever"]:
+            with retrieval(absolute(index), start.index.manifest, config.retrieval) as loop_settings["open_retriever"]:
                 trained = train_on_ray(
                     stage,
                     training_loop,
@@ -155,6 +140,81 @@ def train(
     )
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a training starts from, looked at: index, untrained model, and the questions of both files."""
+
+    index: PassageIndex
+    model: RagModel
+    train_file: QuestionFile
+    dev_file: QuestionFile
+    asked: list[Question]
+    dev: list[Question]
+
+    def log(self, run: StageRun, stage: str) -> None:
+        """How many questions are learnt from and scored, and how many are left out since no answer to them is right."""
+        run.log_params({"questions_layout": self.train_file.layout})
+        run.log_metrics({"train_questions": len(self.asked), "dev_questions": len(self.dev)})
+        for name, file in (("train", self.train_file), ("dev", self.dev_file)):
+            run.log_metrics({f"{name}_unanswerable": sum(one.is_impossible for one in file.questions)})
+        left_out = sum(one.is_impossible for one in self.train_file.questions)
+        if left_out:
+            warn(
+                f"{stage}: {left_out:,} of the {len(self.train_file.questions):,} training questions are unanswerable and "
+                "are left out: there is no answer to learn."
+            )
+
+
+def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, config: TrainConfig) -> _Start:
+    """The index, the untrained model and the questions, once all that can be wrong with a training has been looked at.
+
+    Raises:
+        RagError: what is wrong, all of it.
+    """
+    problems, opened, start, train_file, dev_file = Problems(), None, None, None, None
+    asked, asked_of_dev = list[Question](), list[Question]()
+    with problems.of("index"):
+        opened = PassageIndex.open(index)
+        opened.check_num_docs(model.num_docs)
+    with problems.of("model"):
+        start = RagModel.from_parts(model)
+    with problems.of("questions"):
+        train_file = read_question_file(questions)
+        asked = trainable(train_file)
+    with problems.of("dev"):
+        dev_file = read_question_file(dev)
+        asked_of_dev = scored_of_dev(dev_file, config)
+    with problems.of("train.rates"):
+        check_rates(config.rates)
+    with problems.of("train.optimizer"):
+        check_optimizer("train", config.optimizer, config.num_workers)
+    with problems.of("train.retrieval"):
+        check_resources("train", config.retrieval)
+    if opened and start:
+        with problems.of("index"):
+            start.check_index(opened)
+    if start and asked:
+        with problems.of("questions"):
+            check_questions(start.generator_tokenizer, start.settings.prompt, asked, questions, learnt=True)
+    problems.raise_any("before training, so it was not started")
+    assert opened is not None
+    assert start is not None
+    assert train_file is not None
+    assert dev_file is not None
+    return _Start(opened, start, train_file, dev_file, asked, asked_of_dev)
+
+
+def scored_of_dev(file: QuestionFile, config: TrainConfig) -> list[Question]:
+    """The dev questions that each evaluation scores; InputError if they cannot tell the best weights."""
+    return scorable(file, config.eval_questions, as_texts=config.best_by != "em")
+
+
+def check_rates(rates: EndToEndRates) -> None:
+    """Raise ConfigError if neither part is trained."""
+    if rates.question_encoder == rates.generator == 0:
+        raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
+
+
 def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: TrainConfig = settings["config"]
@@ -163,7 +223,7 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     index: Retriever = settings["open_retriever"]()
     paths = Path(settings["questions"]), Path(settings["dev"])
     questions = trainable(read_question_file(paths[0]))
-    dev = scorable_questions(paths[1], read_questions(paths[1]), config)
+    dev = scored_of_dev(read_question_file(paths[1]), config)
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
@@ -179,23 +239,6 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config))
     done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
     return reporter.result(done)
-
-
-def scorable_questions(path: Path, questions: Sequence[Question], config: TrainConfig) -> list[Question]:
-    """The first `eval_questions` dev questions that have an answer to compare with.
-
-    Raises:
-        InputError: none of them has the score that decides which weights are kept.
-    """
-    found = [question for question in questions if question.answers and not question.is_impossible]
-    found = found[: config.eval_questions]
-    if not any(config.best_by == "em" or has_text_answers(question) for question in found):
-        lacking = "an answer" if config.best_by == "em" or not found else "an answer that is a text"
-        raise InputError(
-            f"{path}: none of the {len(questions)} dev questions has {lacking}, so no weights can be chosen by "
-            f"{config.best_by}. Add `answers` to the file."
-        )
-    return found
 
 
 def dev_scores(

@@ -10,11 +10,11 @@ import pytest
 from rag_core.errors import ConfigError, InputError, NotFiniteError
 from rag_core.index import PassageIndex
 from rag_core.objectives import EndToEnd, EndToEndRates
-from rag_core.questions import Question
+from rag_core.questions import Question, QuestionFile
 from rag_core.rag_model import RagModel
 from rag_core.scores import means_of
 from rag_core.training import Hooks, Place, run_training
-from tasks.train import TrainConfig, dev_scores, scorable_questions
+from tasks.train import TrainConfig, dev_scores, scored_of_dev
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config, optimizer
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
@@ -47,8 +47,8 @@ def test_unanswerable_questions_change_neither_the_likelihood_nor_any_other_dev_
     objective, index = _objective(model, parts[2]).eval(), parts[2]
     expected = dev_scores(model, objective, index, EXAMPLES[:4], "token", CONFIG)
     assert expected["dev_nll"] > 0
-    mixed = [IMPOSSIBLE, *EXAMPLES[:2], replace(IMPOSSIBLE, id="y"), *EXAMPLES[2:4], Question("z", "and who?")]
-    chosen = scorable_questions(FILE, mixed, CONFIG)
+    mixed = [IMPOSSIBLE, *EXAMPLES[:2], replace(IMPOSSIBLE, id="y"), *EXAMPLES[2:4]]
+    chosen = scored_of_dev(_file(mixed), CONFIG)
     assert chosen == EXAMPLES[:4]
     assert dev_scores(model, objective, index, chosen, "token", CONFIG) == pytest.approx(expected)
 
@@ -88,21 +88,20 @@ def test_dev_scores_of_several_workers_are_those_of_one_though_shards_are_uneven
     assert found == pytest.approx({name: value for name, value in expected.items() if "cut" not in name}, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("questions", "best_by", "lacking"),
-    [
-        ([IMPOSSIBLE], "em", "an answer,"),
-        ([PATTERN], "nll", "an answer that is a text"),
-        ([Question("z", "?")], "f1", "an"),
-    ],
-)
-def test_dev_questions_by_which_no_weights_can_be_chosen_are_refused(
-    questions: list[Question], best_by: str, lacking: str
-) -> None:
-    config = CONFIG.model_copy(update={"best_by": best_by})
-    with pytest.raises(InputError, match=rf"none of the 1 dev questions has {lacking}.*by {best_by}"):
-        scorable_questions(FILE, questions, config)
-    assert scorable_questions(FILE, [PATTERN], CONFIG) == [PATTERN]
+def test_dev_questions_by_which_no_weights_can_be_chosen_are_refused() -> None:
+    by_nll = CONFIG.model_copy(update={"best_by": "nll"})
+    for questions, config, fault in (
+        ([IMPOSSIBLE], CONFIG, "none of the 1 questions has an answer, so nothing can be scored"),
+        ([PATTERN], by_nll, "none of the 1 questions has an answer that is a text"),
+        ([Question("z", "?")], CONFIG, "line 1: question 'z' has no answer"),
+    ):
+        with pytest.raises(InputError, match=fault):
+            scored_of_dev(_file(questions), config)
+    assert scored_of_dev(_file([PATTERN]), CONFIG) == [PATTERN]
+
+
+def _file(questions: list[Question]) -> QuestionFile:
+    return QuestionFile(FILE, "ours", questions, [f"{FILE} line {line}" for line in range(1, len(questions) + 1)])
 
 
 def test_only_another_rule_than_the_published_one_makes_training_run_again() -> None:

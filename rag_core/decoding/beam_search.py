@@ -30,7 +30,6 @@ from torch import Tensor
 
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError, NotFiniteError
-from rag_core.generation_tokens import GenerationTokens
 from rag_core.generator_limits import refuse_long_search
 from rag_core.likelihood import check_contexts, check_encoder_decoder
 
@@ -104,8 +103,6 @@ def check_decoding(
             f"num_return_sequences is {num_return_sequences} and num_beams {settings.num_beams}: a beam cannot return "
             "more answers than it holds. Raise num_beams or ask for fewer answers."
         )
-    if settings.max_new_tokens <= GenerationTokens.of(generator).forced_first:
-        raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
     refuse_long_search(generator, settings.max_new_tokens)
     if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
         raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
