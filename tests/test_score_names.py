@@ -54,7 +54,7 @@ def test_any_type_is_a_metric_name_that_mlflow_takes_and_reads_back() -> None:
     assert (type_of_prefix(long), long) == (None, metric_prefixes(["other", "x" * 5000])["x" * 5000])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.text(min_size=1, max_size=12).filter(lambda one: one.strip() and "\0" not in one), unique=True))
 def test_drawn_types_are_metric_names_too(types: list[str]) -> None:
     prefixes = metric_prefixes(types)
