@@ -40,7 +40,8 @@ from rag_core.pretraining import (
     reading_examples,
     reading_objective,
 )
-from rag_core.questions import Question, files_of_questions, read_questions
+from rag_core.question_checks import scorable, trainable
+from rag_core.questions import Question, files_of_questions, read_question_file, read_questions
 from rag_core.rag_model import batches_of
 from rag_core.reader import DecodingConfig, GeneratorReader
 from rag_core.scores import means_of, sums_and_counts

@@ -30,6 +30,16 @@ from tests.small_corpus import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+def _dev_questions(questions: Path) -> Path:
+    """Seven that two workers cannot share evenly, and three that no answer is right for, in between."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()][:7]
+    for at in (0, 3, 8):
+        rows.insert(at, {"id": f"none-{at}", "question": "who rules Lyon?", "answers": [], "is_impossible": True})
+    file = questions.with_name("dev.jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture(scope="module")
 def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A finished pipeline: its configuration, its folder and its result."""
@@ -44,7 +54,7 @@ def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
         name="small",
         sources=[write_passages_jsonl(folder / "passages.jsonl")],
         corpus=CorpusConfig(format="jsonl", shard_rows=4),
-        questions=QuestionFiles(train=questions, dev=questions, test=questions),
+        questions=QuestionFiles(train=questions, dev=_dev_questions(questions), test=questions),
         embed=EmbedConfig(encoder=str(encoder)),
         pretrain=PretrainConfig(
             encoder=str(encoder),
@@ -136,6 +146,36 @@ def test_training_on_two_workers_changes_both_parts(ran) -> None:  # type: ignor
         assert trained.settings.score_scale == config.model.score_scale
         assert trained.question_encoder.fingerprint() != start.question_encoder.fingerprint()
         assert trained.fingerprint() != start.fingerprint()
+
+
+def test_dev_scores_of_two_workers_are_those_of_one_and_leave_out_what_has_no_answer(ran) -> None:  # type: ignore[no-untyped-def]
+    from mlflow import MlflowClient
+
+    from rag_core.objectives import EndToEnd
+    from rag_core.questions import read_questions
+    from tasks.train import dev_scores
+
+    config, out, result = ran
+    run = next(stage.run_id for stage in result.stages if stage.stage == "train-token")
+    told = MlflowClient().get_run(run).data.metrics
+    assert (told["dev_questions"], told["dev_unanswerable"], told["train_unanswerable"]) == (7, 3, 0)
+    model, index = RagModel.from_pretrained(out / "rag-token"), PassageIndex.open(out / "index")
+    objective = EndToEnd(model, index, "token", config.train.rates).eval()
+    dev = [one for one in read_questions(config.questions.dev) if one.answers]
+    alone = dev_scores(model, objective, index, dev, "token", config.train)
+    assert set(alone) == {"dev_nll", "dev_em", "dev_f1", "dev_recall@1", "dev_recall@3", "dev_contexts_cut_share"}
+    for name, value in alone.items():
+        assert told[f"best_{name.replace('@', '_at_')}"] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_closed_book_answers_have_no_recall_anywhere(ran) -> None:  # type: ignore[no-untyped-def]
+    from mlflow import MlflowClient
+
+    _, _, result = ran
+    run = next(stage.run_id for stage in result.stages if stage.stage == "evaluate closed-book")
+    assert not [name for name in MlflowClient().get_run(run).data.metrics if "recall" in name]
+    assert set(result.scores["closed-book"].overall.means) == {"em", "f1"}
+    assert "recall_at_1" in next(stage for stage in result.stages if stage.stage == "evaluate RAG-Token").metrics
 
 
 def test_mlflow_shows_one_parent_with_a_child_for_every_stage(ran) -> None:  # type: ignore[no-untyped-def]
@@ -248,7 +288,9 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
     assert 0 <= scores["recall@1"] <= scores["recall@5"] <= 1
     predictions = out / "predictions" / "rag-token"
     told = json.loads(rag("evaluate", "--predictions", predictions, "--questions", questions, "--k", "1,3", "--json"))
-    assert told["em"] == result.scores["RAG-Token"]["overall"]["em"]
+    assert told == result.scores["RAG-Token"].as_json()
+    table = rag("evaluate", "--predictions", predictions, "--questions", questions, "--match", "characters")
+    assert "Answers compared by characters." in table
 
 
 def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  # type: ignore[no-untyped-def]

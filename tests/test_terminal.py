@@ -114,7 +114,7 @@ def test_a_setting_that_the_command_line_refuses_is_quoted_as_it_is(
     with pytest.raises(SystemExit) as ended:
         app()
     assert ended.value.code == 2
-    assert f"No such command '{text}'" in capsys.readouterr().err
+    assert f"No such command {text!r}" in capsys.readouterr().err
 
 
 def test_a_terminal_reads_no_markup_even_where_it_is_asked_to() -> None:
