@@ -6,6 +6,7 @@ its own asks first, with short patience.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
-from tasks.environment.reasons import SECONDS, reason_of, within
+from rag_core.server_probe import SECONDS, reason_of, within
 from tasks.environment.variables import writable_folder
 
 # How long that process may take; its own limits end it after 10 s.
@@ -40,7 +41,7 @@ _SOCKET = "/ray/session_2026-11-27_16-39-29_123456_/sockets/plasma_store"
 LONGEST_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 # The least that Ray accepts, and the most for which it leaves /dev/shm by itself.
 SMALLEST_STORE, LARGEST_OUTSIDE = 75 * 2**20, 10**10
-SHARED_MEMORY = "/dev/shm"  # nosec B108
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  # nosec B108
 MEGABYTE = 10**6
 
 
@@ -105,7 +106,9 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+@functools.cache
 def _check_cluster(address: str) -> None:
+    # Once a process: what connects later need not ask again.
     host, port = host_and_port(address)
     try:
         within(SECONDS, lambda: socket.create_connection((host, port), timeout=SECONDS).close())
