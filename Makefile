@@ -17,6 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
+export RAY_USAGE_STATS_REPORT_URL ?= http://127.0.0.1:9/
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 
-# Prefect's client knows no other name than DO_NOT_TRACK; MLflow takes that one only as "true".
+# Prefect's client knows no other name than DO_NOT_TRACK; MLflow takes that one only as "true". A Ray cluster whose reports
+# are off reports just that, so it is also told to do so to nobody (the port "discard" of this machine).
 OFF = {
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import services as ray_services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -98,7 +99,7 @@ def _start_ray() -> None:
         if store.notice:
             say(store.notice, style="yellow")
         # "local": never a cluster that another command on this machine has left running, or its address.
-        with _loopback_only():
+        with _loopback_only(), _without_api_server():
             ray.init(
                 "local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, **store.options
             )
@@ -126,6 +127,21 @@ def _loopback_only() -> Iterator[None]:
             os.environ.pop(name)
             os.environ |= {name: before[0][name]} if name in before[0] else {}
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
+
+
+@contextlib.contextmanager
+def _without_api_server() -> Iterator[None]:
+    """Ray started in the block has no API server.
+
+    Without its dashboard that process has one module left, which gathers usage reports: switched off, it still asks the
+    metadata servers of three clouds where it runs (169.254.169.254, metadata.google.internal). It also takes 100 MB.
+    """
+    before = ray_services.start_api_server
+    ray_services.start_api_server = lambda *_, **__: (None, None)
+    try:
+        yield
+    finally:
+        ray_services.start_api_server = before
 
 
 def share_of_cluster(num_workers: int = 0) -> Share:

@@ -21,7 +21,7 @@ import ray
 
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks, return_freed_blocks
-from tasks.environment.ray_cluster import check_ray_settings, cluster_address
+from tasks.environment.ray_cluster import cluster_address
 from tasks.ray_runtime import CLUSTER, POLL_SECONDS, Patience, Share, ensure_ray, job, limit_threads, share_of_cluster
 
 Item = TypeVar("Item")
@@ -103,8 +103,8 @@ def start_early(*modules: str) -> Callable[[], None]:
         modules: what the workers will need beside what every one imports.
 
     Returns:
-        a function that waits until a cluster at RAY_ADDRESS has answered, and raises what `ensure_ray` raised; Ray on
-        this machine is not waited for, as its folders and memory have been looked at by then.
+        a function that waits until this process is connected to a cluster at RAY_ADDRESS, and raises what `ensure_ray`
+        raised; Ray on this machine is not waited for.
     """
     problems: list[RagError] = []
     connected = threading.Event()
@@ -132,7 +132,6 @@ def start_early(*modules: str) -> Callable[[], None]:
         if problems:
             raise problems[0]
 
-    check_ray_settings()
     threading.Thread(target=start, name="start Ray early").start()
     return wait
 

@@ -1,8 +1,9 @@
-"""Strangers are kept out, and secrets in: every port on loopback, Ray asks for its token, no secret on disk or screen.
+"""Strangers are kept out, and secrets in: every port on loopback, Ray asks for its token, no secret on disk or screen,
+and nobody outside this machine is contacted.
 
 Two commands, embedding and training by two workers, are run as a user would run them, with their own Prefect server and
-Ray, secrets in their environment; while they run the ports of all their processes are listed, and after it everything that
-they wrote is searched. (A password in MLFLOW_TRACKING_URI is followed in tests/test_mlflow_outage.py. The cluster that is
+Ray, secrets in their environment; while they run the ports and peers of all their processes are listed, each Python process
+notes whom it contacts (tests/contacts/), and after it everything that they wrote is searched. (A password in MLFLOW_TRACKING_URI is followed in tests/test_mlflow_outage.py. The cluster that is
 asked for a token is that of the fixture `services`.)
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ import psutil
 import pytest
 import yaml
 
+from rag_core.usage_reports import OFF
 from tests.processes import content_of, environment_in
 from tests.small_corpus import (
     make_encoder,
@@ -44,6 +47,7 @@ SECRETS = (
     "PREFECT_API_KEY",
     "WANDB_API_KEY",
 )
+MARKS_OF_TESTS = ("PYTEST", "CI", "GITHUB_", "BUILD", "JENKINS", "TF_BUILD", "TEAMCITY")
 SECONDS = 280
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -51,11 +55,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @dataclass
 class Commands:
-    """What two commands left: the folders that they wrote to, and the ports that their processes listened on."""
+    """What two commands left: the folders that they wrote to, and the addresses that their processes listened on.
+
+    `peers` are the machines that they were seen connected to, `contacts` the lines of tests/contacts/.
+    """
 
     folders: list[Path]
     embed_ports: set[tuple[str, str]]
     train_ports: set[tuple[str, str]]
+    peers: set[tuple[str, str]]
+    contacts: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +81,26 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     embed = "embed", "--corpus", "corpus", "--encoder", str(encoder), "--out", "out"
     train = "train", "--variant", "token", "--config", "run.yaml", "--index", "index", "--out", "trained"
     train += "--questions", "questions.jsonl", "--dev", "questions.jsonl", "--num-workers", "2"
-    yield Commands([home, ray_folder], ports_of(home, ray_folder, embed), ports_of(home, ray_folder, train))
+    peers: set[tuple[str, str]] = set()
+    ports = [ports_of(home, ray_folder, arguments, peers) for arguments in (embed, train)]
+    contacts = (home / "contacts").read_text().splitlines()
+    yield Commands([home, ray_folder], *ports, peers, contacts)
     shutil.rmtree(ray_folder, ignore_errors=True)
 
 
-def ports_of(home: Path, ray_folder: Path, arguments: Sequence[str]) -> set[tuple[str, str]]:
-    """Run a command in `home` to its end; name and address of every port on which its processes listened meanwhile."""
+def ports_of(
+    home: Path, ray_folder: Path, arguments: Sequence[str], peers: set[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Run a command in `home` to its end; name and address of every port on which its processes listened meanwhile.
+
+    Those that they were connected to are added to `peers`.
+    """
+    noting = {"PYTHONPATH": f"{ROOT}/tests/contacts:{ROOT}", "RAG_TEST_CONTACTS": str(home / "contacts")}
     secrets = {name: f"{CANARY}-{name}" for name in SECRETS}
-    environment = environment_in(home, RAY_TMPDIR=str(ray_folder), **secrets)
+    environment = environment_in(home, RAY_TMPDIR=str(ray_folder), **secrets, **noting)
+    # As on a user's machine: MLflow and Prefect report nothing from a test or a CI machine anyway.
+    for name in [name for name in environment if name in OFF or name.startswith(MARKS_OF_TESTS)]:
+        del environment[name]
     with (home / f"screen-{arguments[0]}").open("wb") as screen:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli.main", *arguments],
@@ -92,19 +113,21 @@ def ports_of(home: Path, ray_folder: Path, arguments: Sequence[str]) -> set[tupl
     end = time.monotonic() + SECONDS
     while process.poll() is None:
         assert time.monotonic() < end, Path(screen.name).read_text()
-        ports |= listening(process.pid)
+        listening, connected = addresses_of(process.pid)
+        ports |= listening
+        peers |= connected
         time.sleep(0.2)
     assert process.returncode == 0, Path(screen.name).read_text()
     return ports
 
 
-def listening(pid: int) -> set[tuple[str, str]]:
-    """Name and address of every port on which the process and its descendants listen."""
-    found = set()
+def addresses_of(pid: int) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """Names of the process and its descendants, with the addresses they listen on, and with those they are connected to."""
+    found, peers = set[tuple[str, str]](), set[tuple[str, str]]()
     try:
         tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return set()
+        return found, peers
     for process in tree:
         try:
             name = f"{process.name()} {' '.join(process.cmdline()[:5])}"
@@ -112,7 +135,8 @@ def listening(pid: int) -> set[tuple[str, str]]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
         found |= {(name, one.laddr.ip) for one in connections if one.status == psutil.CONN_LISTEN}
-    return found
+        peers |= {(name, one.raddr.ip) for one in connections if one.raddr and one.type == socket.SOCK_STREAM}
+    return found, peers
 
 
 def is_loopback(address: str) -> bool:
@@ -133,6 +157,26 @@ def test_every_port_of_a_command_is_on_loopback(commands: Commands) -> None:
         for server in expected:
             assert server in names, f"{server} was not seen listening: {names}"
         assert [port for port in ports if not is_loopback(port[1])] == []
+
+
+def test_a_command_contacts_nobody_outside_this_machine(commands: Commands) -> None:
+    names = " ".join(name for name, _ in commands.peers)
+    for process in ("raylet", "gcs_server", "uvicorn", "ray::"):
+        assert process in names, f"{process} was not seen connected: {names}"
+    assert [peer for peer in commands.peers if not is_loopback(peer[1])] == []
+    for process in ("flows.cli.main", "uvicorn", "default_worker.py"):
+        assert any(process in line for line in commands.contacts), f"{process} noted nothing"
+    assert [line for line in commands.contacts if not stays_here(line.split()[2])] == []
+
+
+def stays_here(host: str) -> bool:
+    """Whether a name or address that was looked up or connected to is this machine's."""
+    if host in ("None", "", "localhost", "0.0.0.0", "::", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        return is_loopback(host)
+    except ValueError:  # a name
+        return False
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(commands: Commands) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from rag_core.addresses import without_credentials
 from rag_core.errors import RagError
 from tasks.environment.prefect_api import check_prefect, configured_url
+from tasks.environment.ray_cluster import check_ray
 from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
 
 START_SECONDS = 120
@@ -38,6 +39,8 @@ _LIBC = ctypes.CDLL(None)
 def with_services(command: Callable[..., None], *, ray: bool, trains: bool = False) -> Callable[..., None]:
     """A command that runs a flow: the server is up before its body runs. Options and help stay the command's own.
 
+    Variables, Ray, Prefect and MLflow are looked at first, the quickest check first; each ends in a ConfigError.
+
     Args:
         command: the function behind the command.
         ray: whether its stages work on Ray.
@@ -47,7 +50,9 @@ def with_services(command: Callable[..., None], *, ray: bool, trains: bool = Fal
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         check_variables({**FOR_EVERY_COMMAND, **FOR_STAGES})
-        wait_for_server, wait_for_cluster = start_shielded_server(), _nothing
+        if ray:
+            check_ray()
+        wait_for_cluster, wait_for_server = _nothing, start_shielded_server()
         if ray:
             from tasks.ray_workers import start_early
 

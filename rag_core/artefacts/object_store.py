@@ -17,6 +17,7 @@ from typing import Any
 from rag_core.artefacts.draft import finished_file
 from rag_core.artefacts.manifest import FileEntry, sha256_of_file
 from rag_core.artefacts.places import ObjectPath
+from rag_core.artefacts.store_settings import check_store_settings
 from rag_core.errors import ArtefactError
 
 # Answers to a conditional write that another one was faster.
@@ -30,10 +31,15 @@ class ManifestChangedError(Exception):
 @contextlib.contextmanager
 def store_errors_named(place: ObjectPath) -> Iterator[None]:
     """Turn what the SDK raises into an ArtefactError that names the place; a missing object stays FileNotFoundError."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
     try:
         yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise ArtefactError(
+            f"{place}: no AWS credentials were found ({' '.join(str(error).split())}). Set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; the same command then goes on."
+        ) from error
     except FileNotFoundError as error:
         if _code(error) != "NoSuchBucket":
             raise
@@ -177,7 +183,9 @@ def _filesystem() -> Any:
 
 @functools.cache
 def _filesystem_of(process: int) -> Any:
-    """One for each process: connections do not outlive a fork."""
+    """One for each process: connections do not outlive a fork. Raises ConfigError if its settings are wrong."""
     import s3fs
+
+    check_store_settings()
 
     return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from rag_core.addresses import check_address, without_credentials
 from rag_core.errors import ConfigError
+from rag_core.server_probe import GRACE, SECONDS, reason_of, what_answers, within
 from tasks.environment.mlflow_database import check_database_file
-from tasks.environment.reasons import SECONDS, reason_of, what_answers, within
 
 SERVERS, DATABASES = ("http", "https"), ("postgresql", "mysql", "mssql")
 NAME_QUESTION = "/api/2.0/mlflow/experiments/get-by-name"
@@ -70,7 +70,7 @@ def _check_server(uri: str, experiment: str) -> None:
         return http_request(get_default_host_creds(uri), NAME_QUESTION, "GET", params=names, **limits)
 
     try:
-        response = within(2 * SECONDS, ask)
+        response = within(SECONDS + GRACE, ask)
     except (MlflowException, OSError, ValueError) as error:
         raise ConfigError(
             f"{shown} does not answer ({reason_of(error)}). Nothing was begun. Start it, correct the address, {INSTEAD}."
@@ -133,7 +133,7 @@ def _check_database_server(uri: str, kind: str) -> None:
     try:
         url = sqlalchemy.make_url(uri)
         engine = sqlalchemy.create_engine(url, connect_args={limit: int(SECONDS)}, poolclass=sqlalchemy.NullPool)
-        within(2 * SECONDS, lambda: engine.connect().close())
+        within(SECONDS + GRACE, lambda: engine.connect().close())
     except ImportError as error:
         raise ConfigError(
             f"{shown} needs the Python package {error.name or 'of its driver'}, which is not installed. Install it, {INSTEAD}."
@@ -162,7 +162,7 @@ def _check_other(uri: str, kind: str) -> None:
             f"(http://…) or of a database (sqlite:///mlflow.db), {INSTEAD}."
         )
     try:
-        within(2 * SECONDS, lambda: MlflowClient(uri).search_experiments(max_results=1))
+        within(SECONDS + GRACE, lambda: MlflowClient(uri).search_experiments(max_results=1))
     except Exception as error:  # a plugin's own, or Databricks'
         said = str(error).partition(". ")[0].strip() if isinstance(error, MlflowException) else reason_of(error)
         raise ConfigError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_core.addresses import check_address, without_credentials
 from rag_core.errors import ConfigError
-from tasks.environment.reasons import SECONDS, reason_of, what_answers, within
+from rag_core.server_probe import GRACE, SECONDS, reason_of, what_answers, within
 
 if TYPE_CHECKING:
     from prefect.settings import Settings
@@ -61,7 +61,7 @@ def check_prefect() -> None:
 
     shown = f"Prefect's server at {without_credentials(url)} (PREFECT_API_URL)"
     try:
-        version = within(2 * SECONDS, lambda: _version_of(url))
+        version = within(SECONDS + GRACE, lambda: _version_of(url))
     except (PrefectHTTPStatusError, httpx.HTTPStatusError) as error:
         raise _refused(shown, url, error.response) from error
     except (httpx.HTTPError, OSError) as error:

@@ -6,6 +6,7 @@ its own asks first, with short patience.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
-from tasks.environment.reasons import SECONDS, reason_of, within
+from rag_core.server_probe import SECONDS, reason_of, within
 from tasks.environment.variables import writable_folder
 
 # How long that process may take; its own limits end it after 10 s.
@@ -30,8 +31,11 @@ _PATIENCE = {
 }
 _PROBE = """
 import json, sys
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.utils import compute_version_info
 from ray._raylet import GcsClient
+if sys.argv[2] == "auto":  # as ray.init does, and only then
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 known = GcsClient(address=sys.argv[1]).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=3)
 print(json.dumps([json.loads(known) if known else {}, compute_version_info()]))
 """
@@ -58,8 +62,7 @@ def check_ray() -> None:
             version; or (without an address) a folder or the memory is not what Ray needs.
     """
     check_ray_settings()
-    address = cluster_address()
-    if address and address != "auto":
+    if address := cluster_address():
         _check_cluster(address)
 
 
@@ -105,13 +108,16 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+@functools.cache
 def _check_cluster(address: str) -> None:
-    host, port = host_and_port(address)
+    # Once a process: what connects later need not ask again.
+    known = address if address != "auto" else _address_on_this_machine()
+    host, port = host_and_port(known)
     try:
         within(SECONDS, lambda: socket.create_connection((host, port), timeout=SECONDS).close())
     except OSError as error:
         raise _no_cluster(address, f"does not answer ({reason_of(error)})") from error
-    command = [sys.executable, "-c", _PROBE, address]
+    command = [sys.executable, "-c", _PROBE, known, address]
     try:
         done = subprocess.run(
             command, env=os.environ | _PATIENCE, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
@@ -135,6 +141,15 @@ def _check_cluster(address: str) -> None:
             f"{ours[0]} on Python {ours[1]}. Both must be equal: install the same on the cluster, or unset RAY_ADDRESS to "
             "work on this machine."
         )
+
+
+def _address_on_this_machine() -> str:
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return str(get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise _no_cluster("auto", "is not there: no cluster runs on this machine") from error
 
 
 def _no_cluster(address: str, what: str) -> ConfigError:

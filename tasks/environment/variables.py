@@ -56,7 +56,7 @@ def writable_folder(name: str, text: str) -> None:
 def experiment_name(name: str, text: str) -> None:
     """A name that MLflow takes."""
     problem = f"{len(text)} characters, MLflow takes {LONGEST_EXPERIMENT_NAME}" * (len(text) > LONGEST_EXPERIMENT_NAME)
-    problem = problem or "control characters in it" * (not text.isprintable()) or "only spaces" * text.isspace()
+    problem = problem or "control characters in it" * (not text.isprintable())
     if problem:
         raise ConfigError(f"{name} is {text[:60]!r}, a name with {problem}. Choose another name, or unset it.")
 

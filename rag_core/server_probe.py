@@ -1,4 +1,4 @@
-"""Why a server could not be used, in a few words that hold no address, and so no password."""
+"""Asking a server one small question: with a time limit, and why it failed in words that hold no address or password."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 
-# How long a server may take to answer one small question.
-SECONDS = 6.0
+# How long a server may take to answer one small question, and how much more making ready for it and finding its name.
+SECONDS, GRACE = 6.0, 6.0
 
 
 def within(seconds: float, function: Callable[[], Found]) -> Found:
