@@ -45,7 +45,7 @@ def examine() -> int:
         from rag_core.text_encoder import resolve_precision
 
         gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-        table.add_row("GPUs", escape(", ".join(gpus)) or "none (runs on the CPU)")
+        table.add_row("GPUs", ", ".join(gpus) or "none (runs on the CPU)")
         device = torch.device("cuda" if gpus else "cpu")
         table.add_row("precision 'auto'", resolve_precision(device, "auto"))
     for package, module in DEMO_PARTS.items():
