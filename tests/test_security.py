@@ -25,7 +25,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.processes import content_of, environment_in
+from tests.processes import content_of, environment_in, kill_tree
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -92,10 +92,13 @@ def ports_of(home: Path, ray_folder: Path, arguments: Sequence[str]) -> set[tupl
         )
     ports: set[tuple[str, str]] = set()
     end = time.monotonic() + SECONDS
-    while process.poll() is None:
-        assert time.monotonic() < end, Path(screen.name).read_text()
-        ports |= listening(process.pid)
-        time.sleep(0.2)
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < end, Path(screen.name).read_text()
+            ports |= listening(process.pid)
+            time.sleep(0.2)
+    finally:
+        kill_tree(process)
     assert process.returncode == 0, Path(screen.name).read_text()
     return ports
 
