@@ -86,6 +86,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
 
 
+def pytest_unconfigure() -> None:
+    HOME.cleanup()  # pytest-xdist's processes end without what is done at exit
+
+
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Called with a sentence, or a table, that is shown after the run: what was measured, for docs/reliability.md."""
