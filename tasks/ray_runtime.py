@@ -11,15 +11,18 @@ import functools
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private import services as ray_services
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -98,6 +101,7 @@ def _start_ray() -> None:
         store = object_store_here()
         if store.notice:
             say(store.notice, style="yellow")
+        _make_token_once()
         # "local": never a cluster that another command on this machine has left running, or its address.
         with _loopback_only(), _without_api_server():
             ray.init(
@@ -105,6 +109,25 @@ def _start_ray() -> None:
             )
     for name in ("ray.train", "ray.tune", "ray._private"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _make_token_once() -> None:
+    """Make the token that Ray asks its clients for, where this user has none yet.
+
+    Ray would do so by itself, but overwrite the file: of two commands that are started at once on a new machine, one would
+    be kept out of its own cluster. A link is made by one of them alone, and to a file that is whole.
+    """
+    if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        return
+    token.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=token.parent, prefix=".auth_token-") as draft:  # nobody else may read it
+        draft.write(generate_new_authentication_token())
+        draft.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(draft.name, token)
 
 
 @contextlib.contextmanager

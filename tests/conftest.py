@@ -21,7 +21,7 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.processes import free_port
+from tests.processes import end, free_port
 
 # Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
 torch.set_num_threads(1)
@@ -86,6 +86,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
 
 
+def pytest_unconfigure() -> None:
+    HOME.cleanup()  # pytest-xdist's processes end without what is done at exit
+
+
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Called with a sentence, or a table, that is shown after the run: what was measured, for docs/reliability.md."""
@@ -139,8 +143,7 @@ def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         _wait_until_healthy(f"{url}/health", server)
         yield url
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        end(server)
 
 
 @pytest.fixture(scope="session")
@@ -167,9 +170,9 @@ def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
             sys.modules["ray"].shutdown()
 
 
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and server.poll() is None:
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 if answer.status == 200:

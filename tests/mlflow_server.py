@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.processes import free_port
 
-START_SECONDS = 120
+START_SECONDS = 240
 
 
 class MlflowServer:
@@ -25,6 +25,9 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Until it answers; does nothing while it runs."""
+        if self._process and self._process.poll() is None:
+            return
         # What `mlflow server` runs, without its supervisor: that one takes as long again to start.
         command = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["mlflow.server.fastapi_app:app"]

@@ -133,6 +133,15 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
+    """SIGTERM to a server of ours, and signal 9 if it has not ended by then; waits for its end."""
+    process.terminate()
+    try:
+        process.wait(timeout=patience)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+
+
 def role_of(command: str) -> str:
     """A short name for what a command line says."""
     if command.startswith("ray::"):

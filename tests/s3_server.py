@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.processes import free_port
+from tests.processes import end, free_port
 
 BUCKET = "rag-artefacts"
 # Random words that may appear in no log, manifest or message.
@@ -31,14 +31,14 @@ def s3_server(log: Path) -> Iterator[dict[str, str]]:
         server = subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=file)
     url = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 60
+        until = time.monotonic() + 240
         while True:
             try:
                 urllib.request.urlopen(f"{url}/moto-api/", timeout=5)
                 break
             except OSError:
                 assert server.poll() is None, log.read_text()
-                assert time.monotonic() < end, "the S3 server did not start"
+                assert time.monotonic() < until, "the S3 server did not start"
                 time.sleep(0.05)
         environment = {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **CREDENTIALS}
         import boto3
@@ -47,5 +47,4 @@ def s3_server(log: Path) -> Iterator[dict[str, str]]:
         boto3.client("s3", endpoint_url=url, **options).create_bucket(Bucket=BUCKET)
         yield environment
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        end(server)

@@ -25,6 +25,7 @@ from rag_core.objectives import EndToEnd, EndToEndRates
 from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.training import Hooks, OptimizerConfig, Place, global_batches, run_training
+from tests.clock import Clock
 from tests.other_draws import draw_in_another_thread
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
 
@@ -429,12 +430,14 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path, monkeypatch: pytest
 def test_without_a_number_of_steps_checkpoints_come_after_ten_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    import rag_core.checkpoint
+
+    clock = Clock()
+    monkeypatch.setattr(rag_core.checkpoint, "time", clock)
     checkpoints = Checkpoints(tmp_path)
     assert [step for step in range(1, 10) if checkpoints.due(step, 3)] == [3, 6, 9]
     assert not checkpoints.due(3, None)
-    now += 599
+    clock.now += 599
     assert not checkpoints.due(4, None)
-    now += 1
+    clock.now += 1
     assert checkpoints.due(5, None)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rag_core.artefacts.artefact import open_artefact
+from tests.processes import end
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -25,7 +26,7 @@ from tests.small_corpus import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def prefect(*arguments: str, timeout: float = 120) -> str:
+def prefect(*arguments: str, timeout: float = 300) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
         cwd=ROOT,
@@ -39,7 +40,7 @@ def prefect(*arguments: str, timeout: float = 120) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_a_deployed_flow_is_run_by_a_worker(services: Path, tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
 
@@ -76,13 +77,8 @@ def test_a_deployed_flow_is_run_by_a_worker(services: Path, tmp_path: Path) -> N
     try:
         state = wait_for_flow_run("train-token", seconds=300)
     finally:
-        worker.terminate()
-        try:
-            worker.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            # Prefect's worker may wait long for its last heartbeat; its work is done.
-            worker.kill()
-            worker.wait(timeout=20)
+        # Prefect's worker may wait long for its last heartbeat; its work is done.
+        end(worker, patience=20)
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-4000:]
     assert open_artefact(tmp_path / "rag-token", "rag-model").config["variant"] == "token"
 
@@ -91,11 +87,11 @@ def wait_for_flow_run(deployment: str, seconds: float) -> str:
     """State of the newest run of a deployment once it has ended."""
     from prefect.client.orchestration import get_client
 
-    end = time.monotonic() + seconds
+    until = time.monotonic() + seconds
     state = "none"
     with get_client(sync_client=True) as client:
         wanted = next(one.id for one in client.read_deployments() if one.name == deployment)
-        while time.monotonic() < end:
+        while time.monotonic() < until:
             runs = [run for run in client.read_flow_runs() if run.deployment_id == wanted]
             state = runs[0].state_type.value if runs and runs[0].state_type else "none"
             if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,16 +64,22 @@ def writing_worker(stop: str, address):  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="module")
-def scenario(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """Not started yet; killed in any case."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow-outage"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def scenario(services: Path, server: MlflowServer) -> Scenario:
     import ray
     from typer.testing import CliRunner
 
     from flows.cli.main import app
     from tasks import tracking
 
-    folder = tmp_path_factory.mktemp("mlflow-outage")
-    server = MlflowServer(folder)
-    told: list[str] = []
+    folder, told = server.folder, list[str]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", f"http://rag:{PASSWORD}@"))
         patch.setenv("RAG_MLFLOW_UNSENT", str(folder / "unsent"))
@@ -107,22 +114,27 @@ def scenario(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             write(20)
             stop.touch()
             by_worker, worker_longest = ray.get(worker, timeout=240)
-        yield Scenario(
-            server,
-            run.run_id,
-            in_the_middle,
-            {"driver": written, "worker": by_worker},
-            {"driver": longest, "worker": worker_longest},
-            " ".join(told),
-            said.output,
-        )
-        server.kill()
+    return Scenario(
+        server,
+        run.run_id,
+        in_the_middle,
+        {"driver": written, "worker": by_worker},
+        {"driver": longest, "worker": worker_longest},
+        " ".join(told),
+        said.output,
+    )
+
+
+def client_of(scenario: Scenario) -> Any:
+    """A client of the server, which another test may have killed since."""
+    from mlflow import MlflowClient
+
+    scenario.server.start()
+    return MlflowClient(scenario.server.uri)
 
 
 def test_every_point_arrives_once_and_in_order_from_driver_and_worker(scenario: Scenario) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(scenario.server.uri)
+    client = client_of(scenario)
     for name, count in scenario.written.items():
         history = client.get_metric_history(scenario.first, name)
         assert [point.step for point in history] == list(range(count))
@@ -137,9 +149,7 @@ def test_no_write_holds_a_step_up(scenario: Scenario) -> None:
 
 
 def test_parameters_files_and_the_end_arrive_too_and_the_run_says_what_happened(scenario: Scenario) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(scenario.server.uri)
+    client = client_of(scenario)
     run = client.get_run(scenario.first)
     assert run.info.status == "FINISHED"
     assert run.data.params["late.seed"] == "7"
@@ -154,12 +164,11 @@ def test_parameters_files_and_the_end_arrive_too_and_the_run_says_what_happened(
 
 
 def test_a_run_that_began_without_the_server_is_made_once_under_its_parent(scenario: Scenario) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(scenario.server.uri)
+    client = client_of(scenario)
     runs = client.search_runs([client.get_experiment_by_name("rag").experiment_id])
     by_name = {run.info.run_name: run for run in runs}
-    assert sorted(run.info.run_name for run in runs) == ["first", "parent", "second"]
+    # "lost" is another test's.
+    assert sorted(run.info.run_name for run in runs if run.info.run_name != "lost") == ["first", "parent", "second"]
     second = by_name["second"]
     assert second.data.tags["mlflow.parentRunId"] == by_name["parent"].info.run_id
     assert second.data.metrics == {"recall_at_1": 0.5}
@@ -193,6 +202,7 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     monkeypatch.setattr("tasks.notices.Console.print", lambda self, text, **options: told.append(str(text)))
     monkeypatch.setenv("RAG_MLFLOW_UNSENT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", scenario.server.uri)
+    scenario.server.start()
     tracking.prepare_store()
     with tracking.open_run("lost") as run:
         scenario.server.freeze()

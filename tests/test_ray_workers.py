@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from rag_core.errors import ConfigError, InputError
+from tasks import ray_workers
 from tasks.ray_runtime import Share, share_of_cluster
 from tasks.ray_workers import map_on_workers, run_on_worker, workers_for
 
@@ -72,7 +73,8 @@ def test_a_worker_that_is_killed_is_replaced_and_its_item_done_again(services: P
     assert (tmp_path / "died").exists()
 
 
-def test_work_that_kills_its_workers_ends(services: Path) -> None:
+def test_work_that_kills_its_workers_ends(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_workers, "REPLACEMENTS", 1)  # each takes seconds to start
     with pytest.raises(ray.exceptions.RayActorError):
         map_on_workers(share_of_cluster(1), always_dying, (), [0])
 

@@ -28,6 +28,7 @@ from rag_core.retriever import Retriever
 from tasks import retriever_shards
 from tasks.answering import InferConfig
 from tasks.retriever_shards import RetrievalConfig, RetrieverShard, ShardedRetriever, retrieval
+from tests.clock import Clock
 from tests.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 from tests.test_sharded_index import assert_same
 
@@ -160,25 +161,12 @@ def test_an_actor_that_hangs_is_started_again(
     assert gone([process])
 
 
-class PassedByPauses:
-    """A clock that goes on while one sleeps, and stands still while others work, however busy the machine is."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 def test_a_search_that_no_replica_answers_is_an_error_and_never_half_an_answer(
     two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = RetrieverShard.remote(str(parts[2].path), 1, parts[2].manifest.fingerprint, 1)
     ray.kill(lost)
-    monkeypatch.setattr(retriever_shards, "time", PassedByPauses())
+    monkeypatch.setattr(retriever_shards, "time", Clock())
     retriever = client(two_replicas, replicas=1, give_up_seconds=5)
     retriever._replicas = [retriever._replicas[0], [lost]]
     with pytest.raises(ConfigError, match=r"^1 of 2 shards of the index .* did not answer within 5 s \(shard 1: "):

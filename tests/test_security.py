@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -26,7 +28,7 @@ import pytest
 import yaml
 
 from rag_core.usage_reports import OFF
-from tests.processes import content_of, environment_in
+from tests.processes import content_of, environment_in, kill_tree
 from tests.small_corpus import (
     make_encoder,
     make_generator,
@@ -111,12 +113,15 @@ def ports_of(
         )
     ports: set[tuple[str, str]] = set()
     end = time.monotonic() + SECONDS
-    while process.poll() is None:
-        assert time.monotonic() < end, Path(screen.name).read_text()
-        listening, connected = addresses_of(process.pid)
-        ports |= listening
-        peers |= connected
-        time.sleep(0.2)
+    try:
+        while process.poll() is None:
+            assert time.monotonic() < end, Path(screen.name).read_text()
+            listening, connected = addresses_of(process.pid)
+            ports |= listening
+            peers |= connected
+            time.sleep(0.2)
+    finally:
+        kill_tree(process)
     assert process.returncode == 0, Path(screen.name).read_text()
     return ports
 
@@ -206,6 +211,30 @@ def test_ray_refuses_a_client_without_the_token(services: Path) -> None:
         assert "AuthenticationError" in done.stderr, done.stderr
     with_token = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, timeout=240)
     assert with_token.returncode == 0, with_token.stderr
+
+
+def test_of_commands_that_start_at_once_on_a_new_machine_one_makes_the_token_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import ray_runtime
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for number in range(20):
+        home = tmp_path / str(number)
+        monkeypatch.setenv("HOME", str(home))
+        at_once = threading.Barrier(8)
+
+        def start(home: Path = home, at_once: threading.Barrier = at_once) -> str:
+            at_once.wait()
+            ray_runtime._make_token_once()
+            return (home / ".ray" / "auth_token").read_text()
+
+        with ThreadPoolExecutor(8) as pool:
+            tokens = list(pool.map(lambda start: start(), [start] * 8))
+        assert len(set(tokens)) == 1
+        assert len(tokens[0]) >= 32
+        assert [file.name for file in (home / ".ray").iterdir()] == ["auth_token"]
+        assert (home / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
 
 
 def test_addresses_are_shown_without_their_password(

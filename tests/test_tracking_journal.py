@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rag_core.errors import ArtefactError
+from tasks import tracking_journal
 from tasks.tracking_journal import Journal, UnreachableError, read_journal
+from tests.clock import Clock
 
 HEADER = {"do": "open", "run": "r1"}
 
@@ -37,7 +38,15 @@ def point(step: int) -> dict[str, Any]:
     return {"do": "metrics", "step": step, "metrics": {"loss": 1.0}}
 
 
-def test_writes_queue_behind_older_ones_and_keep_their_order(tmp_path: Path) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The journal's."""
+    clock = Clock()
+    monkeypatch.setattr(tracking_journal, "time", clock)
+    return clock
+
+
+def test_writes_queue_behind_older_ones_and_keep_their_order(tmp_path: Path, clock: Clock) -> None:
     server = Server()
     journal = Journal(tmp_path / "r1.jsonl", HEADER, server)
     for step in range(3):
@@ -45,7 +54,7 @@ def test_writes_queue_behind_older_ones_and_keep_their_order(tmp_path: Path) -> 
     server.up = True
     journal.write(point(3))
     assert server.got == [], "while the pause lasts the server is not asked"
-    journal.pause.end()
+    clock.now += tracking_journal.FIRST_PAUSE
     journal.write(point(4))
     assert steps(server.got) == [0, 1, 2, 3, 4]
     assert not journal.file.exists()
@@ -101,15 +110,11 @@ def test_a_kept_file_travels_with_its_entry_and_is_deleted_after(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-
+def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, clock: Clock) -> None:
     class Slow(Server):
         def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
-            nonlocal now
             super().__call__(header, entries, hurry)
-            now += 0.4
+            clock.now += 0.4
 
     server = Slow()
     journal = Journal(tmp_path / "r1.jsonl", HEADER, server)
@@ -117,9 +122,9 @@ def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, monke
         journal.write({"do": "tags", "step": step})
     server.up = True
     journal.pause.end()
-    before = now
+    before = clock.now
     journal.write({"do": "tags", "step": 6})
-    assert now - before < 2
+    assert clock.now - before < 2
     assert 0 < len(server.got) < 6
     journal.send(60)
     assert steps(server.got) == list(range(7))
