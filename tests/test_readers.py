@@ -239,7 +239,7 @@ def test_squad_of_more_than_is_read_whole_is_refused(tmp_path: Path, monkeypatch
     file = put(tmp_path / "s.json", squad(("A", [{"context": "a"}])))
     monkeypatch.setattr(squad_reader, "MAX_BYTES", 10)
     with pytest.raises(
-        InputError, match=r"s\.json has 67 bytes; SQuAD JSON is read whole, so at most 10 were expected"
+        InputError, match=r"s\.json has 60 bytes; SQuAD JSON is read whole, so at most 10 were expected"
     ):
         read(file, "squad")
 
