@@ -22,3 +22,7 @@ class ConfigError(RagError):
 
 class ArtefactError(RagError):
     """A folder that a stage should read is missing, damaged, of another kind, or does not fit another artefact."""
+
+
+class ModelNotice(UserWarning):
+    """Something about a model that its user should know; the command line prints it as one line."""

@@ -11,6 +11,7 @@ from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, shard_name
 from rag_core.errors import ArtefactError
+from rag_core.model_source import pin_source, recorded_source
 from rag_core.text_encoder import TextEncoder
 from tasks.embedding import embed_on_ray
 from tasks.results import StageResult
@@ -23,13 +24,16 @@ from tasks.tracking import StageRun
 def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)
+    recorded = recorded_source(config.encoder)
+    # Before it is loaded: the workers load this commit, wherever the hub's branch is by then.
+    config = config.model_copy(update={"encoder": pin_source(config.encoder)})
     encoder = TextEncoder.from_pretrained(config.encoder, trust_remote_code=config.trust_remote_code)
     fingerprint = encoder.fingerprint()
     # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
     settings = {"dtype": config.dtype, "precision": config.precision, "batch_tokens": config.batch_tokens}
 
     def work(run: StageRun) -> Manifest:
-        run.log_params({"encoder": config.encoder, "encoder_settings": encoder.settings.model_dump()})
+        run.log_params({"encoder": recorded, "encoder_settings": encoder.settings.model_dump()})
         made_from = {"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             rows = embed_on_ray(opened, draft.folder, config)
@@ -38,7 +42,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
             refuse_unseen_parts(draft.folder, [shard_name(number) for number in range(len(opened.shards))], out)
             draft.counts["passages"] = rows
             draft.details = {
-                "encoder": config.encoder,
+                "encoder": recorded,
                 "encoder_fingerprint": fingerprint,
                 "encoder_settings": encoder.settings.model_dump(),
                 "dim": encoder.dim,

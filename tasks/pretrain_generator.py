@@ -26,7 +26,7 @@ from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import absolute
 from rag_core.corpus import Corpus
 from rag_core.evaluation import answer_scores, mean_scores
-from rag_core.model_source import absolute_source
+from rag_core.model_source import pin_source, recorded_source
 from rag_core.passages import Passage
 from rag_core.pretraining import (
     PretrainConfig,
@@ -64,6 +64,8 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
+    recorded = recorded_source(config.encoder)
+    config = config.model_copy(update={"encoder": pin_source(config.encoder)})
     made_from = {
         "corpus": opened.manifest.fingerprint,
         "questions": fingerprint_of_files([local_file(questions)]),
@@ -76,8 +78,8 @@ def pretrain_generator(
 
     def work(run: StageRun) -> Manifest:
         paths = {"corpus": corpus, "questions": questions, "dev": dev}
-        found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
-        loop_settings = {"config": found, "address": run.address} | {
+        run.log_params({"encoder": recorded})
+        loop_settings = {"config": config, "address": run.address} | {
             name: absolute(path) for name, path in paths.items()
         }
         folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
@@ -95,7 +97,7 @@ def pretrain_generator(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
-            draft.details |= {"encoder": config.encoder, "inputs": input_paths(**paths)}
+            draft.details |= {"encoder": recorded, "inputs": input_paths(**paths)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(

@@ -71,6 +71,7 @@ def train(
 ) -> StageResult:
     """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
     opened = PassageIndex.open(index)
+    recorded, model = model.recorded(), model.pinned()
     start = RagModel.from_parts(model)
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
@@ -92,11 +93,11 @@ def train(
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
-        run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
+        run.log_params(recorded)
         run.set_tags({"variant": variant})
         loop_settings: dict[str, Any] = {
             "variant": variant,
-            "model": model.with_absolute_sources(),
+            "model": model,
             "config": config,
             "address": run.address,
             "questions": absolute(questions),
@@ -118,7 +119,7 @@ def train(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
-            draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
+            draft.details |= {**recorded, "inputs": input_paths(index=index, questions=questions, dev=dev)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
