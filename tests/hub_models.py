@@ -32,6 +32,7 @@ CONTEXT_ENCODER, QUESTION_ENCODER = (
 )
 RAG_TOKEN = "facebook/rag-token-nq"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+Files = dict[str, dict[str, bytes]]
 # Other formats of the same weights, and what a repository has besides.
 NOT_NEEDED = {
     "README.md": b"# A model",

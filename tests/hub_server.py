@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.ended = threading.Event()
+        self.connections: list[socket.socket] = []
 
     @property
     def url(self) -> str:
@@ -118,6 +120,9 @@ class HubServer:
             self.ended.set()
             self._server.shutdown()
             self._server.server_close()
+            for connection in self.connections:  # those that are kept open between requests
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
@@ -138,6 +143,10 @@ _FILE = re.compile(r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            hub.connections.append(self.connection)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""

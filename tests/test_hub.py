@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
-from transformers import DPRQuestionEncoder
 
 from rag_core.errors import ConfigError, ModelNotice
 from rag_core.hub import revision
@@ -25,45 +22,17 @@ from tests.hub_models import (
     NOT_NEEDED,
     QUESTION_ENCODER,
     RAG_TOKEN,
-    bart_files,
+    Files,
     dpr_files,
     poisoned,
-    rag_files,
-    sentence_transformers_files,
 )
-from tests.hub_server import HubServer, hub_server
+from tests.hub_server import HubServer
 from tests.small_corpus import FACTS
 
 TEXTS = [text for _, _, text in FACTS]
-Files = dict[str, dict[str, bytes]]
 
 
-@pytest.fixture(scope="module")
-def paper_models(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    home = tmp_path_factory.mktemp("models")
-    return {
-        BART: bart_files(home / "bart"),
-        CONTEXT_ENCODER: dpr_files(home / "context"),
-        QUESTION_ENCODER: dpr_files(home / "question", DPRQuestionEncoder, seed=1),
-        RAG_TOKEN: rag_files(home / "rag"),
-        MINILM: sentence_transformers_files(home / "minilm"),
-    }
-
-
-@pytest.fixture
-def hub(paper_models: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The stand-in with the paper's models, and an empty cache."""
-    with hub_server() as server:
-        for name, files in paper_models.items():
-            server.publish(name, files)
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        revision.forget()
-        yield server
-        revision.forget()
+pytest_plugins = ["tests.hub_fixtures"]
 
 
 def commit_on(hub: HubServer, name: str, branch: str = "main") -> str:
