@@ -119,7 +119,7 @@ def pretrain_generator(
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: PretrainConfig = settings["config"]
-    place = this_place(settings["cpus"])
+    place = this_place(settings["cpus"], settings["meter"])
     torch.manual_seed(config.optimizer.seed)
     generator, tokenizer = build_generator(config)
     generator.to(this_device())

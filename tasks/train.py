@@ -139,7 +139,7 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: TrainConfig = settings["config"]
     variant: Variant = settings["variant"]
-    place = this_place(settings["cpus"])
+    place = this_place(settings["cpus"], settings["meter"])
     index: Retriever = settings["open_retriever"]()
     questions, dev = trainable_questions(Path(settings["questions"])), read_questions(Path(settings["dev"]))
     model = RagModel.from_parts(settings["model"]).to(this_device())

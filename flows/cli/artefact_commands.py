@@ -82,6 +82,7 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
             "path": str(report.path),
             "kind": report.manifest.kind if report.manifest else None,
             "fingerprint": report.manifest.fingerprint if report.manifest else None,
+            "models": _models(report),
             "findings": [
                 {
                     "file": one.file,
@@ -100,11 +101,21 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
     return {"ok": not any(report.findings for report in reports), "artefacts": artefacts}
 
 
+def _models(report: Report) -> dict[str, str]:
+    """The models that an artefact was made with, by role: a hub's with its commit."""
+    details = report.manifest.details if report.manifest else {}
+    roles = {"encoder": "encoder", "hf_rag": "checkpoint", "model": "model"}
+    roles |= {"question_encoder": "question encoder", "generator": "generator"}
+    return {role: str(details[name]) for name, role in roles.items() if name in details}
+
+
 def _print(report: Report) -> None:
     kind = report.manifest.kind if report.manifest else "not readable"
     files = f", {len(report.manifest.files)} files" if report.manifest else ""
     state = f"[red]{len(report.findings)} findings[/]" if report.findings else "[green]whole[/]"
     console.print(f"{escape(str(report.path))} ({kind}{files}): {state}", highlight=False, soft_wrap=True)
+    for role, name in _models(report).items():
+        console.print(f"  {role}: {escape(name)}", highlight=False, soft_wrap=True)
     if report.repaired:
         console.print(f"  made again, byte for byte: {escape(', '.join(report.repaired))}", highlight=False)
     if report.findings:

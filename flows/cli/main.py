@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -22,7 +23,7 @@ from flows.cli import (
     stage_commands,
     sync_command,
 )
-from rag_core.errors import RagError
+from rag_core.errors import ModelNotice, RagError
 
 app = typer.Typer(
     name="rag",
@@ -63,6 +64,7 @@ def settings(
 
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
+    _print_notices()
     # Offline the server's usage statistics only log an error. The terminal is for progress bars and our own messages;
     # Prefect's log, tracebacks included, goes to the flow run's page.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -77,6 +79,26 @@ def run() -> NoReturn:
         Console(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
         sys.exit(130)
     sys.exit(0)
+
+
+def _print_notices() -> None:
+    """Show a notice about a model as one line, without Python's file and line; other warnings as ever."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ModelNotice):
+            typer.echo(f"Note: {message}", err=True)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def fail(message: str) -> NoReturn:
