@@ -49,7 +49,7 @@ class EmbedConfig(BaseModel):
     num_workers: int = Field(
         0, ge=0, description="embedding actors; 0: one for each accelerator, else one for the machine's cores"
     )
-    trust_remote_code: bool = Field(False, description="run code, and read pickled weights, that come with the encoder")
+    trust_remote_code: bool = Field(False, description="run code that comes with the encoder")
 
 
 def load_document_encoder(config: EmbedConfig) -> TextEncoder:

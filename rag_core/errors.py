@@ -38,3 +38,7 @@ class NotFiniteError(RagError):
         )
         error.part = part
         return error
+
+
+class ModelNotice(UserWarning):
+    """Something about a model that its user should know; the command line prints it as one line."""

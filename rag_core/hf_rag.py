@@ -30,7 +30,6 @@ import transformers
 from pydantic import BaseModel, ValidationError
 from torch import nn
 from transformers import GenerationConfig, RagConfig
-from transformers.utils import cached_file
 
 from rag_core.contexts import PromptConfig
 from rag_core.dpr_tokenizer import with_saved_case
@@ -43,6 +42,7 @@ from rag_core.model_source import (
     load_config,
     load_from_source,
     load_tokenizer,
+    model_file,
     quiet_transformers,
     resolve_model_source,
     weights_options,
@@ -81,10 +81,10 @@ def read_hf_rag(
     as their retriever does.
 
     Args:
-        folder_or_hub_name: a local folder, a hub name, or `package:NAME/FOLDER`.
+        folder_or_hub_name: a local folder, a hub name with or without `@REVISION`, or `package:NAME/FOLDER`.
         pooling: for a question encoder other than DPR's. Hugging Face's class knows DPR's vector only, so that such a
             checkpoint does not say how its vectors are made, unless `write_hf_rag` made it.
-        trust_remote_code: read pickled weights (`.bin`, with `weights_only=True`), too, and run code of the checkpoint's.
+        trust_remote_code: run code of the checkpoint's.
 
     Raises:
         ConfigError: not a RAG checkpoint, weights or a tokenizer missing, unreadable files, or a pooling that is needed
@@ -103,7 +103,7 @@ def read_hf_rag(
     encoder_settings = _encoder_settings(source, config.question_encoder, pooling)
     question_tokenizer = _load_tokenizer(source, QUESTION_TOKENIZER, config.question_encoder)
     generator_tokenizer = _load_tokenizer(source, GENERATOR_TOKENIZER, config.generator)
-    parts = _load_weights(source, config, architecture, trust_remote_code)
+    parts = _load_weights(source, config, architecture)
     longest = min(encoder_settings.max_tokens, position_limit(parts.question_encoder))
     encoder_settings = encoder_settings.model_copy(update={"max_tokens": longest})
     question_encoder = TextEncoder(parts.question_encoder, question_tokenizer, encoder_settings, "question")
@@ -173,7 +173,7 @@ def _rag_config(folder_or_hub_name: str | Path, trust_remote_code: bool) -> tupl
             f"{folder} is a RAG model of this program, not one of Hugging Face's. Use it as it is "
             "(RagModel.from_pretrained, --model)."
         )
-    source = resolve_model_source(folder_or_hub_name)
+    source = resolve_model_source(folder_or_hub_name, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     if config.model_type != "rag":
         part = "generator" if config.is_encoder_decoder else "question_encoder"
@@ -187,7 +187,7 @@ def _rag_config(folder_or_hub_name: str | Path, trust_remote_code: bool) -> tupl
     return source, config
 
 
-def _load_weights(source: str, config: Any, architecture: str, trust_remote_code: bool) -> Any:
+def _load_weights(source: str, config: Any, architecture: str) -> Any:
     """Hugging Face's RagModel with all its weights, float32."""
     hf_class = getattr(transformers, architecture)
     model, report = load_from_source(
@@ -196,7 +196,7 @@ def _load_weights(source: str, config: Any, architecture: str, trust_remote_code
         config=config,
         dtype=torch.float32,
         output_loading_info=True,
-        **weights_options(trust_remote_code),
+        **weights_options(source),
     )
     if report["missing_keys"]:
         raise ConfigError(
@@ -268,7 +268,7 @@ def _take_generation_config(generator: Any, source: str) -> None:
     Checkpoints that are older than generation_config.json have forced and suppressed tokens there, which Transformers
     takes over for a model of its own, not for a part of one.
     """
-    if _cached_path(source, "generation_config.json") is not None:
+    if model_file(source, "generation_config.json") is not None:
         # Settings alone: no code.
         read = GenerationConfig.from_pretrained  # nosec B615
         given = load_from_source(lambda name, **_: read(name), source).to_diff_dict()
@@ -369,20 +369,15 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
 
 
 def _read_settings(source: str, name: str, schema: type[Settings]) -> Settings | None:
-    path = _cached_path(source, name)
+    path = model_file(source, name)
     try:
-        return None if path is None else schema.model_validate_json(Path(path).read_bytes())
+        return None if path is None else schema.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ConfigError(f"{source}: {name} cannot be read ({error.errors()[0]['msg']}). Copy it again.") from error
 
 
 def _write_settings(path: Path, settings: BaseModel) -> None:
     path.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _cached_path(source: str, name: str) -> str | None:
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    return cached_file(source, name, **quiet)
 
 
 def _some_of(names: Any) -> str:

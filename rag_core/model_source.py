@@ -1,9 +1,12 @@
 """Where weights come from: a local folder, a Python package, or a model hub; and errors a reader can act on.
 
 `package:NAME/FOLDER` names a folder inside an installed Python package, which is how weights travel where no hub can
-be reached. Neither code that comes with a model nor pickled weights are touched unless whoever loads it says
-`trust_remote_code=True`; pickles are read with `weights_only=True` even then. That word is never stored with what is made
-of the model: who reads that later decides anew.
+be reached. `org/model` and `org/model@REVISION` name a hub's model: its files are put into a folder of the hub's cache
+(`rag_core/hub/`), and everything is loaded from that folder, so that Transformers asks no hub for anything.
+
+Code that comes with a model is not run unless whoever loads it says `trust_remote_code=True`. That word is never stored
+with what is made of the model: who reads that later decides anew. Of pickled weights tensors alone are read
+(`rag_core/pickled_weights.py`), trusted or not.
 """
 
 from __future__ import annotations
@@ -11,43 +14,64 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import pickle  # nosec B403
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from rag_core.artefacts.artefact import local_copy
 from rag_core.artefacts.places import ObjectPath, as_place
 from rag_core.errors import ConfigError
+from rag_core.hub.name import HubName, name_of_snapshot, parse_hub_name
+from rag_core.hub.revision import commit_of
+from rag_core.hub.snapshot import snapshot_folder
+from rag_core.pickled_weights import check_pickled_weights
+
+# Without it Transformers takes weights from a pull request that looks like its conversion bot's, whoever wrote it, and
+# asks a service to convert others. It does so for hub names alone, which it never gets here.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 PACKAGE_PREFIX = "package:"
 # More than any model has.
 MOST_LAYERS = 500
 
 
-def resolve_model_source(name_or_folder: str | Path) -> str:
-    """The folder or hub name that Transformers should load; a generator artefact in an object store is fetched.
+def resolve_model_source(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The folder that Transformers should load from; a hub's model and an artefact in an object store are fetched.
+
+    Args:
+        name_or_folder: a local folder, `package:NAME/FOLDER`, or a hub name with or without `@REVISION`.
+        trust_remote_code: fetch the Python code of a hub's model, too.
 
     Raises:
-        ConfigError: a `package:` source that is not installed, or a local path that is no model folder.
+        ConfigError: a `package:` source that is not installed, a local path that is no model folder, or a hub's model
+            that cannot be had.
+    """
+    found = _local_folder(name_or_folder)
+    return str(snapshot_folder(found, trust_remote_code=trust_remote_code) if isinstance(found, HubName) else found)
+
+
+def pin_source(name_or_folder: str | Path) -> str:
+    """The same model by a name that means the same in every process, later too.
+
+    A hub name becomes `org/model@COMMIT` (one request a name and process), a local folder's path absolute; `package:` names
+    and artefacts in an object store stay.
+
+    Raises:
+        ConfigError: as `resolve_model_source`.
     """
     name = str(name_or_folder)
-    if name.startswith(PACKAGE_PREFIX):
-        return str(_package_folder(name.removeprefix(PACKAGE_PREFIX)))
-    path = local_copy(Path(name))
-    if path.is_dir():
-        if not _is_model_folder(path):
-            raise ConfigError(f"{path} has no config.json, so it is not a model folder. Give the folder that holds it.")
-        return str(path)
-    if path.is_file():
-        raise ConfigError(f"{path} is a file; a model folder (with config.json and weights) is needed.")
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ConfigError(f"There is no model folder {path}. Correct the path, or give a hub name such as 'org/model'.")
-    return name
+    found = name if isinstance(as_place(name), ObjectPath) else _local_folder(name)
+    return str(found.at(commit_of(found))) if isinstance(found, HubName) else absolute_source(name)
+
+
+def recorded_source(name_or_folder: str | Path) -> str:
+    """How manifests and MLflow name a model: a hub's with its commit, others as they were given."""
+    pinned = pin_source(name_or_folder)
+    return pinned if parse_hub_name(pinned) and not _is_local(str(name_or_folder)) else str(name_or_folder)
 
 
 def absolute_source(name_or_folder: str) -> str:
@@ -56,9 +80,30 @@ def absolute_source(name_or_folder: str) -> str:
     return str(place.resolve()) if isinstance(place, ObjectPath) or place.is_dir() else name_or_folder
 
 
-def pin_source(name_or_folder: str | Path) -> str:
-    """The same model by a name that means the same in every process."""
-    return absolute_source(str(name_or_folder))
+def _is_local(name: str) -> bool:
+    place = as_place(name)
+    return name.startswith(PACKAGE_PREFIX) or isinstance(place, ObjectPath) or place.exists()
+
+
+def _local_folder(name_or_folder: str | Path) -> Path | HubName:
+    """The folder of a local source, or the parts of a hub name."""
+    name = str(name_or_folder)
+    if name.startswith(PACKAGE_PREFIX):
+        return _package_folder(name.removeprefix(PACKAGE_PREFIX))
+    path = local_copy(Path(name))
+    if path.is_dir():
+        if not _is_model_folder(path):
+            raise ConfigError(f"{path} has no config.json, so it is not a model folder. Give the folder that holds it.")
+        return path
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; a model folder (with config.json and weights) is needed.")
+    hub_name = parse_hub_name(name)
+    if hub_name is None:
+        raise ConfigError(
+            f"There is no model folder {path}. Correct the path, or give a hub name such as 'org/model' or "
+            "'org/model@REVISION'."
+        )
+    return hub_name
 
 
 def load_from_source(load: Callable[..., Any], source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -66,11 +111,6 @@ def load_from_source(load: Callable[..., Any], source: str, *, trust_remote_code
     try:
         with quiet_transformers():
             return load(source, trust_remote_code=trust_remote_code, **options)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{source} cannot be loaded: its pickled weights are damaged, or hold more than tensors. A pickle can run any "
-            "code, so no more than tensors is read from it (weights_only=True). Use weights in safetensors."
-        ) from error
     except Exception as error:  # Tokenizers raises nothing narrower, Transformers whatever its own code stumbles over.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "custom code" in reason:
@@ -83,13 +123,12 @@ def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = F
 
     Raises:
         ConfigError: it cannot be read; or config.json or tokenizer_config.json names code of its own (`auto_map`), in
-            whose place Transformers' class of that model_type might compute something else; or (a folder) all weights
-            are pickles. None of the last two with `trust_remote_code`. Or it asks for more than `MOST_LAYERS` layers.
+            whose place Transformers' class of that model_type might compute something else, unless `trust_remote_code`;
+            or it asks for more than `MOST_LAYERS` layers.
     """
     if not trust_remote_code:
         for name in ("config.json", "tokenizer_config.json"):
             _refuse_own_code(source, subfolder, name)
-        _refuse_pickles(source, subfolder)
     config = load_from_source(
         AutoConfig.from_pretrained, source, subfolder=subfolder, trust_remote_code=trust_remote_code
     )
@@ -97,9 +136,14 @@ def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = F
     return config
 
 
-def weights_options(trust_remote_code: bool) -> dict[str, Any]:
-    """What a model's `from_pretrained` is told of weights: only tensors, and from pickles only if the model is trusted."""
-    return {"weights_only": True, "use_safetensors": None if trust_remote_code else True}
+def weights_options(source: str, subfolder: str = "") -> dict[str, Any]:
+    """What `from_pretrained` is told of weights, once those of the folder have been checked: only tensors are read.
+
+    Raises:
+        ConfigError: the folder's weights are pickles of more than tensors, or damaged.
+    """
+    check_pickled_weights(Path(source) / subfolder)
+    return {"weights_only": True, "use_safetensors": None}
 
 
 def load_weights(
@@ -114,9 +158,9 @@ def load_weights(
 
     Args:
         load: the method.
-        source: a folder or hub name.
+        source: a folder.
         may_lack: beginnings of the parameters that the files may lack: random numbers there do no harm.
-        trust_remote_code: run code of the model's own, and read pickles.
+        trust_remote_code: run code of the model's own.
         options: passed on.
 
     Raises:
@@ -128,13 +172,13 @@ def load_weights(
         source,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        **weights_options(trust_remote_code),
+        **weights_options(source, options.get("subfolder", "")),
         **options,
     )
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
     if missing:
         raise ConfigError(
-            f"{source} lacks {len(missing)} parameters of a {type(model).__name__} ({missing[0]}, …). Its weights are those "
+            f"{name_of_snapshot(source)} lacks {len(missing)} parameters of a {type(model).__name__} ({missing[0]}, …). Its weights are those "
             "of another architecture than config.json says, or of one that needs code of its own. Choose another model."
         )
     return model
@@ -146,7 +190,7 @@ def load_tokenizer(source: str, subfolder: str = "", **options: Any) -> Any:
     # Without its files Transformers makes one that knows special tokens only (T5's also "▁"): every word is unknown.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
         raise ConfigError(
-            f"{Path(source) / subfolder if subfolder else source} has no tokenizer (tokenizer.json, vocab.txt, spiece.model "
+            f"{name_of_snapshot(source)}{'/' + subfolder if subfolder else ''} has no tokenizer (tokenizer.json, vocab.txt, spiece.model "
             "or the like), so no text can be read. Copy the tokenizer's files there."
         )
     return tokenizer
@@ -166,24 +210,29 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def model_file(source: str, name: str) -> Path | None:
+    """A file of a model folder, or None if it has no such file."""
+    path = Path(source) / name
+    return path if path.is_file() else None
+
+
 def read_json(source: str, name: str) -> Any:
-    """A JSON file of a model, or None if it has no such file; raises ConfigError if it is damaged."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    """A JSON file of a model folder, or None if it has no such file; raises ConfigError if it is damaged."""
+    path = model_file(source, name)
     try:
-        path = cached_file(source, name, **quiet)
-    except (OSError, ValueError) as error:
-        raise _unreadable(source, str(error).splitlines()[0]) from error
-    try:
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable as JSON ({error}). Copy the model again.") from error
+    except OSError as error:
+        raise _unreadable(source, str(error)) from error
 
 
 def _unreadable(source: str, reason: str) -> ConfigError:
-    where = "The folder" if Path(source).is_dir() else "The hub model"
+    name = name_of_snapshot(source)
+    where = "The folder" if name == source else "The hub model"
     return ConfigError(
-        f"{where} {source} cannot be loaded: {reason} It needs config.json, weights in safetensors and a tokenizer; "
-        "a hub name needs a network and, for private models, HF_TOKEN."
+        f"{where} {name} cannot be loaded: {reason} It needs config.json, weights (model.safetensors or "
+        "pytorch_model.bin) and a tokenizer."
     )
 
 
@@ -200,28 +249,16 @@ def _refuse_endless_layers(source: str, settings: dict[Any, Any]) -> None:
             _refuse_endless_layers(source, value)
         elif str(name).endswith(("layer", "layers")) and isinstance(value, int) and value > MOST_LAYERS:
             raise ConfigError(
-                f"{source}: config.json has a {name} of more than {MOST_LAYERS}, which no model has. The file is damaged: "
+                f"{name_of_snapshot(source)}: config.json has a {name} of more than {MOST_LAYERS}, which no model has. The file is damaged: "
                 "fetch the model again."
             )
 
 
 def _own_code(source: str, why: str) -> ConfigError:
     return ConfigError(
-        f"{source} needs code of its own ({why}), and code that comes with a model is not run unless you trust it. Choose a "
+        f"{name_of_snapshot(source)} needs code of its own ({why}), and code that comes with a model is not run unless you trust it. Choose a "
         "model that Transformers knows by itself, or read that code and give --trust-remote-code (trust_remote_code: true)."
     )
-
-
-def _refuse_pickles(source: str, subfolder: str) -> None:
-    """For folders, whose files are at hand; of a hub model Transformers asks for safetensors alone."""
-    folder = Path(source) / subfolder
-    weights = sorted(folder.glob("pytorch_model*.bin"))
-    if weights and not any(folder.glob("*.safetensors")):
-        raise ConfigError(
-            f"{weights[0]}: the weights of this model are pickles, which can run code, and there is no "
-            "model.safetensors. Convert them where you trust them (Transformers: from_pretrained, then save_pretrained), or "
-            "give --trust-remote-code (trust_remote_code: true); no more than tensors is read from them even then."
-        )
 
 
 def _package_folder(name: str) -> Path:

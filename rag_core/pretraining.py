@@ -41,7 +41,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     encoder: str = Field(description="BERT-like text encoder that both sides start from")
-    trust_remote_code: bool = Field(False, description="read pickled weights, and run code, that come with the encoder")
+    trust_remote_code: bool = Field(False, description="run code that comes with the encoder")
     encoder_layers: int = Field(6, ge=1, description="layers kept of the encoder, from the first")
     decoder_layers: int = Field(2, ge=1, description="layers kept for the decoder, from the first")
     copy_steps: int = Field(250, ge=0, description="steps of writing out the passage that is read")
@@ -66,7 +66,7 @@ def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
     Raises:
         ConfigError: the encoder cannot be loaded, is not a BERT, or has fewer layers than are to be kept.
     """
-    source = resolve_model_source(config.encoder)
+    source = resolve_model_source(config.encoder, trust_remote_code=config.trust_remote_code)
     found = load_config(source, trust_remote_code=config.trust_remote_code)
     if found.model_type != "bert":
         raise ConfigError(
@@ -89,7 +89,7 @@ def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
     sides: dict[str, Any] = {
         f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in dropout.items()
     }
-    weights = weights_options(config.trust_remote_code)
+    weights = weights_options(source)
     sides |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in weights.items()}
     layers: dict[str, Any] = {
         "encoder_num_hidden_layers": config.encoder_layers,

@@ -23,13 +23,15 @@ from rag_core.contexts import PromptConfig
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.generator_limits import within_positions
 from rag_core.likelihood import Variant
-from rag_core.model_source import absolute_source
+from rag_core.model_source import pin_source, recorded_source
 from rag_core.reader import Answer, DecodingConfig, GeneratorReader, load_generator
 from rag_core.retriever import Retriever
 from rag_core.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
 
 KIND = "rag-model"
 SETTINGS_FILE = "rag_model.json"
+# The settings of a `ModelConfig` that name models.
+PARTS = ("question_encoder", "generator")
 
 
 class ModelConfig(BaseModel):
@@ -37,7 +39,9 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    question_encoder: str = Field(description="folder, hub name, or package:NAME/FOLDER")
+    question_encoder: str = Field(
+        description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
+    )
     generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
     pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
     question_prompt: str | None = Field(
@@ -51,18 +55,21 @@ class ModelConfig(BaseModel):
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     trust_remote_code: bool = Field(
         False,
-        description="run code, and read pickled weights, that come with the parts; this is not saved with the model",
+        description="run code that comes with the parts; this is not saved with the model",
     )
 
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is trained, apart from the parts' weights."""
         unset = set() if self.question_prompt is not None else {"question_prompt"}
-        return self.model_dump(mode="json", exclude={"question_encoder", "generator", "trust_remote_code"} | unset)
+        return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
 
-    def with_absolute_sources(self) -> ModelConfig:
-        """The same parts, local folders by their absolute paths, so that a worker elsewhere finds them."""
-        sources = {name: absolute_source(getattr(self, name)) for name in ("question_encoder", "generator")}
-        return self.model_copy(update=sources)
+    def pinned(self) -> ModelConfig:
+        """The same parts by names that mean the same in every worker: hub models with their commit, folders absolute."""
+        return self.model_copy(update={part: pin_source(getattr(self, part)) for part in PARTS})
+
+    def recorded(self) -> dict[str, str]:
+        """The parts as manifests and MLflow name them."""
+        return {part: recorded_source(getattr(self, part)) for part in PARTS}
 
 
 def load_question_encoder(config: ModelConfig) -> TextEncoder:

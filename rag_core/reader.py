@@ -214,7 +214,7 @@ def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = Fals
     Raises:
         ConfigError: not readable, decoder-only, or with a tokenizer that is another model's.
     """
-    source = resolve_model_source(name_or_folder)
+    source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     if not config.is_encoder_decoder:
         raise ConfigError(

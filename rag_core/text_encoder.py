@@ -98,18 +98,19 @@ class TextEncoder(nn.Module):
         """Load an encoder.
 
         Args:
-            name_or_folder: a local folder, a hub name, or `package:NAME/FOLDER` for a model inside a Python package.
+            name_or_folder: a local folder, a hub name (`org/model` or `org/model@REVISION`), or `package:NAME/FOLDER` for a
+                model inside a Python package.
             side: "question" or "passage": which prompt of the model's is put before texts. None: the one for all texts,
                 as `SentenceTransformer.encode` does.
             pooling, normalize, max_tokens, prompt: override what the folder says. Without either: mean pooling,
                 vectors as they are, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
-            trust_remote_code: run code that comes with the model, and read pickled weights.
+            trust_remote_code: run code that comes with the model.
 
         Raises:
             ConfigError: the model or its tokenizer cannot be read, or a sentence-transformers folder asks for what is
                 not done here.
         """
-        source = resolve_model_source(name_or_folder)
+        source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
         subfolder = transformer_folder(source)
         config = load_config(source, subfolder, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:

@@ -46,6 +46,8 @@ def batch_infer(
     """Answer every question of a file. `model` is a trained folder, or the parts of one that is not trained yet."""
     opened_index, file = PassageIndex.open(index), read_question_file(questions)
     opened_questions = file.questions
+    recorded = " + ".join(model.recorded().values()) if isinstance(model, ModelConfig) else str(model)
+    model = model.pinned() if isinstance(model, ModelConfig) else model
     loaded = load_model(model if isinstance(model, ModelConfig) else str(model), config)
     loaded.check_index(opened_index)
     loaded.variant_or(config.variant)
@@ -68,7 +70,7 @@ def batch_infer(
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             parts = draft.folder / "parts"
             parts.mkdir(exist_ok=True)
-            source = model.with_absolute_sources() if isinstance(model, ModelConfig) else absolute(model)
+            source = model if isinstance(model, ModelConfig) else absolute(model)
             with retrieval(absolute(index), opened_index.manifest, config.retrieval) as open_retriever:
                 count = answer_on_ray(source, open_retriever, questions, parts, config, len(opened_questions), stage)
             run.log_metrics({"contexts_cut_share": count.cut_share})
@@ -78,7 +80,7 @@ def batch_infer(
             draft.counts |= asdict(count)
             shutil.rmtree(parts)
             draft.details |= {
-                "model": str(model),
+                "model": recorded,
                 "shard_questions": config.shard_questions,
                 "inputs": input_paths(index=index, questions=questions),
             }

@@ -12,6 +12,7 @@ from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.corpus import Corpus
 from rag_core.embeddings import KIND, EmbedConfig, load_document_encoder, shard_name
 from rag_core.errors import ArtefactError
+from rag_core.model_source import pin_source, recorded_source
 from tasks.embedding import embed_on_ray
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
@@ -23,6 +24,9 @@ from tasks.tracking import StageRun
 def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)
+    recorded = recorded_source(config.encoder)
+    # Before it is loaded: the workers load this commit, wherever the hub's branch is by then.
+    config = config.model_copy(update={"encoder": pin_source(config.encoder)})
     encoder = load_document_encoder(config)
     fingerprint = encoder.fingerprint()
     # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
@@ -34,7 +38,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
     settings |= {"prompt": config.prompt} if config.prompt is not None else {}
 
     def work(run: StageRun) -> Manifest:
-        run.log_params({"encoder": config.encoder, "encoder_settings": encoder.settings.model_dump()})
+        run.log_params({"encoder": recorded, "encoder_settings": encoder.settings.model_dump()})
         made_from = {"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             rows = embed_on_ray(opened, draft.folder, config)
@@ -43,7 +47,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
             refuse_unseen_parts(draft.folder, [shard_name(number) for number in range(len(opened.shards))], out)
             draft.counts["passages"] = rows
             draft.details = {
-                "encoder": config.encoder,
+                "encoder": recorded,
                 "encoder_fingerprint": fingerprint,
                 "encoder_settings": encoder.settings.model_dump(),
                 "dim": encoder.dim,

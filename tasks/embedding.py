@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rag_core.corpus import Corpus
 from rag_core.embeddings import EmbedConfig, embed_shard, load_document_encoder, shard_name
-from rag_core.model_source import absolute_source
+from rag_core.model_source import pin_source
 from tasks.ray_runtime import ensure_ray, progress, share_of_cluster
 from tasks.ray_workers import map_on_workers
 
@@ -60,7 +60,7 @@ def embed_on_ray(corpus: Corpus, folder: Path, config: EmbedConfig) -> int:
     finished = {number: file for number in range(len(corpus.shards)) if (file := folder / shard_name(number)).is_file()}
     shards = [(number, str(path.resolve())) for number, path in enumerate(corpus.shards) if number not in finished]
     rows = sum(map(_rows_of, finished.values()))
-    found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
+    found = config.model_copy(update={"encoder": pin_source(config.encoder)})
     with progress("embed-corpus", len(corpus), done=rows) as meter:
         return rows + sum(map_on_workers(share, ShardEmbedder, (found, str(folder), share.gpus > 0, meter), shards))
 

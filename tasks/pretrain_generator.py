@@ -27,7 +27,7 @@ from rag_core.contexts import check_questions
 from rag_core.corpus import Corpus
 from rag_core.errors import InputError
 from rag_core.evaluation import answer_scores
-from rag_core.model_source import absolute_source
+from rag_core.model_source import pin_source, recorded_source
 from rag_core.own_draws import own_draws
 from rag_core.passages import Passage
 from rag_core.preflight import Problems, check_gold, check_reading_steps
@@ -71,6 +71,8 @@ def pretrain_generator(
 ) -> StageResult:
     """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
     opened = Corpus.open(corpus)
+    recorded = recorded_source(config.encoder)
+    config = config.model_copy(update={"encoder": pin_source(config.encoder)})
     _check(opened, questions, dev, config, num_workers)
     made_from = {
         "corpus": opened.manifest.fingerprint,
@@ -84,8 +86,8 @@ def pretrain_generator(
 
     def work(run: StageRun) -> Manifest:
         paths = {"corpus": corpus, "questions": questions, "dev": dev}
-        found = config.model_copy(update={"encoder": absolute_source(config.encoder)})
-        loop_settings = {"config": found, "address": run.address} | {
+        run.log_params({"encoder": recorded})
+        loop_settings = {"config": config, "address": run.address} | {
             name: absolute(path) for name, path in paths.items()
         }
         folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
@@ -103,7 +105,7 @@ def pretrain_generator(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
-            draft.details |= {"encoder": config.encoder, "inputs": input_paths(**paths)}
+            draft.details |= {"encoder": recorded, "inputs": input_paths(**paths)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
@@ -143,7 +145,7 @@ def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, n
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: PretrainConfig = settings["config"]
-    place = this_place(settings["cpus"])
+    place = this_place(settings["cpus"], settings["meter"])
     with own_draws([config.optimizer.seed, FRESH_WEIGHTS], torch.device("cpu")):
         generator, tokenizer = build_generator(config)
     generator.to(this_device())

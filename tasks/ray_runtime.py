@@ -255,6 +255,15 @@ class ProgressMeter:
         self._losses = 0
         self._stopping = False
         self._told: dict[str, int] = {}
+        self._hub: Any = None
+
+    def keep_hub_access(self, access: Any) -> None:
+        """The driver's `HubAccess`, in memory, for workers that Ray Train starts."""
+        self._hub = access
+
+    def hub_access(self) -> Any:
+        """What the driver gave; None after a restart of this actor."""
+        return self._hub
 
     def advance(self, amount: int, note: str = "") -> None:
         self._done += amount
@@ -293,8 +302,11 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Any]:
 
     On a terminal it is a live bar; in a log it is one line at each tenth. `done` is what a former run has finished.
     """
+    from rag_core.hub.access import hub_access  # not for the actors of an index's shards, which fetch no model
+
     meter = _meter()
     meter.reset.remote(done)
+    meter.keep_hub_access.remote(hub_access())
     if done:
         text = f"{description}: {done} of {total} were finished by a run that was stopped; going on with the others"
         say(text)

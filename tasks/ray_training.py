@@ -64,10 +64,12 @@ def this_device() -> torch.device:
     return ray.train.torch.get_device()
 
 
-def this_place(cpus: int) -> Place:
-    """Called in a worker: its rank, its threads, and how its module is wrapped for data-parallel training."""
+def this_place(cpus: int, meter: Any) -> Place:
+    """Called in a worker, before it loads a model: its rank, threads, access to the hub, and how its module is wrapped."""
     limit_threads(cpus)
     keep_freed_blocks()
+    if access := ray.get(meter.hub_access.remote()):
+        access.use()
     context = ray.train.get_context()
 
     def wrap(module: Any) -> Any:

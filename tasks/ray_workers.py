@@ -21,6 +21,7 @@ import ray
 
 from rag_core.errors import RagError
 from rag_core.heap import keep_freed_blocks, return_freed_blocks
+from rag_core.hub.access import HubAccess, hub_access
 from tasks.environment.ray_cluster import cluster_address
 from tasks.ray_runtime import CLUSTER, POLL_SECONDS, Patience, Share, ensure_ray, job, limit_threads, share_of_cluster
 
@@ -55,6 +56,10 @@ class Worker:
 
     def here(self) -> None:
         """Answered once the process runs."""
+
+    def use_hub(self, access: HubAccess) -> None:
+        """Fetch models as the driver would. An argument of a call stays in memory; one of `__init__` would not."""
+        access.use()
 
     def prepare(self, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
         """Make the function that `call` calls."""
@@ -155,7 +160,9 @@ def map_on_workers(
 def run_on_worker(share: Share, function: Callable[..., Found], *arguments: Any) -> Found:
     """`function(*arguments)` in the only worker of `share`; raises as `map_on_workers` does."""
     with _closing_on_failure():
-        found: Found = ray.get(_worker_that_is_here(share).run.remote(function, *arguments))
+        worker = _worker_that_is_here(share)
+        worker.use_hub.remote(hub_access())
+        found: Found = ray.get(worker.run.remote(function, *arguments))
         return found
 
 
@@ -238,6 +245,7 @@ class _Deal(Generic[Item, Found]):
         preparing = sum(1 for _, step in self._running.values() if step == PREPARE)
         while self._spare and preparing < len(self._waiting):  # no more models than items
             worker, preparing = self._spare.pop(), preparing + 1
+            worker.use_hub.remote(hub_access())
             self._running[worker.prepare.remote(self._make, *self._shared)] = (worker, PREPARE)
 
 

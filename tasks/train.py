@@ -83,6 +83,7 @@ def train(
 ) -> StageResult:
     """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
     start = _checked_start(index, questions, dev, model, config)
+    recorded, model = start.recorded, start.settings
     inputs = {
         "index": Input(index, start.index.manifest.fingerprint),
         "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
@@ -97,12 +98,12 @@ def train(
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
-        run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
+        run.log_params(recorded)
         run.set_tags({"variant": variant})
         start.log(run, stage)
         loop_settings: dict[str, Any] = {
             "variant": variant,
-            "model": model.with_absolute_sources(),
+            "model": model,
             "config": config,
             "address": run.address,
             "questions": absolute(questions),
@@ -124,7 +125,7 @@ def train(
             run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
-            draft.details["inputs"] = input_paths(index=index, questions=questions, dev=dev)
+            draft.details |= {**recorded, "inputs": input_paths(index=index, questions=questions, dev=dev)}
         return open_artefact(out, KIND, check_content=False)
 
     return run_stage(
@@ -142,9 +143,12 @@ def train(
 
 @dataclass(frozen=True)
 class _Start:
-    """What a training starts from, looked at: index, untrained model, and the questions of both files."""
+    """What a training starts from, looked at: index, untrained model (its parts as they are recorded, its settings with
+    every hub model at one commit), and the questions of both files."""
 
     index: PassageIndex
+    recorded: dict[str, str]
+    settings: ModelConfig
     model: RagModel
     train_file: QuestionFile
     dev_file: QuestionFile
@@ -172,11 +176,13 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
         RagError: what is wrong, all of it.
     """
     problems, opened, start, train_file, dev_file = Problems(), None, None, None, None
+    recorded = dict[str, str]()
     asked, asked_of_dev = list[Question](), list[Question]()
     with problems.of("index"):
         opened = PassageIndex.open(index)
         opened.check_num_docs(model.num_docs)
     with problems.of("model"):
+        recorded, model = model.recorded(), model.pinned()
         start = RagModel.from_parts(model)
     with problems.of("questions"):
         train_file = read_question_file(questions)
@@ -201,7 +207,7 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
     assert start is not None
     assert train_file is not None
     assert dev_file is not None
-    return _Start(opened, start, train_file, dev_file, asked, asked_of_dev)
+    return _Start(opened, recorded, model, start, train_file, dev_file, asked, asked_of_dev)
 
 
 def scored_of_dev(file: QuestionFile, config: TrainConfig) -> list[Question]:
@@ -219,7 +225,7 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What a worker does."""
     config: TrainConfig = settings["config"]
     variant: Variant = settings["variant"]
-    place = this_place(settings["cpus"])
+    place = this_place(settings["cpus"], settings["meter"])
     index: Retriever = settings["open_retriever"]()
     paths = Path(settings["questions"]), Path(settings["dev"])
     questions = trainable(read_question_file(paths[0]))

@@ -83,6 +83,7 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
             "path": str(report.path),
             "kind": report.manifest.kind if report.manifest else None,
             "fingerprint": report.manifest.fingerprint if report.manifest else None,
+            "models": _models(report),
             "findings": [
                 {
                     "file": one.file,
@@ -101,11 +102,21 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
     return {"ok": not any(report.findings for report in reports), "artefacts": artefacts}
 
 
+def _models(report: Report) -> dict[str, str]:
+    """The models that an artefact was made with, by role: a hub's with its commit."""
+    details = report.manifest.details if report.manifest else {}
+    roles = {"encoder": "encoder", "hf_rag": "checkpoint", "model": "model"}
+    roles |= {"question_encoder": "question encoder", "generator": "generator"}
+    return {role: str(details[name]) for name, role in roles.items() if name in details}
+
+
 def _print(report: Report) -> None:
     kind = report.manifest.kind if report.manifest else "not readable"
     files = f", {len(report.manifest.files)} files" if report.manifest else ""
     state = styled(f"{len(report.findings)} findings", "red") if report.findings else styled("whole", "green")
     console.print(Text.assemble(printable(f"{report.path} ({kind}{files}): "), state), soft_wrap=True)
+    for role, name in _models(report).items():
+        console.print(f"  {role}: {name}", soft_wrap=True)
     if report.repaired:
         console.print(f"  made again, byte for byte: {', '.join(report.repaired)}")
     if report.findings:

@@ -23,7 +23,10 @@ def add_to(app: typer.Typer) -> None:
 
 def import_hf(
     source: Annotated[
-        str, typer.Argument(help="Folder, hub name (facebook/rag-token-nq) or package:NAME/FOLDER.", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="Folder, hub name (facebook/rag-token-nq[@REVISION]) or package:NAME/FOLDER.", metavar="SOURCE"
+        ),
     ],
     folder: Annotated[Path, typer.Argument(help="RAG model folder that is written.", metavar="FOLDER")],
     pooling: Annotated[
@@ -33,20 +36,23 @@ def import_hf(
 ) -> None:
     """Make a RAG model folder from a Hugging Face RAG checkpoint.
 
-    SOURCE holds config.json with model_type "rag", weights (model.safetensors;
-    a .bin only with --trust-remote-code), and question_encoder_tokenizer/ and
+    SOURCE holds config.json with model_type "rag", weights (model.safetensors
+    or pytorch_model.bin), and question_encoder_tokenizer/ and
     generator_tokenizer/, as RagTokenizer.save_pretrained writes them. The result
     is used as --model by ask, infer and retrieve. Embed the passages with the
     document encoder that the checkpoint was trained with.
     """
     from rag_core.encoder_settings import Pooling
+    from rag_core.model_source import recorded_source
     from rag_core.rag_model import RagModel
 
     if pooling not in (None, *get_args(Pooling)):
         raise ConfigError(f"Unknown pooling {pooling!r}. Give one of {', '.join(get_args(Pooling))}.")
     with _notes():
         model = RagModel.from_hf_rag(source, pooling=pooling, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-        model.save_pretrained(folder, made_from={"hf_rag": model.fingerprint()}, details={"hf_rag": source})
+        model.save_pretrained(
+            folder, made_from={"hf_rag": model.fingerprint()}, details={"hf_rag": recorded_source(source)}
+        )
     variant = f"RAG-{model.settings.variant.capitalize()}" if model.settings.variant else "no variant"
     console.print(f"import-hf: {variant}, {model.settings.num_docs} passages per question → {folder}")
 

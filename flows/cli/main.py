@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -20,8 +21,8 @@ from flows.cli import (
     stage_commands,
     sync_command,
 )
-from rag_core.errors import RagError
-from tasks.terminal import Terminal, printable, styled
+from rag_core.errors import ModelNotice, RagError
+from tasks.terminal import Terminal, printable, say, styled
 
 app = typer.Typer(
     name="rag",
@@ -63,6 +64,7 @@ def settings(
 
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
+    _print_notices()
     # The terminal is for progress bars and our own messages; Prefect's log, tracebacks included, goes to the flow run's page.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -75,6 +77,26 @@ def run() -> NoReturn:
         Terminal(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
         sys.exit(130)
     sys.exit(0)
+
+
+def _print_notices() -> None:
+    """Show a notice about a model as one line, without Python's file and line; other warnings as ever."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ModelNotice):
+            say(f"Note: {message}")
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
 
 
 def fail(message: str) -> NoReturn:

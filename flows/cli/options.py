@@ -17,7 +17,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run code that comes with the model, and read pickled weights: only for models you trust. It is not remembered.",
+        help="Run code that comes with the model: only for models you trust. It is not remembered.",
     ),
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -380,6 +381,32 @@ def _model_folder(name: str, folder: Path) -> Target:
     return Target([sample], feed)
 
 
+def _pickled_weights(folder: Path) -> Target:
+    """Weights in both of PyTorch's formats."""
+    import torch
+    from safetensors.torch import load_file
+
+    from rag_core.errors import ModelNotice
+    from rag_core.text_encoder import TextEncoder
+    from tests.small_corpus import make_encoder
+
+    home = make_encoder(folder / "encoder", hidden_size=8)
+    file, weights = home / "pytorch_model.bin", load_file(home / "model.safetensors")
+    (home / "model.safetensors").unlink()
+    samples = []
+    for is_zip in (True, False):
+        torch.save(weights, file, _use_new_zipfile_serialization=is_zip)
+        samples.append(file.read_bytes())
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ModelNotice)
+            TextEncoder.from_pretrained(home)
+
+    return Target(samples, feed)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "corpus-jsonl": partial(_corpus, "jsonl", "c.jsonl", JSONL),
     "corpus-dpr-tsv": partial(_corpus, "dpr-tsv", "c.tsv", TSV),
@@ -416,4 +443,4 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 MODEL_TARGETS: dict[str, Callable[[Path], Target]] = {
     f"model-{name}": partial(_model_folder, name)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "text_encoder.json", "model.safetensors")
-}
+} | {"model-pytorch_model.bin": _pickled_weights}

@@ -1,0 +1,183 @@
+"""A hub name to a commit: asked of the hub once a process, or taken from the cache where no hub answers.
+
+What was found out holds for the life of the process, so that a branch that moves meanwhile changes nothing: the commit
+of a name, the files of a commit, and that a hub does not answer. The last costs one request of at most `ANSWER_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants
+
+from rag_core.errors import ModelNotice
+from rag_core.hub.failures import MAIN, explained, offline, unreachable, why_unreachable
+from rag_core.hub.name import COMMIT, HubName, hub_address
+
+# Looking up a name and connecting may each take as long as one answer; with both the limit is still below 15 s.
+MORE_SECONDS = 2.0
+Answer = TypeVar("Answer")
+
+
+class HubUnreachableError(Exception):
+    """The hub does not answer, or is out of order; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A commit, and the size in bytes of each of its files (0 where the hub does not say)."""
+
+    commit: str
+    files: dict[str, int]
+
+
+@dataclass
+class _Memory:
+    """What this process has found out; keys begin with the hub's address."""
+
+    listings: dict[tuple[str, str], Listing] = field(default_factory=dict)
+    commits: dict[tuple[str, str], str] = field(default_factory=dict)
+    silent: dict[str, str] = field(default_factory=dict)
+
+
+_memory = _Memory()
+_lock = threading.RLock()
+
+
+def commit_of(name: HubName) -> str:
+    """The commit of a name: of a full one itself, without a request; else the hub's, or the cache's if no hub answers.
+
+    Raises:
+        ConfigError: the hub has no such model or revision or does not let us read it; or no hub answers, and the cache
+            does not know the name.
+    """
+    if name.commit:
+        return name.commit
+    with _lock:
+        known = _memory.commits.get((hub_address(), str(name)))
+        if known:
+            return known
+        try:
+            commit = listing_of(name).commit
+        except HubUnreachableError as error:
+            commit = _cached_commit(name, str(error))
+        _memory.commits[hub_address(), str(name)] = commit
+        return commit
+
+
+def listing_of(name: HubName) -> Listing:
+    """The commit of a name and its files, with one request.
+
+    Raises:
+        HubUnreachableError: no hub answers, or none may be asked (then the text is empty).
+        ConfigError: the hub refuses.
+    """
+    with _lock:
+        key = hub_address(), str(name)
+        if key not in _memory.listings:
+            found = _ask(name)
+            _memory.listings[key] = _memory.listings[hub_address(), str(name.at(found.commit))] = found
+        return _memory.listings[key]
+
+
+def silent_reason() -> str | None:
+    """Why the hub is not asked any more: "" if none may be asked, None if it is."""
+    return "" if constants.is_offline_mode() else _memory.silent.get(hub_address())
+
+
+def remember_silence(reason: str) -> None:
+    """Another process has found out that the hub does not answer."""
+    _memory.silent[hub_address()] = reason
+
+
+def forget() -> None:
+    """Find out everything anew."""
+    global _memory
+    _memory = _Memory()
+
+
+def write_references(name: HubName, commit: str) -> None:
+    """Note in the cache which names of this process stand for a commit, once all its files are there.
+
+    Offline, this is how a name is found, by this program and by others. A cache that may only be read stays as it is.
+    """
+    for (server, known), its_commit in list(_memory.commits.items()):
+        repo, _, revision = known.partition("@")
+        if (server, repo, its_commit) != (hub_address(), name.repo, commit):
+            continue
+        file = name.cache_folder / "refs" / (revision or MAIN)
+        with contextlib.suppress(OSError):
+            if not file.is_file() or file.read_text(encoding="utf-8") != commit:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                draft = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+                draft.write_text(commit, encoding="utf-8")
+                os.replace(draft, file)
+
+
+def _ask(name: HubName) -> Listing:
+    reason = silent_reason()
+    if reason is not None:
+        raise HubUnreachableError(reason)
+    api, seconds = HfApi(endpoint=hub_address()), float(constants.HF_HUB_ETAG_TIMEOUT)
+
+    def ask() -> Listing:
+        info = api.model_info(name.repo, revision=name.revision, timeout=seconds, files_metadata=True)
+        files = {one.rfilename: one.size or 0 for one in info.siblings or []}
+        if not COMMIT.fullmatch(info.sha or ""):
+            raise ValueError("no commit")
+        return Listing(str(info.sha), files)
+
+    try:
+        return _within(seconds + MORE_SECONDS, ask)
+    except Exception as error:
+        reason = why_unreachable(error)
+        if reason is None:
+            raise explained(error, name) from error
+        if not reason.startswith("HTTP status"):
+            _memory.silent[hub_address()] = reason
+        raise HubUnreachableError(reason) from error
+
+
+def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """What `call` returns or raises; TimeoutError if it takes longer, and then it goes on in a thread that ends nobody.
+
+    The HTTP client's own limits leave out the look-up of a name, and start anew with every byte.
+    """
+    done: queue.Queue[tuple[Answer | None, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:  # raised again below, by the thread that asked
+            done.put((None, error))
+
+    threading.Thread(target=run, name="ask the hub", daemon=True).start()
+    try:
+        answer, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]  # there is one where there is no error
+
+
+def _cached_commit(name: HubName, reason: str) -> str:
+    file = name.cache_folder / "refs" / (name.revision or MAIN)
+    commit = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    if not COMMIT.fullmatch(commit):
+        raise unreachable(name, reason) if reason else offline(name)
+    if reason:
+        warnings.warn(
+            f"The hub {hub_address()} does not answer ({reason}); {name} is taken from the cache, commit {commit}.",
+            ModelNotice,
+            stacklevel=2,
+        )
+    return commit

@@ -1,0 +1,288 @@
+"""A stand-in for the Hugging Face hub on loopback: models with commits, branches, pull requests, gates, and bad days.
+
+It speaks as much of the hub's API as huggingface_hub needs to list and download models, with the status codes and
+headers of the real one, and writes down every request. What it serves are files that tests give it; the weights are
+random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".bin", ".safetensors", ".h5", ".msgpack", ".ot", ".onnx")
+BOT_TITLE = "Adding `safetensors` variant of this model"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came in."""
+
+    method: str
+    path: str
+    token: str | None
+
+    @property
+    def file(self) -> str | None:
+        """The file that is asked for, of any revision, or None."""
+        return self.path.partition("/resolve/")[2].partition("/")[2] or None
+
+
+@dataclass
+class Repository:
+    """A model: its commits, each with all files, and the names that stand for them."""
+
+    name: str
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    readers: set[str] | None = None  # tokens that may see it; None: everybody
+    gate: set[str] | None = None  # tokens that may download; None: everybody
+    discussions: list[dict[str, Any]] = field(default_factory=list)
+
+    def commit_of(self, revision: str) -> str | None:
+        return revision if revision in self.commits else self.references.get(revision)
+
+
+class HubServer:
+    """The server, and what a test may do to it."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.tokens = {"good-token"}
+        self.requests: list[Request] = []
+        # "": well. Else "silent" (accepts and never answers), "html", or a status code.
+        self.mood: str | int = ""
+        # The same for downloads alone.
+        self.download_mood: str | int = ""
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server.daemon_threads = True
+        self.ended = threading.Event()
+        self.connections: list[socket.socket] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def publish(self, name: str, folder: Path | dict[str, bytes], branch: str = "main", tag: str = "") -> str:
+        """A new commit with these files, to which the branch moves; its name."""
+        if isinstance(folder, Path):
+            files = {
+                path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            }
+        else:
+            files = dict(folder)
+        repository = self.repositories.setdefault(name, Repository(name))
+        digest = hashlib.sha1(f"{name} {len(repository.commits)}".encode(), usedforsecurity=False)
+        for path, content in sorted(files.items()):
+            digest.update(path.encode() + content)
+        commit = digest.hexdigest()
+        repository.commits[commit] = files
+        repository.references |= {branch: commit} | ({tag: commit} if tag else {})
+        return commit
+
+    def open_pull_request(self, name: str, files: dict[str, bytes]) -> str:
+        """A pull request titled as those of the bot that converts weights; anybody can open one."""
+        repository = self.repositories[name]
+        number = len(repository.discussions) + 1
+        commit = self.publish(name, repository.commits[repository.references["main"]] | files, f"refs/pr/{number}")
+        author = {"name": "SFconvertbot", "fullname": "a stranger", "type": "user"}
+        repository.discussions.append(
+            {"num": number, "title": BOT_TITLE, "isPullRequest": True, "status": "open", "author": author}
+            | {"createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": name, "type": "model"}}
+        )
+        return commit
+
+    def lookups(self) -> list[Request]:
+        """The requests that asked for no file."""
+        return [one for one in self.requests if one.file is None]
+
+    def files(self, method: str = "GET") -> list[str]:
+        """The files that were downloaded, in order."""
+        return [one.file for one in self.requests if one.file is not None and one.method == method]
+
+    def start(self) -> None:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        """From now on connections are refused."""
+        if not self.ended.is_set():
+            self.ended.set()
+            self._server.shutdown()
+            self._server.server_close()
+            for connection in self.connections:  # those that are kept open between requests
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def hub_server() -> Iterator[HubServer]:
+    """A hub without models, until the block ends."""
+    server = HubServer()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+_API = re.compile(r"/api/models/(?P<repo>.+?)(?:/(?P<what>revision|tree|discussions)(?:/(?P<rest>.*))?)?")
+_FILE = re.compile(r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            hub.connections.append(self.connection)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_POST(self) -> None:
+            self._received()
+            self._error(404, "EntryNotFound", "nothing is posted here")
+
+        def do_GET(self) -> None:
+            self._received()
+            path = urlsplit(self.path).path
+            if self._in_a_mood(hub.mood):
+                return
+            if path == "/api/whoami-v2":
+                name = {"name": "somebody", "type": "user"}
+                return self._json(name) if self._token() in hub.tokens else self._unknown_token()
+            if found := _FILE.fullmatch(path):
+                if not self._in_a_mood(hub.download_mood):
+                    self._file(found["repo"], unquote(found["revision"]), unquote(found["file"]))
+                return
+            if found := _API.fullmatch(path):
+                return self._api(found["repo"], found["what"] or "revision", unquote(found["rest"] or "main"))
+            self._error(404, "", "Sorry, we can't find the page you are looking for.")
+
+        def _received(self) -> None:
+            hub.requests.append(Request(self.command, self.path, self._token()))
+
+        def _token(self) -> str | None:
+            return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+        def _in_a_mood(self, mood: str | int) -> bool:
+            if mood == "silent":
+                while not hub.ended.is_set() and hub.mood == "silent":
+                    time.sleep(0.05)
+                self.close_connection = True
+            elif mood == "html":
+                self._send(200, b"<html><body>Please sign in to the network.</body></html>", "text/html")
+            elif mood:
+                self._error(int(mood), "", "a bad day")
+            return bool(mood)
+
+        def _repository(self, name: str) -> Repository | None:
+            """The repository, if it is there and may be seen; else the answer is given."""
+            token, repository = self._token(), hub.repositories.get(name)
+            if token is not None and token not in hub.tokens:
+                self._unknown_token()
+            elif repository is None or (repository.readers is not None and token not in repository.readers):
+                # Without a token the hub does not tell a private model from a missing one.
+                if token is None:
+                    self._error(401, "RepoNotFound", "Invalid username or password.")
+                else:
+                    self._error(404, "RepoNotFound", "Repository not found")
+            else:
+                return repository
+            return None
+
+        def _unknown_token(self) -> None:
+            self._error(401, "", "Invalid credentials in Authorization header")
+
+        def _api(self, name: str, what: str, revision: str) -> None:
+            repository = self._repository(name)
+            if repository is None:
+                return
+            if what == "discussions":
+                listed = repository.discussions
+                return self._json({"discussions": listed, "count": len(listed), "start": 0})
+            commit = repository.commit_of(revision)
+            if commit is None:
+                return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            files = repository.commits[commit]
+            if what == "tree":
+                return self._json([_entry(path, content) for path, content in sorted(files.items())])
+            siblings = [{"rfilename": path, "size": len(content)} for path, content in sorted(files.items())]
+            gated = "manual" if repository.gate is not None else False
+            private = repository.readers is not None
+            self._json(
+                {"id": name, "modelId": name, "sha": commit, "private": private, "gated": gated, "siblings": siblings}
+            )
+
+        def _file(self, name: str, revision: str, file: str) -> None:
+            repository = self._repository(name)
+            if repository is None:
+                return
+            if repository.gate is not None and self._token() not in repository.gate:
+                status = 401 if self._token() is None else 403
+                return self._error(status, "GatedRepo", f"Access to model {name} is restricted.")
+            commit = repository.commit_of(revision)
+            if commit is None:
+                return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            content = repository.commits[commit].get(file)
+            if content is None:
+                return self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+            etag = _sha256(content) if file.endswith(LARGE) else _blob_id(content)
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            if file.endswith(LARGE):
+                headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{etag}"'}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if asked:
+                first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                content = content[first : last + 1]
+            self._send(206 if asked else 200, content, "application/octet-stream", headers)
+
+        def _json(self, value: Any) -> None:
+            self._send(200, json.dumps(value).encode(), "application/json")
+
+        def _error(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
+            headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (more or {})
+            self._send(status, json.dumps({"error": message}).encode(), "application/json", headers)
+
+        def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.wfile.write(body)
+
+    return Handler
+
+
+def _entry(path: str, content: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _blob_id(content)}
+    if path.endswith(LARGE):
+        entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
+    return entry
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _blob_id(content: bytes) -> str:
+    """Git's name of a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
