@@ -62,7 +62,7 @@ def _paragraphs(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]
     if fault:
         return (Reject(str(file), record.line, fault, excerpt(record.found)),)
     outcomes: list[Outcome] = []
-    for index, paragraph in enumerate(paragraphs):
+    for index, paragraph in enumerate(paragraphs or ()):
         text = paragraph.strip() if isinstance(paragraph, str) else paragraph
         if text == "":
             outcomes.append(Skipped("empty paragraph"))
@@ -100,8 +100,10 @@ def _titled(layout: Layout, file: Path, record: Record, pair: Any) -> Outcome:
 
 def _context(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
     title, context = record.fields.get(layout.title or ""), record.fields.get(layout.text)
-    named = isinstance(context, str) and (title is None or isinstance(title, str))
-    id = context_id(title, context) if named else "passage"  # what is no string is rejected for that
+    # What is no string is rejected for that.
+    id = "passage"
+    if isinstance(context, str) and (title is None or isinstance(title, str)):
+        id = context_id(title, context)
     names = ("id", layout.title or "", layout.text)
     return (check_row(file, record.line, id, title, context, record.found, names),)
 
