@@ -26,7 +26,10 @@ from tests.small_corpus import (
     write_questions_jsonl,
 )
 
-CONFIG = InferConfig(variant="token", decoding=DecodingConfig(num_beams=2, max_new_tokens=4, num_return_sequences=1))
+CONFIG = InferConfig(
+    variant="token",
+    decoding=DecodingConfig(num_beams=2, max_new_tokens=4, num_return_sequences=1, precision="float32"),
+)
 
 
 @pytest.fixture(scope="module")

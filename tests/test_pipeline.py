@@ -68,7 +68,8 @@ def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
         # Two data-parallel workers, so that gradients really cross between processes.
         train=TrainConfig(optimizer=optimizer(4, eval_every=2), eval_questions=8, num_workers=2),
         infer=InferConfig(
-            decoding=DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=2), shard_questions=3
+            decoding=DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=2, precision="float32"),
+            shard_questions=3,
         ),
         baselines=True,
         ks=[1, 3],

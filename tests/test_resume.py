@@ -77,7 +77,7 @@ def kill_when_finished(parts: int, out: Path, pattern: str, process: subprocess.
         assert time.monotonic() < end, "it did not get that far"
         time.sleep(0.01)
     # Ray's workers have groups of their own, and end when they find their driver gone.
-    workers = processes_below(process.pid, lambda name: name.startswith("ray::"))
+    workers = processes_below(process.pid, lambda name: "Worker" in name)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=WAIT_SECONDS)
