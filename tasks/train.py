@@ -84,7 +84,7 @@ def train(
     start.check_index(opened)
     opened.check_num_docs(model.num_docs)
     all_asked, all_dev = read_questions(Path(questions)), read_questions(Path(dev))
-    asked, asked_of_dev = trainable_questions(questions, all_asked), scorable_questions(dev, all_dev, config)
+    asked, compared = learnable(questions, all_asked), dev_questions(dev, all_dev, config)
     unanswerable = {
         name: sum(one.is_impossible for one in all) for name, all in (("train", all_asked), ("dev", all_dev))
     }
@@ -105,7 +105,7 @@ def train(
     def work(run: StageRun) -> Manifest:
         run.log_params({"question_encoder": model.question_encoder, "generator": model.generator})
         run.set_tags({"variant": variant})
-        run.log_metrics({"train_questions": len(asked), "dev_questions": len(asked_of_dev)})
+        run.log_metrics({"train_questions": len(asked), "dev_questions": len(compared)})
         run.log_metrics({f"{name}_unanswerable": count for name, count in unanswerable.items()})
         if unanswerable["train"]:
             warn(
@@ -159,8 +159,8 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     place = this_place(settings["cpus"])
     index: Retriever = settings["open_retriever"]()
     paths = Path(settings["questions"]), Path(settings["dev"])
-    questions = trainable_questions(paths[0], read_questions(paths[0]))
-    dev = scorable_questions(paths[1], read_questions(paths[1]), config)
+    questions = trainable_questions(paths[0])
+    dev = dev_questions(paths[1], read_questions(paths[1]), config)
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
@@ -178,7 +178,12 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     return reporter.result(done)
 
 
-def trainable_questions(path: Path, questions: Sequence[Question]) -> list[Question]:
+def trainable_questions(path: Path) -> list[Question]:
+    """The questions of a file that an answer can be learnt from; InputError as `learnable`."""
+    return learnable(path, read_questions(path))
+
+
+def learnable(path: Path, questions: Sequence[Question]) -> list[Question]:
     """Those of a file's questions that an answer can be learnt from: all but the unanswerable ones.
 
     Raises:
@@ -203,7 +208,7 @@ def trainable_questions(path: Path, questions: Sequence[Question]) -> list[Quest
     return answerable
 
 
-def scorable_questions(path: Path, questions: Sequence[Question], config: TrainConfig) -> list[Question]:
+def dev_questions(path: Path, questions: Sequence[Question], config: TrainConfig) -> list[Question]:
     """The first `eval_questions` dev questions that have an answer to compare with.
 
     Raises:

@@ -14,7 +14,7 @@ from rag_core.questions import Question
 from rag_core.rag_model import RagModel
 from rag_core.scores import means_of
 from rag_core.training import Hooks, Place, run_training
-from tasks.train import TrainConfig, dev_scores, scorable_questions, trainable_questions
+from tasks.train import TrainConfig, dev_questions, dev_scores, learnable
 from tests.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config, optimizer
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
@@ -48,7 +48,7 @@ def test_unanswerable_questions_change_neither_the_likelihood_nor_any_other_dev_
     expected = dev_scores(model, objective, index, EXAMPLES[:4], "token", CONFIG)
     assert expected["dev_nll"] > 0
     mixed = [IMPOSSIBLE, *EXAMPLES[:2], replace(IMPOSSIBLE, id="y"), *EXAMPLES[2:4], Question("z", "and who?")]
-    chosen = scorable_questions(FILE, mixed, CONFIG)
+    chosen = dev_questions(FILE, mixed, CONFIG)
     assert chosen == EXAMPLES[:4]
     assert dev_scores(model, objective, index, chosen, "token", CONFIG) == pytest.approx(expected)
 
@@ -89,13 +89,13 @@ def test_dev_scores_of_several_workers_are_those_of_one_though_shards_are_uneven
 
 
 def test_training_leaves_unanswerable_questions_out_and_refuses_others_without_an_answer_to_learn() -> None:
-    assert trainable_questions(FILE, [IMPOSSIBLE, *EXAMPLES, IMPOSSIBLE]) == EXAMPLES
+    assert learnable(FILE, [IMPOSSIBLE, *EXAMPLES, IMPOSSIBLE]) == EXAMPLES
     with pytest.raises(InputError, match=r"questions\.jsonl: question 'z' has no answer.*is_impossible: true"):
-        trainable_questions(FILE, [*EXAMPLES, Question("z", "and who?")])
+        learnable(FILE, [*EXAMPLES, Question("z", "and who?")])
     with pytest.raises(InputError, match=r"question 'r' are regular expressions"):
-        trainable_questions(FILE, [*EXAMPLES, PATTERN])
+        learnable(FILE, [*EXAMPLES, PATTERN])
     with pytest.raises(InputError, match=r"all 2 questions are unanswerable"):
-        trainable_questions(FILE, [IMPOSSIBLE, IMPOSSIBLE])
+        learnable(FILE, [IMPOSSIBLE, IMPOSSIBLE])
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_dev_questions_by_which_no_weights_can_be_chosen_are_refused(
 ) -> None:
     config = CONFIG.model_copy(update={"best_by": best_by})
     with pytest.raises(InputError, match=rf"none of the 1 dev questions has {lacking}.*by {best_by}"):
-        scorable_questions(FILE, questions, config)
-    assert scorable_questions(FILE, [PATTERN], CONFIG) == [PATTERN]
+        dev_questions(FILE, questions, config)
+    assert dev_questions(FILE, [PATTERN], CONFIG) == [PATTERN]
 
 
 def test_only_another_rule_than_the_published_one_makes_training_run_again() -> None:
