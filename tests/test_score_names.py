@@ -136,6 +136,7 @@ def test_two_hundred_odd_types_reach_mlflow_and_read_back(services: Path, tmp_pa
     cases = [(replace(question, id=str(n), type=kind), answer) for n, kind in enumerate(types)]
     cases.append((Question("x", "who?", (), "overall", is_impossible=True), answer))
     write_questions([one for one, _ in cases], tmp_path / "questions.jsonl")
+    (tmp_path / "a[").mkdir()
     predictions = _published(tmp_path / "a[/b]|`c`", cases)
     result, evaluation = evaluate(predictions, tmp_path / "questions.jsonl", [1, 2], match="characters")
     assert (evaluation.overall.count, evaluation.overall.unanswerable, len(evaluation.by_type)) == (200, 1, 200)
