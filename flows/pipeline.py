@@ -56,7 +56,7 @@ class PipelineConfig(BaseModel):
 
     name: str = Field("pipeline", description="name of the parent MLflow run")
     sources: list[ArtefactPath] = Field(description="files or folders that the corpus is read from")
-    corpus: CorpusConfig
+    corpus: CorpusConfig = CorpusConfig()
     questions: QuestionFiles
     embed: EmbedConfig
     index: IndexConfig = Field(default_factory=IndexConfig)

@@ -36,8 +36,9 @@ from rag_core.artefacts.artefact_inputs import input_paths
 from rag_core.artefacts.places import as_place
 from rag_core.errors import ArtefactError, InputError
 from rag_core.passages import Passage
-from rag_core.readers import CorpusFormat, Reject, Row, expand_sources, read_rows
+from rag_core.readers import CorpusFormat, Reading, Reject, Row, expand_sources, read_rows
 from rag_core.readers.rows import check_row, first_line
+from rag_core.readers.sources import is_text
 
 KIND = "corpus"
 REJECTS = "rejects.jsonl"
@@ -51,8 +52,8 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: CorpusFormat = Field(description="Format of the source files.")
-    words_per_passage: int = Field(default=100, ge=1, description="Most words in a passage; only used by format text.")
+    format: CorpusFormat = Field(default="auto", description="Format of the source files; auto: told by their content.")
+    words_per_passage: int = Field(default=100, ge=1, description="Most words in a passage; only used for plain text.")
     shard_rows: int = Field(default=SHARD_ROWS, ge=1, description="Passages in one Parquet file of the corpus.")
     max_rejects_share: float = Field(
         default=MAX_REJECTS_SHARE, ge=0, le=1, description="Largest share of the rows that may be left out; 1: any."
@@ -71,11 +72,11 @@ def source_files(sources: Sequence[Path], format: CorpusFormat) -> list[Path]:
 def source_fingerprint(sources: Sequence[Path], format: CorpusFormat) -> str:
     """Identity of what the sources hold, wherever they lie.
 
-    Names do not count, save for format "text", where passage ids and titles are made from the names below the source
+    Names do not count, save for plain text, where passage ids and titles are made from the names below the source
     folder: there a renamed file does make another corpus.
     """
     files = expand_sources(sources, format)
-    if format == "text":
+    if format == "text" or (format == "auto" and any(is_text(file.path) for file in files)):
         return fingerprint_of_json([[file.name, sha256_of_file(file.path)] for file in files])
     return fingerprint_of_files(file.path for file in files)
 
@@ -92,7 +93,9 @@ def write_corpus(
         on_progress: called with the number of passages so far, after every shard.
 
     Returns:
-        The manifest; `counts` has passages and rejects, `details["rejects_by_reason"]` the rejects by category.
+        The manifest; `counts` has passages and rejects, `details["rejects_by_reason"]` the rejects by category,
+        `details["layouts"]` the number of files by what they were recognised as, and `details["skipped_by_reason"]`,
+        where anything was, what was left out without being a fault.
 
     Raises:
         InputError: a source that cannot be read at all, no passage left, or more rejects than `config.max_rejects_share`
@@ -100,12 +103,16 @@ def write_corpus(
         ArtefactError: `out` holds something that is not ours.
     """
     made_from = {"sources": source_fingerprint(sources, config.format)}
-    rows = read_rows(sources, config.format, words_per_passage=config.words_per_passage)
+    reading = Reading()
+    rows = read_rows(sources, config.format, words_per_passage=config.words_per_passage, reading=reading)
     place = ", ".join(str(source) for source in sources)
     with publish(Path(out), KIND, config=config.decisive(), made_from=made_from) as draft:
         _fill(draft, rows, config.shard_rows, place, on_progress)
         _check_rejects(draft, Path(out), place, config.max_rejects_share)
         draft.details["inputs"] = input_paths(sources=list(sources))
+        draft.details["layouts"] = dict(sorted(reading.layouts.items()))
+        if reading.skipped:
+            draft.details["skipped_by_reason"] = dict(sorted(reading.skipped.items()))
     rejects_beside(Path(out)).unlink(missing_ok=True)
     return open_artefact(Path(out), KIND, check_content=False)
 

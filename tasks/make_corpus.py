@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefect import task
@@ -10,10 +10,20 @@ from prefect.logging import get_run_logger
 
 from rag_core.artefacts.artefact import Manifest, local_file
 from rag_core.corpus import KIND, CorpusConfig, refuse_many_rejects, source_files, source_fingerprint, write_corpus
+from tasks import notices
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
 from tasks.tracking import StageRun
+
+
+def read_as(manifest: Manifest) -> str:
+    """One line: what the sources were recognised as, and what was left out of them that is no fault."""
+    layouts: Mapping[str, int] = manifest.details["layouts"]
+    skipped: Mapping[str, int] = manifest.details.get("skipped_by_reason", {})
+    read = "; ".join(layout if files == 1 else f"{files:,} files of {layout}" for layout, files in layouts.items())
+    left = ", ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
+    return f"corpus: read as {read}{f' (no passages: {left})' if left else ''}"
 
 
 @task(name="make-corpus", **STAGE_RETRIES)
@@ -28,6 +38,7 @@ def make_corpus(
     def work(run: StageRun) -> Manifest:
         run.log_dict({"files": [str(file) for file in files]}, "sources.json")
         manifest = write_corpus(sources, out, config)
+        notices.tell(read_as(manifest))
         rejects = manifest.details.get("rejects_by_reason", {})
         if rejects:
             get_run_logger().warning("%d rows were left out (%s); see %s", manifest.counts["rejects"], rejects, out)

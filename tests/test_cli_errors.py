@@ -97,6 +97,21 @@ def test_an_unknown_corpus_format_lists_the_known_ones(rag: Rag, parts: Parts, t
     assert is_one_paragraph(error, "jsonl", "dpr-tsv", "parquet", "squad", "text")
 
 
+def test_a_beir_corpus_is_read_without_a_format_and_told_in_one_line(rag: Rag, tmp_path: Path) -> None:
+    file = tmp_path / "corpus[bold].jsonl"
+    file.write_text('{"_id": "d1", "title": "Lyon", "text": "A city.", "metadata": {}}\n')
+    code, told = rag("corpus", file, "--out", tmp_path / "out")
+    assert (code, told) == (0, "corpus: read as beir (BEIR), JSON Lines\n")
+
+
+def test_a_corpus_file_of_no_known_layout_is_refused_with_the_key_that_was_meant(rag: Rag, tmp_path: Path) -> None:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"id": "1", "contnets": "x"}\n')
+    code, error = rag("corpus", file, "--out", tmp_path / "out")
+    assert code == 2
+    assert is_one_paragraph(error, file, "did you mean `contents` for `contnets`?")
+
+
 def test_an_unknown_column_is_named_with_the_columns_found(rag: Rag, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

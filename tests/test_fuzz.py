@@ -27,6 +27,7 @@ SEED = 5
 # Inputs for each target of a process. An index's files are one reader's; each input of a model target loads a model.
 GROUPS = {
     "corpus": 100_000,
+    "layouts": 50_000,
     "questions": 100_000,
     "others": 100_000,
     "index": 20_000,

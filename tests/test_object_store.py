@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from rag_core.artefacts import object_store, stored_artefact
 from rag_core.artefacts.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
 from rag_core.artefacts.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.artefacts.stored_artefact import work_folder
+from rag_core.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.errors import ArtefactError, InputError
 from rag_core.questions import files_of_questions, read_questions
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
@@ -282,6 +284,20 @@ def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewher
     assert not list(tmp_path.rglob("evil.txt"))
 
 
+def test_corpus_files_are_recognised_in_a_store_as_they_are_here(place: ObjectPath, s3: Any, tmp_path: Path) -> None:
+    page = {"wikipedia_id": "7", "wikipedia_title": "Lyon", "text": ["Lyon", "It is a city."]}
+    files = {
+        "beir/corpus.jsonl.gz": gzip.compress(b'{"_id": "d1", "text": "one"}\n'),
+        "kilt.json": json.dumps([page]).encode(),
+    }
+    for name, content in files.items():
+        s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/{name}", Body=content)
+    sources = [local_file(place / "beir"), local_file(place / "kilt.json")]
+    manifest = write_corpus(sources, tmp_path / "corpus", CorpusConfig())
+    assert [passage.id for passage in Corpus.open(tmp_path / "corpus").iter_passages()] == ["d1", "7:1"]
+    assert sorted(manifest.details["layouts"]) == ["beir (BEIR), JSON Lines", "kilt (KILT's knowledge source), JSON"]
+
+
 def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(
     place: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +317,6 @@ def test_verify_reads_every_object_and_repair_replaces_the_damaged_ones(
 ) -> None:
     from rag_core.artefacts.repair import repair
     from rag_core.artefacts.verification import artefacts_below, verify
-    from rag_core.corpus import CorpusConfig, write_corpus
     from tests.small_corpus import write_passages_jsonl
 
     source = write_passages_jsonl(tmp_path / "passages.jsonl")

@@ -14,7 +14,9 @@ import pytest
 
 from rag_core.errors import ConfigError, InputError
 from rag_core.passages import Passage
-from rag_core.readers import CorpusFormat, Reject, dpr_tsv, read_passages, rows
+from rag_core.readers import CorpusFormat, Reject, read_passages, rows
+from rag_core.readers import squad as squad_reader
+from rag_core.readers.containers import delimited
 from rag_core.readers.text import split_text
 
 
@@ -121,7 +123,7 @@ def test_two_stray_quotes_in_dpr_tsv_do_not_fuse_the_rows_between_them(tmp_path:
 
 
 def test_an_unclosed_quote_in_dpr_tsv_looks_only_some_lines_ahead(tmp_path: Path) -> None:
-    after = dpr_tsv.MAX_ROW_LINES + 50
+    after = delimited.MAX_ROW_LINES + 50
     file = put(tmp_path / "c.tsv", 'id\ttext\ttitle\n1\t"open\tT\n' + "x\n" * after + 'shut"\tT\n')
     passages, rejects = read(file, "dpr-tsv")
     assert (passages, [reject.line for reject in rejects]) == ([], list(range(2, after + 4)))
@@ -177,14 +179,14 @@ def test_a_bad_parquet_row_is_rejected_with_its_row_across_batches(tmp_path: Pat
 
 
 def test_parquet_values_that_are_no_text_are_rejected(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["a"], "text": [["x"]]}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"id": ["a"], "text": [5]}), tmp_path / "c.parquet")
     passages, rejects = read(tmp_path / "c.parquet", "parquet")
     assert (passages, [(r.line, r.category) for r in rejects]) == ([], [(1, "wrong type")])
 
 
 def test_a_missing_parquet_column_is_named_with_the_columns_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a"], "body": ["x"]}), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match=r"c\.parquet has no column text; found id, body"):
+    with pytest.raises(InputError, match=r"c\.parquet \(Parquet\) has the keys id, body; .*`text` is missing"):
         read(tmp_path / "c.parquet", "parquet")
 
 
@@ -231,6 +233,15 @@ def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_
     assert [passage.id for passage in passages] == [f"{name}#{index}" for name in names for index in (0, 1)]
     assert [passage.title for passage in passages[::2]] == ["A", "B", "A", "", "", "A-3", "", "Zoë"]
     assert rejects == []
+
+
+def test_squad_of_more_than_is_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(tmp_path / "s.json", squad(("A", [{"context": "a"}])))
+    monkeypatch.setattr(squad_reader, "MAX_BYTES", 10)
+    with pytest.raises(
+        InputError, match=r"s\.json has 60 bytes; SQuAD JSON is read whole, so at most 10 were expected"
+    ):
+        read(file, "squad")
 
 
 def test_text_ids_come_from_relative_paths_and_titles_from_headings_or_file_names(tmp_path: Path) -> None:
@@ -286,7 +297,7 @@ def test_a_folder_stands_for_its_files_of_that_suffix_sorted_by_name(tmp_path: P
     assert [passage.id for passage in read(tmp_path, "jsonl")[0]] == ["a", "b", "sub/c"]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "dpr-tsv", "parquet", "squad", "text"])
+@pytest.mark.parametrize("format", ["auto", "jsonl", "json", "dpr-tsv", "csv", "parquet", "squad", "text"])
 def test_missing_sources_and_folders_without_fitting_files_are_refused_by_name(
     tmp_path: Path, format: CorpusFormat
 ) -> None:
@@ -302,7 +313,9 @@ def test_missing_sources_and_folders_without_fitting_files_are_refused_by_name(
 def test_a_pdf_an_unknown_format_and_passages_of_no_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"paper\.pdf is not a \.txt or \.md file"):
         read_passages([put(tmp_path / "paper.pdf", "%PDF")], "text")
-    with pytest.raises(ConfigError, match="'xml' is unknown; the known ones are jsonl, dpr-tsv, parquet, squad, text"):
+    with pytest.raises(
+        ConfigError, match="'xml' is unknown; the known ones are auto, jsonl, json, dpr-tsv, csv, parquet, squad, text"
+    ):
         read_passages([tmp_path], "xml")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="words_per_passage is 0"):
         read_passages([put(tmp_path / "c.txt", "x")], "text", words_per_passage=0)

@@ -40,14 +40,23 @@ def add_to(app: typer.Typer) -> None:
 def corpus(
     sources: Annotated[list[Path], typer.Argument(help="Files or folders.", metavar="SOURCE…")],
     out: Out,
-    format: Annotated[str, typer.Option(help="jsonl | dpr-tsv | parquet | squad | text")] = "jsonl",
-    words_per_passage: Annotated[int, typer.Option(help="format text: passages of about this many words.")] = 100,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto: told by the content. jsonl | json | dpr-tsv | csv | parquet | squad | text: only files of that sort."
+        ),
+    ] = "auto",
+    words_per_passage: Annotated[int, typer.Option(help="Plain text: passages of at most this many words.")] = 100,
     shard_rows: Annotated[int, typer.Option(help="Passages in a Parquet shard.")] = 50_000,
     max_rejects_share: Annotated[
         float, typer.Option(help="Share of the rows that may be rejected, 0 to 1; more stop the run.")
     ] = 0.01,
 ) -> None:
-    """Read passages and write canonical Parquet shards; rows that are none go to rejects.jsonl with file and line."""
+    """Read passages and write canonical Parquet shards; rows that are none go to rejects.jsonl with file and line.
+
+    Reads BEIR, DPR, pyserini, FlashRAG, KILT, SQuAD, HotpotQA and plain files with id, title and text, from JSON Lines, JSON,
+    Parquet, CSV or TSV; and text (.txt, .md). docs/formats.md has the keys.
+    """
     from flows.cli.settings import parse
     from flows.corpus import make_corpus
     from rag_core.corpus import CorpusConfig

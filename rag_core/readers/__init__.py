@@ -1,34 +1,48 @@
-"""Corpus readers: files of a known format in, passages out, one at a time; bad rows come out as rejects.
+"""Corpus readers: files in, passages out, one at a time; bad rows come out as rejects.
 
-Each format has one module with a `read` function. A bad row is a `Reject` and reading goes on; a file that cannot be
-of the format at all raises InputError. The readers do not know whether an id was seen before, nor where the passages
-go: `rag_core.corpus` does.
+A file has a container (JSON Lines, JSON, Parquet, a table; `containers/`) and a layout (which keys mean what; `layouts.py`),
+and both are recognised by its content (`recognition.py`). SQuAD's articles and plain text have a reader each. A bad row is a
+`Reject` and reading goes on; a file that cannot be read at all raises InputError. The readers do not know whether an id was
+seen before, nor where the passages go: `rag_core.corpus` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rag_core.errors import ConfigError
+from rag_core.errors import ConfigError, InputError
 from rag_core.passages import Passage
-from rag_core.readers import dpr_tsv, jsonl, parquet, squad, text
-from rag_core.readers.rows import Reject, Row
+from rag_core.readers import squad, text
+from rag_core.readers.layout_passages import passages_of
+from rag_core.readers.layouts import Layout
+from rag_core.readers.recognition import TEXT, Container, recognise, resemblance
+from rag_core.readers.rows import Reject, Row, Skipped
 from rag_core.readers.sources import CorpusFormat, SourceFile, expand_sources
 
-__all__ = ["CorpusFormat", "Reject", "Row", "SourceFile", "expand_sources", "read_passages", "read_rows"]
+__all__ = ["CorpusFormat", "Reading", "Reject", "Row", "SourceFile", "expand_sources", "read_passages", "read_rows"]
+
+
+@dataclass
+class Reading:
+    """What was found out while sources were read: files by what they were recognised as, and what was skipped, by reason."""
+
+    layouts: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def read_passages(
-    sources: Sequence[Path], format: CorpusFormat, *, words_per_passage: int = 100
+    sources: Sequence[Path], format: CorpusFormat = "auto", *, words_per_passage: int = 100
 ) -> Iterator[Passage | Reject]:
     """Passages and rejects of all sources, in order.
 
     Args:
         sources: files, or folders that stand for all their files of the format's suffix, sorted.
-        format: "jsonl", "dpr-tsv", "parquet", "squad" or "text".
-        words_per_passage: the most words in a passage; only used by "text".
+        format: a `CorpusFormat`; "auto" recognises each file by its content.
+        words_per_passage: the most words in a passage; only used for plain text.
 
     Raises:
         ConfigError: unknown format, or words_per_passage below 1 (at once).
@@ -38,17 +52,64 @@ def read_passages(
     return (row.passage if isinstance(row, Row) else row for row in rows)
 
 
-def read_rows(sources: Sequence[Path], format: CorpusFormat, *, words_per_passage: int = 100) -> Iterator[Row | Reject]:
-    """Like `read_passages`, but every passage comes with its file and line."""
+def read_rows(
+    sources: Sequence[Path],
+    format: CorpusFormat = "auto",
+    *,
+    words_per_passage: int = 100,
+    reading: Reading | None = None,
+) -> Iterator[Row | Reject]:
+    """Like `read_passages`, but every passage comes with its file and line; `reading`, if given, is filled meanwhile."""
     if words_per_passage < 1:
         raise ConfigError(f"words_per_passage is {words_per_passage}; it must be at least 1.")
     files = expand_sources(sources, format)
-    readers: dict[CorpusFormat, Callable[[SourceFile], Iterator[Row | Reject]]] = {
-        "jsonl": jsonl.read,
-        "dpr-tsv": dpr_tsv.read,
-        "parquet": parquet.read,
-        "squad": squad.read,
-        "text": partial(text.read, words_per_passage=words_per_passage),
-    }
-    read = readers[format]
-    return (row for file in files for row in read(file))
+    return _rows_of_all(files, format, words_per_passage, Reading() if reading is None else reading)
+
+
+def _rows_of_all(
+    files: Sequence[SourceFile], format: CorpusFormat, words_per_passage: int, reading: Reading
+) -> Iterator[Row | Reject]:
+    repeated: set[bytes] = set()
+    for file in files:
+        at_start = True
+        try:
+            found = recognise(file, format)
+            reading.layouts[str(found)] += 1
+            rows: Iterator[Row | Reject | Skipped]
+            if found.layout:
+                rows = _records_as_rows(file, found.container, found.layout, repeated)
+            elif found.container is TEXT:
+                rows = text.read(file, words_per_passage)
+            else:
+                rows = squad.read(file)
+            for row in rows:
+                at_start = False
+                if isinstance(row, Skipped):
+                    reading.skipped[row.reason] += 1
+                else:
+                    yield row
+        except InputError as error:
+            if at_start and format != "auto" and (resembles := resemblance(file, format)):
+                raise InputError(f"{error} {resembles}") from error
+            raise
+
+
+def _records_as_rows(
+    file: SourceFile, container: Container, layout: Layout, repeated: set[bytes]
+) -> Iterator[Row | Reject | Skipped]:
+    comes_again = layout.holds in ("context", "titled sentences")
+    for record in container.open(file.path, layout.all_keys()):
+        if isinstance(record, Reject):
+            yield record
+            continue
+        for row in passages_of(layout, file.path, record):
+            if comes_again and isinstance(row, Row):
+                passage = row.passage
+                mark = hashlib.blake2b(
+                    f"{passage.id}\0{passage.title}\0{passage.text}".encode(), digest_size=16
+                ).digest()
+                if mark in repeated:
+                    yield Skipped("passage of an earlier question")
+                    continue
+                repeated.add(mark)
+            yield row

@@ -36,6 +36,16 @@ _ENCODINGS = {
     b"\xfe\xff": "UTF-16",
 }
 _HEAD_BYTES = 512
+# Files that people have, and that hold no records: the mark, what has it, and what to do.
+_OTHER_FILES = (
+    (b"%PDF", "a PDF", "Convert it to text first"),
+    (b"\xd0\xcf\x11\xe0", "an old Word or Excel file", "Write it as text or CSV"),
+    (b"ARROW1", "an Arrow file", "Write it as Parquet"),
+    (b"\xff\xff\xff\xff", "an Arrow stream, as datasets' save_to_disk writes it", "Write it as Parquet (to_parquet)"),
+    (b"SQLite format 3", "an SQLite database", "Write its passages as JSON Lines"),
+    (b"\x80\x04\x95", "a pickle, which is never opened", "Write it as JSON Lines"),
+    (b"\x80\x03", "a pickle, which is never opened", "Write it as JSON Lines"),
+)
 
 
 def refuse_archives_and_utf16(path: Path, *, gzip_too: bool = True) -> None:
@@ -56,6 +66,15 @@ def refuse_archives_and_utf16(path: Path, *, gzip_too: bool = True) -> None:
             f"{path} is text in {encoding}; UTF-8 was expected. Convert it: "
             f"iconv -f {encoding} -t UTF-8 {path.name} > {path.stem}.utf8{path.suffix}"
         )
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raise InputError if the file is one that can hold no records that are read here, such as a PDF."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    for mark, kind, remedy in _OTHER_FILES:
+        if head.startswith(mark):
+            raise InputError(f"{path} is {kind}; JSON Lines, JSON, Parquet, CSV or text was expected. {remedy}.")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ rejected unread: without a bound, a file without line ends would be read into me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rag_core.passages import Passage
 from rag_core.readers.first_bytes import opened_lines
@@ -45,6 +46,29 @@ class Row:
     file: str
     line: int | None
     passage: Passage
+
+
+@dataclass(slots=True)
+class Record:
+    """One record of a container, not yet a passage: its fields under the names that the file gives them.
+
+    `line` counts from 1: lines, or rows and list items where a container has no lines. `found` is shown in a reject.
+    `keys` are all names in the file, also those that were not read. `default_id` is the name that the record itself has
+    where it is a member of a JSON object.
+    """
+
+    line: int | None
+    fields: Mapping[str, Any]
+    found: object
+    keys: Collection[str]
+    default_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that is no passage and no fault either, such as a heading; counted by `reason`."""
+
+    reason: str
 
 
 def excerpt(value: object) -> str:
@@ -86,11 +110,20 @@ def id_as_text(value: object) -> object:
 
 
 def check_row(
-    file: Path | str, line: int | None, id: object, title: object, text: object, found: object
+    file: Path | str,
+    line: int | None,
+    id: object,
+    title: object,
+    text: object,
+    found: object,
+    names: tuple[str, str, str] = ("id", "title", "text"),
 ) -> Row | Reject:
-    """A row if its three fields can be a passage, else a reject that shows `found`. `title` may be None."""
+    """A row if its three fields can be a passage, else a reject that shows `found`. `title` may be None.
+
+    `names` are what the file calls id, title and text; a reject's reason says them.
+    """
     id = id_as_text(id)
-    fault = field_fault("id", id) or field_fault("text", text) or field_fault("title", title, required=False)
+    fault = field_fault(names[0], id) or field_fault(names[2], text) or field_fault(names[1], title, required=False)
     if fault:
         return Reject(str(file), line, fault, excerpt(found))
     return Row(str(file), line, Passage(str(id), str(title or ""), str(text)))

@@ -2,7 +2,9 @@
 
 A folder stands for all its files (recursively) with the suffix of the format; files and folders whose name starts
 with a dot are left out, since they are editors' and version control's. A file named outright is taken whatever its
-suffix, save for `text`, where reading a PDF as text would yield rubbish. This module does not look into files.
+suffix, save for `text`, where reading a PDF as text would yield rubbish. Where no format is named, a folder stands for its
+files of records, or, if it has none, for its text, or else for its files without suffix; a folder with BEIR's `corpus`, `queries` and `qrels` for its corpus alone.
+This module does not look into files.
 """
 
 from __future__ import annotations
@@ -15,15 +17,34 @@ from typing import Literal, get_args
 
 from rag_core.errors import ConfigError, InputError
 
-CorpusFormat = Literal["jsonl", "dpr-tsv", "parquet", "squad", "text"]
+CorpusFormat = Literal["auto", "jsonl", "json", "dpr-tsv", "csv", "parquet", "squad", "text"]
 
 SUFFIXES: dict[CorpusFormat, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.gz"),
+    "json": (".json", ".json.gz"),
     "dpr-tsv": (".tsv", ".tsv.gz"),
+    "csv": (".csv", ".csv.gz"),
     "parquet": (".parquet",),
     "squad": (".json",),
     "text": (".txt", ".md"),
 }
+NO_SUFFIX = "no suffix"  # as WikiExtractor's files: AA/wiki_00
+# Of a folder, the first of these that any of its files have: a README beside records is no passage.
+AUTO_SUFFIXES = (
+    (
+        *SUFFIXES["jsonl"],
+        ".ndjson",
+        ".ndjson.gz",
+        *SUFFIXES["json"],
+        *SUFFIXES["dpr-tsv"],
+        *SUFFIXES["csv"],
+        ".parquet",
+    ),
+    SUFFIXES["text"],
+    (NO_SUFFIX,),
+)
+# Names of files and folders beside a `corpus` that have its layout but are no passages (BEIR).
+NOT_THE_CORPUS = ("queries", "qrels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +68,32 @@ def expand_sources(sources: Sequence[Path], format: CorpusFormat) -> list[Source
     files = [file for source in sources for file in _expand(Path(source), format)]
     if not files:
         raise InputError("No source was given for the corpus. Name at least one file or folder.")
-    if format == "text":
-        _refuse_equal_names(files)
+    if format in ("text", "auto"):
+        _refuse_equal_names([file for file in files if format == "text" or is_text(file.path)])
     return files
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file is plain text by its name, which is all that tells it."""
+    return path.name.lower().endswith(SUFFIXES["text"])
+
+
 def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
-    suffixes = SUFFIXES[format]
-    wanted = " or ".join(suffixes)
+    choices = AUTO_SUFFIXES if format == "auto" else (SUFFIXES[format],)
+    wanted = " or ".join(suffix for suffixes in choices for suffix in suffixes if suffix != NO_SUFFIX)
     if not source.exists():
         raise InputError(
             f"{source} does not exist; a {format} file or a folder of {wanted} files was expected. Correct the path."
         )
     if source.is_dir():
-        files = sorted(_files_below(source, suffixes), key=lambda file: file.name)
+        below = (sorted(_files_below(source, suffixes), key=lambda file: file.name) for suffixes in choices)
+        files = next((files for files in below if files), [])
+        files = _the_corpus(files) if format == "auto" else files
         if not files:
             raise InputError(
                 f"{source} holds no {wanted} file, as format {format!r} expects. Correct the path or the format."
             )
-    elif format == "text" and not source.name.lower().endswith(suffixes):
+    elif format == "text" and not is_text(source):
         raise InputError(
             f"{source} is not a {wanted} file. Convert it to plain text first, or give the fitting format."
         )
@@ -81,13 +109,21 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
     found = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        if (
-            path.name.lower().endswith(suffixes)
-            and not any(part.startswith(".") for part in relative.parts)
-            and path.is_file()
-        ):
+        name = path.name.lower() if path.suffix else NO_SUFFIX
+        if name.endswith(suffixes) and not any(part.startswith(".") for part in relative.parts) and path.is_file():
             found.append(SourceFile(path, relative.as_posix()))
     return found
+
+
+def _the_corpus(files: list[SourceFile]) -> list[SourceFile]:
+    """The files without those of queries and judgements, if one of them is called, or is below a folder called, corpus."""
+
+    def is_called(file: SourceFile, names: tuple[str, ...]) -> bool:
+        return any(part.lower().split(".")[0] in names for part in Path(file.name).parts)
+
+    if not any(is_called(file, ("corpus",)) for file in files):
+        return files
+    return [file for file in files if not is_called(file, NOT_THE_CORPUS)]
 
 
 def _refuse_equal_names(files: list[SourceFile]) -> None:

@@ -1,6 +1,6 @@
 """SQuAD 1.1 and 2.0 JSON: every paragraph is a passage, its article's title the passage's title.
 
-The file is loaded whole (SQuAD's training set is 30 MB). The questions in it are read elsewhere, through
+The file is loaded whole, up to `MAX_BYTES` (SQuAD's training set is 30 MB). The questions in it are read elsewhere, through
 `articles_of` and `numbered_paragraphs`, so that a question's gold passage and the corpus can never disagree on an id.
 
 A passage's id is `TITLE#INDEX`. An article without a title, or with a title that another article of the file has too,
@@ -21,6 +21,8 @@ from rag_core.errors import InputError
 from rag_core.readers.first_bytes import refuse_archives_and_utf16
 from rag_core.readers.rows import Reject, Row, check_row
 from rag_core.readers.sources import SourceFile
+
+MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,14 @@ def read_articles(path: Path) -> list[Article]:
     """The articles of a SQuAD file.
 
     Raises:
-        InputError: an archive, not UTF-8, not JSON, or not laid out as SQuAD.
+        InputError: an archive, more than `MAX_BYTES`, not UTF-8, not JSON, or not laid out as SQuAD.
     """
     refuse_archives_and_utf16(path)
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes; SQuAD JSON is read whole, so at most {MAX_BYTES:,} were expected. "
+            "Write it in several files, or its passages as JSON Lines (id, title, text)."
+        )
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError, OSError) as error:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rag_core.artefacts.artefact import fingerprint_of_json, open_artefact, publish
+from rag_core.errors import RagError
 from rag_core.readers import CorpusFormat, Reject, read_rows
 
 Feed = Callable[[bytes], None]
@@ -37,10 +38,14 @@ def _corpus(format: CorpusFormat, name: str, samples: list[bytes], folder: Path)
 
     def feed(data: bytes) -> None:
         file.write_bytes(data)
-        for row in read_rows([file], format):
-            # What is kept or reported must be fit to be written.
-            text = row.found + row.reason if isinstance(row, Reject) else "".join(_texts(row.passage))
-            text.encode("utf-8")
+        try:
+            for row in read_rows([file], format):
+                # What is kept or reported must be fit to be written.
+                text = row.found + row.reason if isinstance(row, Reject) else "".join(_texts(row.passage))
+                text.encode("utf-8")
+        except RagError as error:
+            str(error).encode("utf-8")
+            raise
 
     return Target(samples, feed)
 
@@ -112,6 +117,57 @@ LAYOUT_CSV = [
 ]
 QRELS = [b"query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq2\td2\t2\n"]
 QUESTIONS_CSV = [b'who?\t[\'Paris\', "it\'s"]\nwhere?\t["a\\u00fc"]\n"a ""b"""\t[]\n']
+
+
+ROWS: tuple[dict[str, Any], ...] = (
+    {"_id": "d1", "title": "Lyon", "text": "Lyon is a city.", "metadata": {}},
+    {"id": "0", "contents": '"Lyon"\nLyon is a city.'},
+    {
+        "_id": "7",
+        "wikipedia_id": "7",
+        "wikipedia_title": "Lyon",
+        "text": ["Lyon\n", "It is old.\n", "BULLET::::- one\n"],
+    },
+    {"id": "12", "title": "Lyon", "text": ["Lyon is a city.", " It is old."], "url": "u"},
+    {"id": 3, "question": "q?", "context": [["Lyon", ["Lyon is a city."]], ["Oslo", ["One.", " Two."]]]},
+    {"id": "q", "question": "q?", "context": {"title": ["Lyon", "Oslo"], "sentences": [["One.", " Two."], ["x"]]}},
+    {"id": "q", "title": "Lyon", "question": "q?", "context": "Lyon is a city.", "answers": {"text": ["x"]}},
+    {"docid": 5, "title": None, "text": "two\nlines"},
+)
+LAYOUTS_JSONL = [
+    b"\n".join(json.dumps(row, ensure_ascii=number % 2 == 0).encode() for row in (one, one))
+    for number, one in enumerate(ROWS)
+]
+LAYOUTS_JSON = [
+    json.dumps(list(ROWS)).encode(),
+    json.dumps({"data": ROWS[:1] * 2, "version": "1"}, indent=1).encode(),
+    json.dumps({"version": "1", "data": [ROWS[6]]}).encode(),
+    json.dumps({"d1": {"title": "T", "text": "x"}, "d2": {"text": "y"}}).encode(),
+    json.dumps({"d1": "x", "d2": "Grüße 😀"}, indent=2).encode(),
+    b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS[:3]),
+    *SQUAD,
+]
+LAYOUTS_TABLES = [
+    b'id,text,title\r\n1,"one, two",T\r\n2,"two ""quoted""\r\nlines",T\r\n',
+    b"_id;title;text\nd1;T;one\nd2;;two\n",
+    b"0\tone two\n1\tthree\n",
+    b'id\tcontents\n1\t"""Lyon""\nLyon is a city."\n',
+    b"id,title,context,question\n1,T,Lyon is a city.,q?\n",
+]
+
+
+def _parquet_layouts(folder: Path) -> Target:
+    samples = []
+    for columns in (
+        {"wikipedia_id": [7, 8], "wikipedia_title": ["A", "B"], "text": [["A", "x"], ["B", None]]},
+        {"kilt_id": ["7"], "wikipedia_id": ["7"], "wikipedia_title": ["A"], "text": [{"paragraph": ["A", "x"]}]},
+        {"id": ["q"], "question": ["q?"], "context": [{"title": ["A", "B"], "sentences": [["x", "y"], ["z"]]}]},
+        {"id": ["q"], "title": ["A"], "question": ["q?"], "context": ["x"], "answers": [{"text": ["x"]}]},
+        {"_id": ["d1", "d2"], "title": ["A", ""], "text": ["x", "y"], "embeddings": [[1.0], [2.0]]},
+    ):
+        pq.write_table(pa.table(columns), folder / "sample.parquet", compression="none")
+        samples.append((folder / "sample.parquet").read_bytes())
+    return _corpus("auto", "c.parquet", samples, folder)
 
 
 def _parquet(folder: Path) -> Target:
@@ -329,6 +385,11 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "corpus-dpr-tsv": partial(_corpus, "dpr-tsv", "c.tsv", TSV),
     "corpus-parquet": _parquet,
     "corpus-squad": partial(_corpus, "squad", "c.json", SQUAD),
+    "layouts-jsonl": partial(_corpus, "auto", "c.jsonl", LAYOUTS_JSONL),
+    "layouts-json": partial(_corpus, "auto", "c.json", LAYOUTS_JSON),
+    "layouts-tables": partial(_corpus, "auto", "c.csv", LAYOUTS_TABLES),
+    "layouts-parquet": _parquet_layouts,
+    "layouts-anything": partial(_corpus, "auto", "c", [*LAYOUTS_JSONL, *LAYOUTS_JSON, *LAYOUTS_TABLES, *JSONL, *TSV]),
     "corpus-text": partial(_corpus, "text", "c.md", TEXT),
     "questions-jsonl": partial(_questions, "q.jsonl", QUESTIONS_JSONL),
     "questions-list": partial(_questions, "q.json", QUESTIONS_LIST),
