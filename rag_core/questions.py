@@ -27,7 +27,7 @@ from rag_core.question_files.containers import FORMATS, read_records
 from rag_core.question_files.layouts import WANTED, canonical
 from rag_core.question_files.patterns import pattern_fault
 from rag_core.question_files.records import Record, number, text, texts
-from rag_core.readers.first_bytes import refuse_archives_and_utf16
+from rag_core.readers.first_bytes import refuse_archives_and_utf16, refuse_other_files
 from rag_core.readers.rows import id_as_text
 
 AnswersAre = Literal["text", "regex"]
@@ -160,6 +160,7 @@ def _checked(path: Path) -> Path:
             f"{path} cannot be read: {found}. A file of questions was expected ({FORMATS}). Correct the path."
         )
     refuse_archives_and_utf16(path, gzip_too=False)
+    refuse_other_files(path)
     return path
 
 

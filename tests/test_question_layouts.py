@@ -78,6 +78,7 @@ HF_SQUAD = {
     "question": "q?",
     "answers": {"text": ["Lee", "Lee", "the Lee"], "answer_start": [25, 25, 21]},
 }
+SQUAD_ROWS = HF_SQUAD | {"answers": [{"text": text, "answer_start": 25} for text in ("Lee", "Lee", "the Lee")]}
 TRIVIA = {
     "Question": "q?",
     "QuestionId": "tc_1",
@@ -136,6 +137,16 @@ CASES: dict[str, tuple[str, Row, Question]] = {
         HF_SQUAD,
         Question("s1", "q?", ("Lee", "the Lee"), None, (context_id("Cork", RIVER),)),
     ),
+    "SQuAD, flat": (
+        "SQuAD (Hugging Face)",
+        SQUAD_ROWS,
+        Question("s1", "q?", ("Lee", "the Lee"), None, (context_id("Cork", RIVER),)),
+    ),
+    "PopQA, as text": (
+        "PopQA",
+        {"id": 3, "question": "q?", "possible_answers": '["Lee", "the Lee"]'},
+        Question("3", "q?", ("Lee", "the Lee")),
+    ),
     "TriviaQA": ("TriviaQA", TRIVIA, Question("tc_1", "q?", ("Lee", "River Lee", "the Lee"))),
     "TriviaQA (Hugging Face)": ("TriviaQA (Hugging Face)", HF_TRIVIA, Question("tc_1", "q?", ("Lee", "River Lee"))),
     "HotpotQA": ("HotpotQA", HOTPOT, Question("h1", "q?", ("Lee",), "bridge", TITLES)),
@@ -185,6 +196,10 @@ CONTAINERS: dict[str, tuple[str, Callable[[list[Row]], bytes]]] = {
     "JSON list": ("q.json", lambda rows: json.dumps(rows).encode()),
     "JSON list, indented, gzip": ("q.json.gz", lambda rows: gzip.compress(json.dumps(rows, indent=1).encode())),
     "data set's object": ("q.json", lambda rows: json.dumps({"version": 1.1, "data": rows, "more": {"a": 1}}).encode()),
+    "object with questions": (
+        "q.json",
+        lambda rows: json.dumps({"split": "dev", "questions": rows}).encode(),
+    ),
     "TriviaQA's object": ("q.json", lambda rows: json.dumps({"Data": rows, "Domain": "Web"}).encode()),
     "Parquet": ("q.parquet", as_parquet),
     "Parquet, no suffix": ("q", as_parquet),

@@ -31,6 +31,8 @@ FORMATS = "JSON Lines, a JSON list, CSV or TSV, Parquet or SQuAD JSON, in a layo
 BATCH_ROWS = 1024
 _PARQUET = b"PAR1"
 _GZIPPED = ".gz"
+# Keys under which a data set's own object has its rows.
+_LISTS = ("data", "Data", "questions")
 # A row of CSV with one of these cells is a header.
 _HEADERS = frozenset({"question", "input", "question_text", "query-id", "utterance", "text"})
 # Cells of these columns are lists or objects written as text.
@@ -92,7 +94,7 @@ def _json_object(path: Path) -> Iterator[Record]:
         while text.next_mark() != "}":
             key = text.value()
             text.take(":")
-            if key in ("data", "Data") and text.next_mark() == "[" and not listed and "question" not in value:
+            if key in _LISTS and text.next_mark() == "[" and not listed and "question" not in value:
                 listed = True
                 yield from _entries(path, text.items())
             else:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rag_core.question_files.literals import parse_literal
 from rag_core.question_files.natural_questions import from_hugging_face_nq, from_natural_questions
 from rag_core.question_files.near_keys import FIELDS, meant
 from rag_core.question_files.open_domain import (
@@ -65,11 +66,8 @@ def _plain(record: Record) -> Canonical:
     }
 
 
-def _with(answers_from: str) -> Callable[[Record], Canonical]:
-    def canonical(record: Record) -> Canonical:
-        return _plain(record) | {"answers": record.get(answers_from)}
-
-    return canonical
+def _flash_rag(record: Record) -> Canonical:
+    return _plain(record) | {"answers": record.get("golden_answers")}
 
 
 def _with_gold(more: Callable[[Record], Canonical]) -> Callable[[Record], Canonical]:
@@ -83,8 +81,22 @@ def _with_gold(more: Callable[[Record], Canonical]) -> Callable[[Record], Canoni
     return canonical
 
 
+def _pop_qa(record: Record) -> Canonical:
+    """PopQA (Mallen et al. 2023): the answers are a list, or a list written as text."""
+    answers = record.get("possible_answers")
+    parsed = parse_literal(answers) if isinstance(answers, str) else answers
+    return _plain(record) | {"answers": answers if parsed is None else parsed}
+
+
 def _beir(record: Record) -> Canonical:
     return {"id": record.get("_id"), "question": record.get("text")}
+
+
+def _has_answers_with_places(value: dict[str, Any]) -> bool:
+    """SQuAD's answers are objects with `text`, in a list, or as an object of lists."""
+    answers = value["answers"]
+    first = answers[0] if isinstance(answers, list) and answers else answers
+    return isinstance(first, dict) and "text" in first
 
 
 def _is_query(value: dict[str, Any]) -> bool:
@@ -121,12 +133,12 @@ LAYOUTS: tuple[Layout, ...] = (
     _row("TriviaQA (Hugging Face)", "question answer", _with_gold(from_trivia_qa_rows), OURS + " question_id",
          {"answers": "answer"}, fits=lambda value: isinstance(value["answer"], dict)),
     _row("SQuAD (Hugging Face)", "question answers", _with_gold(from_squad_rows), OURS + " context title",
-         fits=lambda value: isinstance(value["answers"], dict)),
+         fits=_has_answers_with_places),
     _row("DPR's training", "question positive_ctxs", _with_gold(from_dpr_training), OURS),
     _row("HotpotQA", "question supporting_facts", _with_gold(from_hotpot_qa), OURS,
          {"gold_passage_ids": "supporting_facts"}),
-    _row("FlashRAG", "question golden_answers", _with("golden_answers"), OURS, {"answers": "golden_answers"}),
-    _row("PopQA", "question possible_answers", _with("possible_answers"), OURS, {"answers": "possible_answers"}),
+    _row("FlashRAG", "question golden_answers", _flash_rag, OURS, {"answers": "golden_answers"}),
+    _row("PopQA", "question possible_answers", _pop_qa, OURS, {"answers": "possible_answers"}),
     PLAIN,
 )  # fmt: skip
 SQUAD = _row("SQuAD", "", from_squad, "id question answers is_impossible gold_passage_ids plausible_answers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rag_core.question_files.records import Record, distinct, list_of, rows_of
+from rag_core.question_files.records import Record, distinct, list_of, objects, rows_of
 from rag_core.readers.squad import context_id
 
 
@@ -25,7 +25,11 @@ def from_squad(record: Record) -> dict[str, Any]:
 
 def from_squad_rows(record: Record) -> dict[str, Any]:
     """SQuAD as Hugging Face's data sets have it; the row's context is its gold passage."""
-    texts = list_of(record, "answers text", record.get("answers").get("text"), "strings")
+    answers = record.get("answers")
+    if isinstance(answers, list):
+        texts = [answer.get("text") for answer in objects(record, "answers", answers)]
+    else:
+        texts = list_of(record, "answers text", answers.get("text"), "strings")
     context, title = record.get("context"), record.get("title")
     gold = [context_id(title, context)] if isinstance(context, str) and isinstance(title, str | None) else None
     return {"answers": distinct(texts), "gold_passage_ids": gold}
