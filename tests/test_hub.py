@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 
@@ -201,3 +203,17 @@ def test_weights_in_shards_are_fetched_with_their_index(hub: HubServer, tmp_path
     assert all((again.state_dict()[name] == value).all() for name, value in model.state_dict().items())
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) <= set(hub.files())
+
+
+def test_nothing_of_ours_asks_a_hub_but_the_room_for_it() -> None:
+    """Whatever else loaded a model by a hub's name would ask for each file, and take what is on the branch just then."""
+    root = Path(__file__).resolve().parents[1]
+    asking = ("snapshot_download", "hf_hub_download", "cached_file", "HfApi", "AutoConfig", "AutoTokenizer")
+    files = [file for floor in ("rag_core", "tasks", "flows") for file in (root / floor).rglob("*.py")]
+    found = {
+        file.relative_to(root).as_posix()
+        for file in files
+        if any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for name in asking)
+    }
+    assert found == {"rag_core/model_source.py", "rag_core/hub/revision.py", "rag_core/hub/snapshot.py"}
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
