@@ -61,13 +61,17 @@ def check_pickled_weights(folder: Path) -> None:
 def _check(file: Path) -> None:
     if not file.is_file():
         return  # a missing shard is told by who loads it
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip and _is_torchscript(file):
-        raise ConfigError(f"{file} is a TorchScript archive, which is a program, not weights. {_REMEDY}")
-    if not is_zip and tarfile.is_tarfile(file):
-        raise ConfigError(f"{file} is of PyTorch's oldest format (tar), which cannot be read without code. {_REMEDY}")
     try:
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip and _is_torchscript(file):
+            raise ConfigError(f"{file} is a TorchScript archive, which is a program, not weights. {_REMEDY}")
+        if not is_zip and tarfile.is_tarfile(file):
+            raise ConfigError(
+                f"{file} is of PyTorch's oldest format (tar), which cannot be read without code. {_REMEDY}"
+            )
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except ConfigError:
+        raise
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{file} is damaged, or holds more than tensors ({_reason(error)}). A pickle can run any code, so no more than "

@@ -96,6 +96,7 @@ def batch_infer(
         config=settings,
         inputs=inputs,
         made_from=made_from,
+        models={"model": recorded},
         parent_run_id=parent_run_id,
         work=work,
     )

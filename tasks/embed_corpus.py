@@ -38,7 +38,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
     settings |= {"prompt": config.prompt} if config.prompt is not None else {}
 
     def work(run: StageRun) -> Manifest:
-        run.log_params({"encoder": recorded, "encoder_settings": encoder.settings.model_dump()})
+        run.log_params({"encoder_settings": encoder.settings.model_dump()})
         made_from = {"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             rows = embed_on_ray(opened, draft.folder, config)
@@ -63,6 +63,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
         config=settings,
         inputs={"corpus": Input(corpus, opened.manifest.fingerprint)},
         made_from={"corpus": opened.manifest.fingerprint, "encoder": fingerprint},
+        models={"encoder": recorded},
         parent_run_id=parent_run_id,
         work=work,
     )

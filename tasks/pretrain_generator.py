@@ -86,7 +86,6 @@ def pretrain_generator(
 
     def work(run: StageRun) -> Manifest:
         paths = {"corpus": corpus, "questions": questions, "dev": dev}
-        run.log_params({"encoder": recorded})
         loop_settings = {"config": config, "address": run.address} | {
             name: absolute(path) for name, path in paths.items()
         }
@@ -119,6 +118,7 @@ def pretrain_generator(
             "dev": Input(dev, made_from["dev"]),
         },
         made_from=made_from,
+        models={"encoder": recorded},
         parent_run_id=parent_run_id,
         work=work,
     )

@@ -52,6 +52,7 @@ def run_stage(
     parent_run_id: str | None,
     work: Callable[[StageRun], Manifest],
     made_from: Mapping[str, str] | None = None,
+    models: Mapping[str, str] | None = None,
     announce: Callable[[StageRun, bool], None] | None = None,
 ) -> StageResult:
     """Run `work`, unless its artefact is already at `out`.
@@ -64,13 +65,14 @@ def run_stage(
         parent_run_id: MLflow run of the pipeline.
         work: does it and returns the manifest; it may log to the run.
         made_from: fingerprints in the artefact's key, where they are not those of `inputs`.
+        models: names of the models that the work begins with, by role, a hub's with its commit; parameters of the run.
         announce: tells others of the published artefact. Called again, with True, by a later run that finds the artefact
             but no note that this was done: the run that made it may have been killed, or have been on another machine.
     """
     started, out = time.monotonic(), as_place(out)
     keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
     with open_run(stage, parent_run_id, tags={"artefact": absolute(out), "kind": kind}) as run:
-        run.log_params(config)
+        run.log_params({**config, **(models or {})})
         for name, one in inputs.items():
             run.log_input(name, one.path, one.fingerprint)
         manifest = find_finished(out, kind, dict(config), keys)

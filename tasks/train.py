@@ -98,7 +98,6 @@ def train(
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
-        run.log_params(recorded)
         run.set_tags({"variant": variant})
         start.log(run, stage)
         loop_settings: dict[str, Any] = {
@@ -135,6 +134,7 @@ def train(
         config=settings,
         inputs=inputs,
         made_from=made_from,
+        models=recorded,
         parent_run_id=parent_run_id,
         work=work,
         announce=lambda run, skipped: register_model(run, out, index, variant, unless_known=skipped),

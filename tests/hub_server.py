@@ -59,6 +59,8 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        # Former names of models, and what they are called now.
+        self.renamed: dict[str, str] = {}
         self.tokens = {"good-token"}
         self.requests: list[Request] = []
         # "": well. Else "silent" (accepts and never answers), "html", or a status code.
@@ -166,6 +168,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if path == "/api/whoami-v2":
                 name = {"name": "somebody", "type": "user"}
                 return self._json(name) if self._token() in hub.tokens else self._unknown_token()
+            if moved := next((old for old in hub.renamed if f"/{old}/" in f"{path}/"), None):
+                location = self.path.replace(moved, hub.renamed[moved], 1)
+                return self._send(307, b"", "text/plain", {"Location": location})
             if found := _FILE.fullmatch(path):
                 if not self._in_a_mood(hub.download_mood):
                     self._file(found["repo"], unquote(found["revision"]), unquote(found["file"]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import dynamic_module_utils
 
 from rag_core.errors import ConfigError, ModelNotice
 from rag_core.hub import revision
@@ -100,6 +103,46 @@ def test_a_hub_rag_checkpoint_is_read(hub: HubServer) -> None:
         model = RagModel.from_hf_rag(RAG_TOKEN)
     assert model.settings.variant == "token"
     assert {"question_encoder_tokenizer/vocab.txt", "generator_tokenizer/merges.txt"} <= set(hub.files())
+
+
+def test_an_old_sentence_transformers_layout_is_followed(hub: HubServer, paper_models: Files) -> None:
+    inside = ("config.json", "model.safetensors", "sentence_bert_config.json", "vocab.txt")
+    files = {
+        f"0_Transformer/{name}" if name in inside or name.startswith("tokenizer") else name: content
+        for name, content in paper_models[MINILM].items()
+    }
+    modules = json.loads(files["modules.json"])
+    modules[0]["path"] = "0_Transformer"
+    hub.publish("org/old-layout", files | {"modules.json": json.dumps(modules).encode(), "model.safetensors": b"other"})
+    old, new = TextEncoder.from_pretrained("org/old-layout"), TextEncoder.from_pretrained(MINILM)
+    assert old.fingerprint() == new.fingerprint()
+    assert hub.files().count("model.safetensors") == 1, "of the new layout alone"
+
+
+def test_a_model_by_its_former_name_is_found(hub: HubServer) -> None:
+    hub.renamed["big-bart"] = BART
+    load_generator("big-bart")
+    assert pin_source("big-bart") == f"big-bart@{commit_on(hub, BART)}"
+
+
+def test_code_of_a_hub_model_is_run_only_if_trusted(
+    hub: HubServer, paper_models: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "code-was-run"
+    code = (
+        f"import os\nfrom transformers import BertModel\nos.mkdir({str(marker)!r})\nclass OwnModel(BertModel): pass\n"
+    )
+    config = json.loads(paper_models[MINILM]["config.json"]) | {"auto_map": {"AutoModel": "own_code.OwnModel"}}
+    files = {"config.json": json.dumps(config).encode(), "own_code.py": code.encode()}
+    hub.publish("org/own-code", paper_models[MINILM] | files)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    with pytest.raises(ConfigError, match=r"org/own-code@\w{12} needs code of its own .*--trust-remote-code"):
+        TextEncoder.from_pretrained("org/own-code")
+    assert not marker.exists()
+    trusted = TextEncoder.from_pretrained("org/own-code", trust_remote_code=True)
+    assert marker.exists()
+    assert type(trusted.model).__name__ == "OwnModel"
 
 
 # Which commit
@@ -201,3 +244,17 @@ def test_weights_in_shards_are_fetched_with_their_index(hub: HubServer, tmp_path
     assert all((again.state_dict()[name] == value).all() for name, value in model.state_dict().items())
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) <= set(hub.files())
+
+
+def test_nothing_of_ours_asks_a_hub_but_the_room_for_it() -> None:
+    """Whatever else loaded a model by a hub's name would ask for each file, and take what is on the branch just then."""
+    root = Path(__file__).resolve().parents[1]
+    asking = ("snapshot_download", "hf_hub_download", "cached_file", "HfApi", "AutoConfig", "AutoTokenizer")
+    files = [file for floor in ("rag_core", "tasks", "flows") for file in (root / floor).rglob("*.py")]
+    found = {
+        file.relative_to(root).as_posix()
+        for file in files
+        if any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for name in asking)
+    }
+    assert found == {"rag_core/model_source.py", "rag_core/hub/revision.py", "rag_core/hub/snapshot.py"}
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"

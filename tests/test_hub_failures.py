@@ -24,7 +24,6 @@ from tests.hub_models import BART, CONTEXT_ENCODER, MINILM, QUESTION_ENCODER, RA
 from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.hub_fixtures"]
-SECONDS = 15
 
 
 @pytest.fixture
@@ -63,15 +62,14 @@ def test_with_refused_connections_a_full_cache_is_used_at_once_and_the_commit_to
     hub.stop()
     started = time.monotonic()
     commit = hub.repositories[BART].references["main"]
-    assert notices_of(BART) == [
-        f"The hub {hub.url} does not answer ([Errno 111] Connection refused); {BART} is taken from the cache, "
-        f"commit {commit}."
-    ]
+    (notice,) = notices_of(BART)
+    assert notice.startswith(f"The hub {hub.url} does not answer (")
+    assert notice.endswith(f"); {BART} is taken from the cache, commit {commit}.")
     assert TextEncoder.from_pretrained(CONTEXT_ENCODER).dim == 32
     assert time.monotonic() - started < 5
 
 
-def test_a_hub_that_never_answers_is_asked_once_a_process(hub: HubServer) -> None:
+def test_a_hub_that_never_answers_is_asked_once_a_process(hub: HubServer, quick: None) -> None:
     fill_cache(BART, CONTEXT_ENCODER, MINILM)
     hub.mood = "silent"
     hub.requests.clear()
@@ -79,8 +77,9 @@ def test_a_hub_that_never_answers_is_asked_once_a_process(hub: HubServer) -> Non
     for name in (BART, CONTEXT_ENCODER, MINILM):
         (notice,) = notices_of(name)
         assert "does not answer (no answer in time)" in notice
-    assert 5 < time.monotonic() - started < SECONDS
+    assert 1 <= time.monotonic() - started < 5
     assert len(hub.requests) == 1
+    assert constants.DEFAULT_ETAG_TIMEOUT + revision.MORE_SECONDS < 15, "what is waited for without the fixture"
 
 
 def test_a_name_server_that_never_answers_holds_up_no_longer(
@@ -109,7 +108,7 @@ def test_without_a_network_and_cache_the_paragraph_says_what_to_check_and_which_
     fill_cache(CONTEXT_ENCODER)
     hub.stop()
     message = refusal("facebook/dpr-ctx-encoder-single-nq-base")
-    assert message.startswith(f"The hub {hub.url} cannot be reached ([Errno 111] Connection refused)")
+    assert message.startswith(f"The hub {hub.url} cannot be reached (")
     assert "HTTPS_PROXY" in message
     assert f"The cache has {CONTEXT_ENCODER}." in message
 
