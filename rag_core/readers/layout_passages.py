@@ -50,7 +50,7 @@ def _paragraphs(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]
     """KILT's pages: the title and headings are no passages; a mark before an item of a list is no part of it."""
     name, id = _id(layout, record)
     page, title = id_as_text(id), record.fields.get(layout.title or "")
-    paragraphs = record.fields.get(layout.text)
+    paragraphs: Any = record.fields.get(layout.text)
     if isinstance(paragraphs, dict):
         paragraphs = paragraphs.get("paragraph")
     fault = field_fault(name, page) or field_fault(layout.title or "", title, required=False)
@@ -100,8 +100,9 @@ def _titled(layout: Layout, file: Path, record: Record, pair: Any) -> Outcome:
 
 def _context(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
     title, context = record.fields.get(layout.title or ""), record.fields.get(layout.text)
-    named = isinstance(context, str) and (title is None or isinstance(title, str))
-    id = context_id(title, context) if named else "passage"  # what is no string is rejected for that
+    id = "passage"  # what is no string is rejected for that
+    if isinstance(context, str) and isinstance(title, str | None):
+        id = context_id(title, context)
     names = ("id", layout.title or "", layout.text)
     return (check_row(file, record.line, id, title, context, record.found, names),)
 
