@@ -296,7 +296,7 @@ def test_each_file_of_several_is_recognised_by_itself(tmp_path: Path) -> None:
         ("c.jsonl", '{"id": "1", "question": "q?", "answers": ["a"]}', r"those of questions: give the file as --questions"),
         ("c.json", '{"id": {"0": "a"}, "text": {"0": "b"}}', r"pandas: to_json\(orient='records', lines=True\)"),
         ("c.csv", "id,txt\n1,x\n", r"line 1: a header .* did you mean `text` for `txt`\?"),
-        ("c.tsv", "1\tx\tT\n", r"line 1: a header .* found '1.tx.tT'.* Add or correct the header"),
+        ("c.tsv", "1\tx\tT\n", r"line 1: a header .* found '1.tx.tT'.* Add the header or correct it"),
         ("c.csv", "prose, not a table.\n", r"plain text is read from files that end in \.txt or \.md"),
         ("paper", b"%PDF-1.7", r" is a PDF; .*Convert it to text first"),
         ("data.arrow", b"\xff\xff\xff\xff\x00", r"is an Arrow stream, .*to_parquet"),
@@ -385,10 +385,10 @@ def test_of_a_folder_records_are_read_before_text_and_text_before_files_without_
 
 def test_a_json_list_is_streamed_and_what_is_broken_behind_is_told_when_it_is_reached(tmp_path: Path) -> None:
     item = json.dumps({"id": "1", "text": "x" * 1000})
-    file = put(tmp_path / "c.json", "[" + ", ".join([item] * 30_000) + ', {"id": ')
+    file = put(tmp_path / "c.json", "[" + ", ".join([item] * 5_000) + ', {"id": ')
     rows = read_rows([file])
     assert isinstance(next(rows), Row)
-    with pytest.raises(InputError, match=r"c\.json is not JSON: item 30001: Expecting value"):
+    with pytest.raises(InputError, match=r"c\.json is not JSON: item 5001: Expecting value"):
         list(rows)
 
 

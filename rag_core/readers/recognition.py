@@ -173,7 +173,7 @@ def _table_with_header(path: Path, delimiters: tuple[str, ...]) -> Container:
     close = nearest({}, columns) if len(columns) > 1 else None
     raise InputError(
         f"{path} line 1: a header ({between}) with columns such as id, text and title was expected, found "
-        f"{excerpt(line)!r}. {f'{close} ' if close else ''}Add or correct the header, or choose another format "
+        f"{excerpt(line)!r}. {f'{close} ' if close else ''}Add the header or correct it, or choose another format "
         "(plain text is read from files that end in .txt or .md)."
     )
 
