@@ -30,6 +30,7 @@ GROUPS = {
     "corpus": 100_000,
     "layouts": 50_000,
     "questions": 100_000,
+    "datasets": 50_000,
     "others": 100_000,
     "index": 20_000,
     "model": 500,
