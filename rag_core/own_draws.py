@@ -93,7 +93,7 @@ class _OwnGenerator(TorchFunctionMode):
         training = given[0] if given else options.get("training", options.get("train", True))
         in_place = func is torch.dropout_ or options.get("inplace", len(given) > 1 and given[1])
         if not training or not 0 < p < 1 or input.device.type != "cpu":
-            return func(input, p, *given, **options)  # type: ignore[no-any-return]
+            return func(input, p, *given, **options)
         kept = torch.empty_like(input).bernoulli_(1 - p, generator=self._generator).div_(1 - p)
         return input.mul_(kept) if in_place else input * kept
 

@@ -137,7 +137,7 @@ class _Run:
             raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
         self._objective, self._config, self._place, self._hooks = objective, config, place, hooks
         self._device = self._groups[0]["params"][0].device
-        self._recomputes = recomputes_activations(objective)  # type: ignore[arg-type]
+        self._recomputes = recomputes_activations(objective)
         self._optimizer = torch.optim.AdamW(self._groups, weight_decay=config.weight_decay, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda done: _rate_factor(done, config))
         self._meter = _Meter()
