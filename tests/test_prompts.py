@@ -16,7 +16,7 @@ from rag_core.errors import ConfigError
 from rag_core.evaluation import check_own_encoder, evaluate_retrieval
 from rag_core.index import IndexConfig, PassageIndex, build_index
 from rag_core.questions import read_questions
-from rag_core.rag_model import RagModel
+from rag_core.rag_model import RagModel, load_question_encoder
 from rag_core.text_encoder import TextEncoder
 from tests.small_corpus import (
     FACTS,
@@ -173,3 +173,18 @@ def test_more_tokens_than_an_encoder_has_positions_for_are_refused_when_it_is_lo
             assert np.isfinite(vectors_ND).all()
     with pytest.raises(ConfigError, match=r"max_tokens is 65, but the encoder \(bert\) has positions for 64 tokens"):
         TextEncoder.from_pretrained(encoder)
+
+
+def test_each_side_is_loaded_with_the_prompt_that_the_encoders_folder_has_for_it(tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "encoder")
+    settings = json.loads((encoder / "text_encoder.json").read_text())
+    (encoder / "text_encoder.json").write_text(
+        json.dumps(settings | {"prompt": "any: ", "question_prompt": ASK, "passage_prompt": READ})
+    )
+    config = model_config(encoder, tmp_path / "generator")
+    assert load_document_encoder(EmbedConfig(encoder=str(encoder))).prompt == READ
+    assert load_question_encoder(config).prompt == ASK
+    assert TextEncoder.from_pretrained(encoder).prompt == "any: "
+    # What is set wins, even where it is empty.
+    assert load_document_encoder(EmbedConfig(encoder=str(encoder), prompt="")).prompt == ""
+    assert load_question_encoder(config.model_copy(update={"question_prompt": ""})).prompt == ""
