@@ -167,9 +167,8 @@ def retrieval_scores(
     if question.is_impossible or not ks:
         return scores
     if question.answers:
-        contained = _contained(passages[: max(ks)], question, match)
-        scores |= {f"answer_recall@{k}": hit for k, hit in recall_at_k([contained], ks).items()}
-        scores |= {f"recall@{k}": scores[f"answer_recall@{k}"] for k in ks}
+        found = recall_at_k([_contained(passages[: max(ks)], question, match)], ks)
+        scores |= {f"recall@{k}": found[k] for k in ks} | {f"answer_recall@{k}": found[k] for k in ks}
     if question.gold_passage_ids:
         gold = [passage.id in question.gold_passage_ids for passage in passages]
         scores |= {f"recall@{k}": hit for k, hit in recall_at_k([gold], ks).items()}
