@@ -19,7 +19,7 @@ from rag_core.artefacts import object_store, stored_artefact
 from rag_core.artefacts.artefact import find_finished, finish_publishing, local_file, open_artefact, publish
 from rag_core.artefacts.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.artefacts.stored_artefact import work_folder
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtefactError, ConfigError
 from rag_core.questions import read_questions
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
 
@@ -277,7 +277,7 @@ def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     object_store._filesystem_of.cache_clear()
-    with pytest.raises(ArtefactError, match="Check the network") as refusal:
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9 \(AWS_ENDPOINT_URL\) does not answer") as refusal:
         open_artefact(place, "thing")
     assert not any(secret in str(refusal.value) for secret in CREDENTIALS.values())
     object_store._filesystem_of.cache_clear()
