@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import regex
 
+from rag_core.question_files.patterns import FLAGS
+
 Match = Literal["words", "characters"]
 
 # Seconds for one match of a regular expression. Honest ones take microseconds.
@@ -158,7 +160,7 @@ def has_regex_answer(text: str, patterns: Iterable[str]) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Any:
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # "[[" may get another meaning some day
-        return regex.compile(pattern, regex.IGNORECASE | regex.UNICODE | regex.MULTILINE)
+        return regex.compile(pattern, FLAGS)
 
 
 def recall_at_k(ranked_hits: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, float]:

@@ -16,6 +16,10 @@ from mlflow.pyfunc import PythonModel
 from rag_core.index import PassageIndex
 from rag_core.rag_model import RagModel
 
+# A server of this model has imported MLflow before this file, and with it the client that reports usage: rag_core has
+# switched reports off meanwhile, unless somebody wants them, and this looks again.
+mlflow.telemetry.set_telemetry_client()
+
 
 class AnsweringModel(PythonModel):
     """`predict` takes a column `question` and returns `answer` and `log_prob`."""

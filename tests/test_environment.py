@@ -555,3 +555,19 @@ def test_the_tools_understand_what_switches_them_off() -> None:
         [sys.executable, "-c", code], env=clean, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split() == ["True", "None", "False", "False", "False"], done.stderr
+
+
+def test_a_served_model_ends_the_usage_reports_that_its_server_had_begun() -> None:
+    code = (
+        "import os, runpy, mlflow\n"
+        "print(mlflow.telemetry.get_telemetry_client() is None)\n"
+        f"runpy.run_path({str(ROOT / 'tasks' / 'answering_model.py')!r})\n"
+        "print(mlflow.telemetry.get_telemetry_client() is None)"
+    )
+    marks = ("PYTEST", "CI", "GITHUB_", "BUILD", "JENKINS", "TF_BUILD", "TEAMCITY")
+    clean = {name: value for name, value in os.environ.items() if name not in OFF and not name.startswith(marks)}
+    # The client looks up its settings at a name of the internet when it has something to send: it has nothing here.
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -22,7 +22,7 @@ from rag_core.artefacts.artefact import find_finished, finish_publishing, local_
 from rag_core.artefacts.places import ArtefactPath, ObjectPath, absolute, as_place
 from rag_core.artefacts.stored_artefact import work_folder
 from rag_core.corpus import Corpus, CorpusConfig, write_corpus
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtefactError, ConfigError, InputError
 from rag_core.questions import files_of_questions, read_questions
 from tests.processes import free_port
 from tests.s3_server import BUCKET, CREDENTIALS, s3_server
@@ -317,10 +317,11 @@ def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(
 ) -> None:
     with pytest.raises(ArtefactError, match="there is no bucket 'nowhere'"):
         open_artefact(Path("s3://nowhere/out"), "thing")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     object_store._filesystem_of.cache_clear()
-    with pytest.raises(ArtefactError, match="Check the network") as refusal:
+    with pytest.raises(ConfigError, match=rf"{address} \(AWS_ENDPOINT_URL\) does not answer") as refusal:
         open_artefact(place, "thing")
     assert not any(secret in str(refusal.value) for secret in CREDENTIALS.values())
     object_store._filesystem_of.cache_clear()

@@ -15,7 +15,7 @@ from typing import Any
 from rag_core.artefacts.artefact import manifest_at
 from rag_core.artefacts.manifest import Manifest
 from rag_core.artefacts.places import absolute
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtefactError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def find_input(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) 
     for place in _places(folder, manifest, kind, given):
         try:
             found = manifest_at(place, kind).fingerprint
-        except ArtefactError:
+        except (ArtefactError, ConfigError):
             if place == named:
                 raise
             continue
