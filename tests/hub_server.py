@@ -183,7 +183,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(Request(self.command, self.path, self._token()))
 
         def _token(self) -> str | None:
-            return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+            kind, _, token = (self.headers.get("Authorization") or "").partition(" ")
+            return token if kind == "Bearer" else None
 
         def _in_a_mood(self, mood: str | int) -> bool:
             if mood == "silent":

@@ -235,6 +235,27 @@ def test_an_address_that_is_no_hub_is_called_that(hub: HubServer, mood: str | in
     assert "Correct HF_ENDPOINT" in message
 
 
+@pytest.mark.parametrize(
+    "address", ["huggingface.co", "ftp://hub.example", "http://", "not a hub", "http:///models", "http://["]
+)
+def test_an_address_that_can_be_none_is_called_that(
+    hub: HubServer, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    message = refusal()
+    assert message.startswith("HF_ENDPOINT is ")
+    assert "which is not the address of a hub. Give one that begins with https://" in message
+
+
+def test_a_password_in_the_address_is_not_shown(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("http://", "http://me:canary-7c1b@"))
+    assert "canary-7c1b" not in refusal("org/nothing")
+    resolve_model_source(BART)
+    hub.stop()
+    revision.forget()
+    assert "canary-7c1b" not in notices_of(BART)[0] + refusal("org/nothing")
+
+
 def test_a_model_without_weights_for_pytorch_says_what_it_has(hub: HubServer, paper_models: Files) -> None:
     files = {name: content for name, content in paper_models[BART].items() if name != "pytorch_model.bin"}
     hub.publish("org/others", files)

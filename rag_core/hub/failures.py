@@ -7,6 +7,7 @@ import errno
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -19,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from rag_core.errors import ConfigError
-from rag_core.hub.name import HubName, hub_address
+from rag_core.hub.name import HubName, hub_address, shown_address
 
 # The base of all that the hub's HTTP client raises, timeouts and refused connections among it. Asked of a class of the
 # hub's, as the client is another package from one release of huggingface_hub to the next.
@@ -39,9 +40,23 @@ def why_unreachable(error: BaseException) -> str | None:
     return None
 
 
+def check_address() -> None:
+    """Raise ConfigError if HF_ENDPOINT cannot be the address of a hub."""
+    try:
+        parts = urlsplit(hub_address())
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"HF_ENDPOINT is {shown_address()!r}, which is not the address of a hub. Give one that begins with https://, or "
+            "unset it for https://huggingface.co."
+        )
+
+
 def unreachable(name: HubName, reason: str) -> ConfigError:
     """The hub does not answer, and the cache has not all of the model."""
-    server = hub_address()
+    server = shown_address()
     if "429" in reason:
         return ConfigError(
             f"The hub {server} answers that too many requests were made ({reason}), and {_not_in_cache(name)}. Wait some "
@@ -82,7 +97,7 @@ def explained(error: BaseException, name: HubName) -> ConfigError:
     if isinstance(error, (ValueError, TypeError, KeyError)):
         return _no_hub("its answer is not a hub's")
     return ConfigError(
-        f"The hub model {name} cannot be downloaded from {hub_address()}: {_first_line(error)}. Run the command again."
+        f"The hub model {name} cannot be downloaded from {shown_address()}: {_first_line(error)}. Run the command again."
     )
 
 
@@ -105,7 +120,7 @@ def no_room(name: HubName, needed: int, free: int) -> ConfigError:
 
 
 def _refused(error: HfHubHTTPError, name: HubName) -> ConfigError:
-    server, status = hub_address(), error.response.status_code
+    server, status = shown_address(), error.response.status_code
     page = f"{server}/{name.repo}"
     if isinstance(error, GatedRepoError):
         token = "the token is of an account without access" if get_token() else "no token is set"
@@ -150,7 +165,7 @@ def _refused(error: HfHubHTTPError, name: HubName) -> ConfigError:
 
 def _no_hub(what: str) -> ConfigError:
     return ConfigError(
-        f"{hub_address()} does not answer as a model hub ({what}). Correct HF_ENDPOINT, or unset it for "
+        f"{shown_address()} does not answer as a model hub ({what}). Correct HF_ENDPOINT, or unset it for "
         "https://huggingface.co; behind a proxy or a login page of the network, sign in there first."
     )
 
@@ -190,7 +205,7 @@ def _no_folder(name: HubName) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().replace(hub_address(), shown_address()).splitlines()
     return re.sub(r"\s*\(Request ID: [^)]*\)", "", lines[0]).rstrip(".") if lines else type(error).__name__
 
 

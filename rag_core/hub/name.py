@@ -10,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
+from rag_core.addresses import without_credentials
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # What the hub allows in a name; old models have no organisation.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -21,6 +23,14 @@ _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{4
 def hub_address() -> str:
     """The hub that is asked: HF_ENDPOINT as it is now, or Hugging Face's."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def shown_address() -> str:
+    """The hub's address for messages, without a password that may be in it."""
+    try:
+        return without_credentials(hub_address())
+    except ValueError:  # it can be no address, such as http://[
+        return "HF_ENDPOINT"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants
 
 from rag_core.errors import ModelNotice
-from rag_core.hub.failures import MAIN, explained, offline, unreachable, why_unreachable
-from rag_core.hub.name import COMMIT, HubName, hub_address
+from rag_core.hub.failures import MAIN, check_address, explained, offline, unreachable, why_unreachable
+from rag_core.hub.name import COMMIT, HubName, hub_address, shown_address
 
 # Looking up a name and connecting may each take as long as one answer; with both the limit is still below 15 s.
 MORE_SECONDS = 2.0
@@ -126,6 +126,7 @@ def _ask(name: HubName) -> Listing:
     reason = silent_reason()
     if reason is not None:
         raise HubUnreachableError(reason)
+    check_address()
     api, seconds = HfApi(endpoint=hub_address()), float(constants.HF_HUB_ETAG_TIMEOUT)
 
     def ask() -> Listing:
@@ -176,7 +177,7 @@ def _cached_commit(name: HubName, reason: str) -> str:
         raise unreachable(name, reason) if reason else offline(name)
     if reason:
         warnings.warn(
-            f"The hub {hub_address()} does not answer ({reason}); {name} is taken from the cache, commit {commit}.",
+            f"The hub {shown_address()} does not answer ({reason}); {name} is taken from the cache, commit {commit}.",
             ModelNotice,
             stacklevel=2,
         )
