@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
@@ -194,7 +195,7 @@ class ObjectStore:
     notice: str = ""
 
     @property
-    def options(self) -> dict[str, int | str]:
+    def options(self) -> dict[str, Any]:
         """For `ray.init`."""
         size = {"object_store_memory": self.bytes} if self.bytes else {}
         return {**size, **({"_plasma_directory": self.folder} if self.folder else {})}
