@@ -169,8 +169,7 @@ def test_a_command_contacts_nobody_outside_this_machine(commands: Commands) -> N
     for process in ("raylet", "gcs_server", "uvicorn", "ray::"):
         assert process in names, f"{process} was not seen connected: {names}"
     assert [peer for peer in commands.peers if not is_loopback(peer[1])] == []
-    for process in ("flows.cli.main", "uvicorn", "default_worker.py"):
-        assert any(process in line for line in commands.contacts), f"{process} noted nothing"
+    assert any("flows.cli.main" in line for line in commands.contacts), "nothing was noted"
     assert [line for line in commands.contacts if not stays_here(line.split()[2])] == []
 
 
