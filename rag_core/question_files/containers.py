@@ -20,15 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rag_core.errors import InputError
-from rag_core.question_files.json_text import JsonText
 from rag_core.question_files.literals import numpy_fault, parse_literal
 from rag_core.question_files.records import Record
-from rag_core.readers.first_bytes import opened_lines
+from rag_core.readers.containers.json_text import opened_json
 from rag_core.readers.rows import MAX_LINE_BYTES, Reject, excerpt, first_line, numbered_lines
 from rag_core.readers.squad import articles_of, numbered_paragraphs
 
 FORMATS = "JSON Lines, a JSON list, CSV or TSV, Parquet or SQuAD JSON, in a layout of docs/formats.md"
 BATCH_ROWS = 1024
+# A single value of JSON beyond this is no question, not even one of DPR's with a hundred passages.
+MAX_VALUE_CHARS = 2**28
 _PARQUET = b"PAR1"
 _GZIPPED = ".gz"
 # Keys under which a data set's own object has its rows.
@@ -62,8 +63,8 @@ def read_records(path: Path, wanted: frozenset[str], *, cells_are_answers: bool 
     suffix = next((one for one in reversed(suffixes) if one != _GZIPPED), "")
     if suffix in (".csv", ".tsv"):
         return _csv(path, cells_are_answers)
-    with opened_lines(path) as file:
-        mark = JsonText(path, file).next_mark()
+    with opened_json(path, MAX_VALUE_CHARS) as text:
+        mark = text.next_mark()
     if not mark:
         return iter(())
     if mark == "[":
@@ -78,31 +79,22 @@ def read_records(path: Path, wanted: frozenset[str], *, cells_are_answers: bool 
 
 
 def _json_list(path: Path) -> Iterator[Record]:
-    with opened_lines(path) as file:
-        text = JsonText(path, file)
+    with opened_json(path, MAX_VALUE_CHARS) as text:
         yield from _entries(path, text.items())
         text.end()
 
 
 def _json_object(path: Path) -> Iterator[Record]:
     """A data set's own object (its list is `data` or `Data`), one record, or JSON Lines under another suffix."""
-    with opened_lines(path) as file:
-        text = JsonText(path, file)
+    with opened_json(path, MAX_VALUE_CHARS) as text:
         value: dict[str, Any] = {}
         listed = False
-        text.take("{")
-        while text.next_mark() != "}":
-            key = text.value()
-            text.take(":")
+        for key in text.names():
             if key in _LISTS and text.next_mark() == "[" and not listed and "question" not in value:
                 listed = True
                 yield from _entries(path, text.items())
             else:
-                value[key if isinstance(key, str) else repr(key)] = text.value()
-            if text.take(",}") == "}":
-                break
-        else:
-            text.take("}")
+                value[key] = text.value()
         if listed:
             text.end()
             return
