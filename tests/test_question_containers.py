@@ -173,8 +173,21 @@ def test_a_string_of_parquet_that_is_not_utf_8_is_refused_by_its_row(tmp_path: P
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xff\xfe")]
     )
     pq.write_table(pa.table({"question": column}), tmp_path / "q.parquet")
-    with pytest.raises(InputError, match="row 2"):
+    with pytest.raises(InputError, match="row 2: undecodable: question is not UTF-8"):
         read_questions(tmp_path / "q.parquet")
+
+
+def test_rows_of_parquet_with_a_hundred_passages_each_are_in_memory_a_few_at_a_time(tmp_path: Path) -> None:
+    hard = [{"title": "t", "text": "x" * 700, "passage_id": str(n)} for n in range(100)]
+    columns = {"question": ["q?"] * 600, "answers": [["a"]] * 600, "positive_ctxs": [hard] * 600}
+    pq.write_table(pa.table(columns), tmp_path / "q.parquet")
+    tracemalloc.start()
+    try:
+        assert len(read_questions(tmp_path / "q.parquet")) == 600
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 15e6, f"{peak:,} bytes; a record takes 0.1 MB"
 
 
 def test_gzip_that_is_cut_is_refused_and_gzip_of_parquet_too(tmp_path: Path) -> None:
