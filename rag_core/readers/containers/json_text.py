@@ -56,7 +56,7 @@ class JsonText:
         self._text, self._at, self._ended = "", 0, False
         # The line on which `_text` begins, from 1.
         self._line = 1
-        self._within = "the beginning"
+        self._within = "the first value"
 
     def next_mark(self) -> str:
         """The next character that is no white space, which is not consumed; "" at the end."""
@@ -156,7 +156,7 @@ class JsonText:
             at = error.start
             line = self._line + rest.count("\n") + error.object.count(b"\n", 0, at)
             raise InputError(
-                f"{self._path} line {line}: undecodable: byte {at} is not UTF-8; found "
+                f"{self._path} line {line}: undecodable: not UTF-8; found "
                 f"{excerpt(error.object[max(0, at - 20) : at + 20])!r}, expected UTF-8. Convert the file to UTF-8."
             ) from error
         self._text, self._at = rest + more, 0
