@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import random
 import time
 import tracemalloc
 from pathlib import Path
@@ -19,63 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from rag_core.errors import InputError
-from rag_core.question_files import json_text
-from rag_core.question_files.json_text import JsonText
+from rag_core.question_files import containers
 from rag_core.questions import Question, read_questions
-from tests.fuzz.mutations import mutate
-
-RECORDS: list[Any] = [
-    {"question": 'who "is" \\ it?', "answers": ["ü😀\u2028", "b"], "n": [1, -2.5e3, None, True, {"x": {}}]},
-    {"question": "what?", "answer": "x" * 40, "s": "😀 \\u0041"},
-    12345678901234567890,
-    "text",
-    [],
-    {},
-]
+from rag_core.readers.containers import json_text
 
 
 def put(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def items_of(content: bytes, path: Path) -> list[Any]:
-    text = JsonText(path, io.BytesIO(content))
-    items = list(text.items())
-    text.end()
-    return items
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 2**20])
-@pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_read_in_pieces_of_any_size_is_the_list(
-    chunk: int, indent: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(json_text, "CHUNK_BYTES", chunk)
-    for ascii_only in (True, False):
-        content = json.dumps(RECORDS, indent=indent, ensure_ascii=ascii_only).encode()
-        assert items_of(b"\xef\xbb\xbf" + content + b" \n", Path("q.json")) == RECORDS
-
-
-def test_damaged_lists_are_read_or_refused_just_as_by_a_parser_of_whole_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = [json.dumps(RECORDS).encode(), json.dumps(RECORDS[:2], indent=1).encode()]
-    monkeypatch.setattr(json_text, "CHUNK_BYTES", 5)
-    both = {"read": 0, "refused": 0}
-    for number in range(1500):
-        data = mutate(random.Random(number), samples)
-        try:
-            whole = json.loads(data.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            whole = None
-        if whole is not None and not isinstance(whole, list):
-            continue
-        try:
-            pieces = items_of(data, Path("q.json"))
-        except InputError:
-            pieces = None
-        assert json.dumps(pieces) == json.dumps(whole), data
-        both["refused" if pieces is None else "read"] += 1
-    assert min(both.values()) > 50
 
 
 @pytest.mark.parametrize(
@@ -103,7 +53,7 @@ def test_a_value_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_text, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(json_text, "MAX_ITEM_CHARS", 5000)
+    monkeypatch.setattr(containers, "MAX_VALUE_CHARS", 5000)
     file = put(tmp_path / "q.json", '[{"question": "' + "x" * 100_000)
     with pytest.raises(InputError, match=r"line 1: broken JSON \(a single value of more than 5000 characters\)"):
         read_questions(file)
@@ -223,8 +173,21 @@ def test_a_string_of_parquet_that_is_not_utf_8_is_refused_by_its_row(tmp_path: P
         pa.string(), 2, [None, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xff\xfe")]
     )
     pq.write_table(pa.table({"question": column}), tmp_path / "q.parquet")
-    with pytest.raises(InputError, match="row 2"):
+    with pytest.raises(InputError, match="row 2: undecodable: question is not UTF-8"):
         read_questions(tmp_path / "q.parquet")
+
+
+def test_rows_of_parquet_with_a_hundred_passages_each_are_in_memory_a_few_at_a_time(tmp_path: Path) -> None:
+    hard = [{"title": "t", "text": "x" * 700, "passage_id": str(n)} for n in range(100)]
+    columns = {"question": ["q?"] * 600, "answers": [["a"]] * 600, "positive_ctxs": [hard] * 600}
+    pq.write_table(pa.table(columns), tmp_path / "q.parquet")
+    tracemalloc.start()
+    try:
+        assert len(read_questions(tmp_path / "q.parquet")) == 600
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 15e6, f"{peak:,} bytes; a record takes 0.1 MB"
 
 
 def test_gzip_that_is_cut_is_refused_and_gzip_of_parquet_too(tmp_path: Path) -> None:

@@ -190,6 +190,15 @@ def test_a_missing_parquet_column_is_named_with_the_columns_found(tmp_path: Path
         read(tmp_path / "c.parquet", "parquet")
 
 
+def test_two_parquet_columns_of_one_name_are_refused_if_they_are_read(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["x"]), pa.array([0.5]), pa.array([0.5])]
+    pq.write_table(pa.table(columns, names=["id", "text", "vector", "vector"]), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet", "parquet") == ([Passage("a", "", "x")], [])
+    pq.write_table(pa.table(columns, names=["id", "text", "text", "vector"]), tmp_path / "c.parquet")
+    with pytest.raises(InputError, match=r"c\.parquet has two columns of one name among id, text, text\. Rename"):
+        read(tmp_path / "c.parquet", "parquet")
+
+
 @pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1 cut"])
 def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match=r"c\.parquet cannot be read as Parquet"):

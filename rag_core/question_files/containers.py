@@ -16,19 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from rag_core.errors import InputError
-from rag_core.question_files.json_text import JsonText
 from rag_core.question_files.literals import numpy_fault, parse_literal
 from rag_core.question_files.records import Record
-from rag_core.readers.first_bytes import opened_lines
-from rag_core.readers.rows import MAX_LINE_BYTES, Reject, excerpt, first_line, numbered_lines
+from rag_core.readers.containers import parquet
+from rag_core.readers.containers.json_text import opened_json
+from rag_core.readers.rows import MAX_LINE_BYTES, Reject, excerpt, numbered_lines
 from rag_core.readers.squad import articles_of, numbered_paragraphs
 
 FORMATS = "JSON Lines, a JSON list, CSV or TSV, Parquet or SQuAD JSON, in a layout of docs/formats.md"
-BATCH_ROWS = 1024
+# A single value of JSON beyond this is no question, not even one of DPR's with a hundred passages.
+MAX_VALUE_CHARS = 2**28
+# Rows of Parquet in memory at a time: one of DPR's training data is a hundred passages, one of a corpus is one.
+BATCH_ROWS = 16
 _PARQUET = b"PAR1"
 _GZIPPED = ".gz"
 # Keys under which a data set's own object has its rows.
@@ -62,8 +62,8 @@ def read_records(path: Path, wanted: frozenset[str], *, cells_are_answers: bool 
     suffix = next((one for one in reversed(suffixes) if one != _GZIPPED), "")
     if suffix in (".csv", ".tsv"):
         return _csv(path, cells_are_answers)
-    with opened_lines(path) as file:
-        mark = JsonText(path, file).next_mark()
+    with opened_json(path, MAX_VALUE_CHARS) as text:
+        mark = text.next_mark()
     if not mark:
         return iter(())
     if mark == "[":
@@ -78,31 +78,22 @@ def read_records(path: Path, wanted: frozenset[str], *, cells_are_answers: bool 
 
 
 def _json_list(path: Path) -> Iterator[Record]:
-    with opened_lines(path) as file:
-        text = JsonText(path, file)
+    with opened_json(path, MAX_VALUE_CHARS) as text:
         yield from _entries(path, text.items())
         text.end()
 
 
 def _json_object(path: Path) -> Iterator[Record]:
     """A data set's own object (its list is `data` or `Data`), one record, or JSON Lines under another suffix."""
-    with opened_lines(path) as file:
-        text = JsonText(path, file)
+    with opened_json(path, MAX_VALUE_CHARS) as text:
         value: dict[str, Any] = {}
         listed = False
-        text.take("{")
-        while text.next_mark() != "}":
-            key = text.value()
-            text.take(":")
+        for key in text.names():
             if key in _LISTS and text.next_mark() == "[" and not listed and "question" not in value:
                 listed = True
                 yield from _entries(path, text.items())
             else:
-                value[key if isinstance(key, str) else repr(key)] = text.value()
-            if text.take(",}") == "}":
-                break
-        else:
-            text.take("}")
+                value[key] = text.value()
         if listed:
             text.end()
             return
@@ -265,32 +256,14 @@ def _cell(record: Record, name: str, cell: str, cells_are_answers: bool) -> Any:
 
 
 def _parquet(path: Path, wanted: frozenset[str]) -> Iterator[Record]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            nothing = dict.fromkeys(names)
-            columns = [name for name in names if name in wanted]
-            if len(set(columns)) < len(columns):
-                raise InputError(f"{path} has two columns of one name among {', '.join(columns)}. Rename one of them.")
-            if not columns and file.metadata.num_rows:
-                raise InputError(
-                    f"{path} has no column that a question is read from; found {excerpt(', '.join(names)) or 'none'}. "
-                    f"Expected {FORMATS}. Rename the columns."
-                )
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for row in range(batch.num_rows):
-                    number += 1
-                    value = nothing | {
-                        name: _as_json(column[row].as_py())
-                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                    }
-                    yield Record(f"{path} row {number}", str(number), value)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        # The last two: a string or a column's name that is not UTF-8, a date before the year 1.
-        raise InputError(
-            f"{path} cannot be read as Parquet at row {number}: {first_line(error)}. Write the file again."
-        ) from error
+    for row in parquet.records(path, wanted, BATCH_ROWS):
+        if not row.fields:
+            raise InputError(
+                f"{path} has no column that a question is read from; found {excerpt(', '.join(row.keys)) or 'none'}. "
+                f"Expected {FORMATS}. Rename the columns."
+            )
+        value = dict.fromkeys(row.keys) | {name: _as_json(field) for name, field in row.fields.items()}
+        yield Record(f"{path} row {row.line}", str(row.line), value)
 
 
 def _as_json(value: Any) -> Any:

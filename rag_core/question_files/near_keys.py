@@ -5,9 +5,10 @@ Such a key is an error only where the question lacks what the right key would gi
 
 from __future__ import annotations
 
-import re
 from difflib import SequenceMatcher
 from functools import lru_cache
+
+from rag_core.readers.near_keys import plain
 
 # The keys that a slip may have been meant for, and the field of a question that each fills.
 FIELDS = {
@@ -35,12 +36,6 @@ def meant(key: str) -> str | None:
     """The key that `key` was probably meant to be; None if it is one itself, or is like none."""
     if key in FIELDS or len(key) > 60:
         return None
-    plain = _plain(key)
-    likeness = {known: SequenceMatcher(None, plain, _plain(known)).ratio() for known in FIELDS}
+    likeness = {known: SequenceMatcher(None, plain(key), plain(known)).ratio() for known in FIELDS}
     likely = [known for known, ratio in likeness.items() if ratio >= _LIKENESS.get(FIELDS[known], _STRICT)]
     return max(likely, key=lambda known: likeness[known], default=None)
-
-
-def _plain(key: str) -> str:
-    """Without case, and without the marks that join words."""
-    return re.sub(r"[\W_]", "", key.casefold())

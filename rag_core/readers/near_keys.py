@@ -14,12 +14,17 @@ from rag_core.readers.rows import excerpt
 NEAR = 0.8
 
 
+def plain(key: str) -> str:
+    """A key without case and without the marks that join words."""
+    return "".join(letter for letter in key[:100].casefold() if letter.isalnum())
+
+
 def near_key(wanted: str, found: Collection[str]) -> str | None:
     """The one of the keys found that is nearly `wanted`: but for case, marks between words, or a letter or two."""
-    plain = {_plain(key): key for key in found}
-    close = difflib.get_close_matches(_plain(wanted), list(plain), n=1, cutoff=NEAR)
-    swapped = next((key for key in plain if sorted(key) == sorted(_plain(wanted))), None)  # txet
-    return plain[close[0]] if close else plain.get(swapped or "")
+    key_of = {plain(key): key for key in found}
+    close = difflib.get_close_matches(plain(wanted), list(key_of), n=1, cutoff=NEAR)
+    swapped = next((key for key in key_of if sorted(key) == sorted(plain(wanted))), None)  # txet
+    return key_of[close[0]] if close else key_of.get(swapped or "")
 
 
 def has_near_key(keys: Collection[str]) -> bool:
@@ -76,7 +81,3 @@ def _compared(
         if key := near_key(name, unknown):
             return 0.9, f"did you mean `{name}` for `{shown(key)}`?"
     return 0, f"`{names[0]}` is missing."
-
-
-def _plain(key: str) -> str:
-    return "".join(letter for letter in key[:100].casefold() if letter.isalnum())

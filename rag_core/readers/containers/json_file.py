@@ -1,6 +1,6 @@
 """A JSON file of records: a list, an object with the list `data`, an object of records by their ids, or one record.
 
-Streamed (see `json_values`). What an object is, its content decides: a record if it has a record's keys; else what is in
+Streamed (see `json_text`). What an object is, its content decides: a record if it has a record's keys; else what is in
 `data`, if that is a list; else a record for each of its members, which have the members' names as ids:
 {"d1": {"text": "…"}} or {"d1": "…"}. Several records may follow one another.
 """
@@ -8,11 +8,12 @@ Streamed (see `json_values`). What an object is, its content decides: a record i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rag_core.errors import InputError
-from rag_core.readers.containers.json_values import JsonStream, TooLongError, items, names, opened_json
+from rag_core.readers.containers.json_text import BrokenJsonError, JsonText, TooLongError, opened_json
 from rag_core.readers.rows import MAX_LINE_BYTES, Record, Reject, excerpt
 
 Shape = Literal["list", "data", "members", "objects"]
@@ -32,67 +33,67 @@ def records(path: Path, is_record: IsRecord) -> Iterator[Record | Reject]:
         InputError: not JSON, not UTF-8, no list or object, or a record that is too long.
     """
     try:
-        with opened_json(path) as stream:
-            shape = _shape(stream, is_record)
-        with opened_json(path) as stream:
-            yield from _READERS[shape](path, stream)
-            if rest := stream.peek():
-                raise stream.fault(f"{rest!r} follows the end")
+        shape = _shape(path, is_record)
+        with opened_json(path, MAX_LINE_BYTES) as text:
+            yield from _READERS[shape](path, text)
+            text.end()
     except TooLongError as error:
         raise InputError(
-            f"{path}: {error} is longer than {MAX_LINE_BYTES} characters; a list of records was expected. "
+            f"{path}: {error.within} is longer than {MAX_LINE_BYTES} characters; a list of records was expected. "
             "Correct it, or write the file as JSON Lines, where a line that is too long is left out."
         ) from error
+    except BrokenJsonError as error:
+        raise _not_json(path, f"{error.within}: {error.fault}") from error
 
 
-def _shape(stream: JsonStream, is_record: IsRecord) -> Shape:
-    start = stream.peek()
-    if start != "{":
-        if start not in ("[", ""):
-            raise stream.fault(f"it starts with {start!r}; a list or an object was expected")
-        return "list" if start else "objects"
-    try:
-        content = stream.value("the first object")
-    except TooLongError:
-        stream.rewind()
-        return _shape_of_long(stream)
+def _not_json(path: Path, fault: str) -> InputError:
+    return InputError(f"{path} is not JSON: {fault}. Correct the file, or copy or download it again.")
+
+
+def _shape(path: Path, is_record: IsRecord) -> Shape:
+    with opened_json(path, MAX_LINE_BYTES) as text:
+        start = text.next_mark()
+        if start != "{":
+            if start not in ("[", ""):
+                raise _not_json(path, f"it starts with {start!r}; a list or an object was expected")
+            return "list" if start else "objects"
+        try:
+            content = text.value()
+        except TooLongError:
+            return _shape_of_long(path)
     if is_record(Record(1, content, content, content)):
         return "objects"
     return "data" if isinstance(content.get("data"), list) else "members"
 
 
-def _shape_of_long(stream: JsonStream) -> Shape:
-    for number, name in enumerate(names(stream), 1):
-        if name == "data" and stream.peek() == "[":
-            return "data"
-        if number > MOST_BEFORE_DATA:
-            break
-        stream.value(f"member {number}")
+def _shape_of_long(path: Path) -> Shape:
+    with opened_json(path, MAX_LINE_BYTES) as text:
+        for name in islice(text.names(), MOST_BEFORE_DATA + 1):
+            if name == "data" and text.next_mark() == "[":
+                return "data"
+            text.value()
     return "members"
 
 
-def _list(path: Path, stream: JsonStream) -> Iterator[Record | Reject]:
-    return (_record(path, number, value) for number, value in items(stream))
+def _list(path: Path, text: JsonText) -> Iterator[Record | Reject]:
+    return (_record(path, number, value) for number, value in enumerate(text.items(), 1))
 
 
-def _data(path: Path, stream: JsonStream) -> Iterator[Record | Reject]:
-    for number, name in enumerate(names(stream), 1):
-        if name == "data" and stream.peek() == "[":
-            yield from _list(path, stream)
+def _data(path: Path, text: JsonText) -> Iterator[Record | Reject]:
+    for name in text.names():
+        if name == "data" and text.next_mark() == "[":
+            yield from _list(path, text)
         else:
-            stream.value(f"member {number}")
+            text.value()
 
 
-def _members(path: Path, stream: JsonStream) -> Iterator[Record | Reject]:
-    for number, name in enumerate(names(stream), 1):
-        yield _member(path, number, name, stream.value(f"member {number}"))
+def _members(path: Path, text: JsonText) -> Iterator[Record | Reject]:
+    for number, name in enumerate(text.names(), 1):
+        yield _member(path, number, name, text.value())
 
 
-def _objects(path: Path, stream: JsonStream) -> Iterator[Record | Reject]:
-    number = 0
-    while stream.peek():
-        number += 1
-        yield _record(path, number, stream.value(f"object {number}"))
+def _objects(path: Path, text: JsonText) -> Iterator[Record | Reject]:
+    return (_record(path, number, value) for number, value in enumerate(text.values(), 1))
 
 
 def _record(path: Path, number: int, value: Any) -> Record | Reject:
@@ -111,7 +112,7 @@ def _member(path: Path, number: int, name: str, value: Any) -> Record | Reject:
     return Reject(str(path), number, reason, excerpt(value))
 
 
-_READERS: dict[Shape, Callable[[Path, JsonStream], Iterator[Record | Reject]]] = {
+_READERS: dict[Shape, Callable[[Path, JsonText], Iterator[Record | Reject]]] = {
     "list": _list,
     "data": _data,
     "members": _members,

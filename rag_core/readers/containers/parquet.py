@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rag_core.errors import InputError
-from rag_core.readers.rows import Record, Reject, first_line
+from rag_core.readers.rows import Record, first_line
 
 BATCH_ROWS = 1024
 
 
-def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -> Iterator[Record | Reject]:
+def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -> Iterator[Record]:
     """The records of one Parquet file; their `line` is the row, from 1.
 
     Args:
@@ -27,13 +27,15 @@ def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -
         batch_rows: rows in memory at a time.
 
     Raises:
-        InputError: not a Parquet file, or damaged.
+        InputError: not a Parquet file, or damaged; or two columns of one name are wanted.
     """
     number = 0
     try:
         with pq.ParquetFile(path) as file:
             keys = tuple(file.schema_arrow.names)
-            columns = [name for name in dict.fromkeys(keys) if name in wanted]
+            columns = [name for name in keys if name in wanted]
+            if len(set(columns)) < len(columns):
+                raise InputError(f"{path} has two columns of one name among {', '.join(columns)}. Rename one of them.")
             for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
                 values = [_values(batch.column(name)) for name in columns]
                 for fields in zip(*values, strict=True) if values else [()] * batch.num_rows:
@@ -44,7 +46,7 @@ def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -
         # The last two: a column's name that is not UTF-8, a date before the year 1.
         raise InputError(
             f"{path} cannot be read as Parquet after row {number}: {first_line(error)} "
-            "Write the file again, or choose the format that fits it."
+            "Write the file again, or give one that is Parquet."
         ) from error
 
 
