@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.conftest import _free_port
+from tests.processes import free_port
 
 JSON, HTML = "application/json", "text/html; charset=utf-8"
 
@@ -50,4 +50,4 @@ def silent() -> Iterator[str]:
 
 def absent() -> str:
     """HOST:PORT where nobody listens."""
-    return f"127.0.0.1:{_free_port()}"
+    return f"127.0.0.1:{free_port()}"

@@ -14,6 +14,7 @@ from rag_core.questions import read_questions
 from rag_core.rag_model import RagModel
 from rag_core.reader import DecodingConfig
 from tasks.answering import InferConfig, answer_questions
+from tasks.markdown import text_cell
 from tasks.results import StageResult
 from tasks.summary import cut_note, stages_markdown
 from tests.small_corpus import (
@@ -121,7 +122,7 @@ def test_more_than_three_percent_of_contexts_cut_brings_the_numbers_and_the_reme
     note = cut_note(_result(2000, 80))
     assert "80 of 2,000 contexts (4%)" in note
     assert "Raise prompt.max_context_tokens" in note
-    assert note in stages_markdown([_result(100, 3), _result(2000, 80)])
+    assert text_cell(note) in stages_markdown([_result(100, 3), _result(2000, 80)])
     assert "Raise" not in stages_markdown([_result(100, 3)])
     print_stage(_result(100, 3))
     assert "Raise" not in capsys.readouterr().out

@@ -83,7 +83,7 @@ def scenario(services: Path, server: MlflowServer) -> Scenario:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", f"http://rag:{PASSWORD}@"))
         patch.setenv("RAG_MLFLOW_UNSENT", str(folder / "unsent"))
-        patch.setattr("tasks.notices.Console.print", lambda self, text, **options: told.append(str(text)))
+        patch.setattr("tasks.notices.say", lambda text, **options: told.append(text))
         server.start()
         tracking.prepare_store()
         with tracking.open_run("parent") as parent, tracking.open_run("first", parent.run_id) as run:
@@ -199,7 +199,7 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     from tasks.tracking_journal import read_journal
 
     told: list[str] = []
-    monkeypatch.setattr("tasks.notices.Console.print", lambda self, text, **options: told.append(str(text)))
+    monkeypatch.setattr("tasks.notices.say", lambda text, **options: told.append(text))
     monkeypatch.setenv("RAG_MLFLOW_UNSENT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", scenario.server.uri)
     scenario.server.start()

@@ -120,15 +120,15 @@ def test_a_run_in_which_nothing_is_wrong_goes_on_with_pinned_names(
     ("path", "value", "words"),
     [
         ("sources", ["{folder}/missing.jsonl"], "missing.jsonl does not exist"),
-        ("sources", ["{folder}/questions.jsonl"], "none of the first 8 rows is a passage of format 'jsonl'"),
+        ("sources", ["{folder}/questions.jsonl"], "They look like those of questions"),
         ("corpus.format", "parquet", "passages.jsonl"),
         ("questions.train", "{folder}/missing.jsonl", "missing.jsonl cannot be read"),
         ("questions.train", "{folder}/unanswered.jsonl", "so it cannot be trained on"),
         ("questions.train", "{folder}/long.jsonl", "tokens without any passage, but max_context_tokens is 48"),
         ("questions.dev", "{folder}/nothing.jsonl", "nothing.jsonl is empty"),
-        ("questions.dev", "{folder}/unanswered.jsonl", "so nothing can be scored"),
+        ("questions.dev", "{folder}/unanswered.jsonl", "so it cannot be evaluated"),
         ("questions.test", "{folder}/broken.jsonl", "broken JSON"),
-        ("questions.test", "{folder}/unanswered.jsonl", "so nothing can be scored"),
+        ("questions.test", "{folder}/unanswered.jsonl", "so it cannot be evaluated"),
         ("embed.encoder", "{folder}/missing", "There is no model folder"),
         ("embed.encoder", "{folder}/generator", "a text encoder such as BERT"),
         ("embed.encoder", "{folder}/no-words", "has no tokenizer"),
@@ -217,8 +217,8 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_without_a_run(
     assert "4 problems were found before the first stage, so nothing was started." in flat
     for number, words in enumerate(
         (
-            f"questions.dev: {folder}/nothing.jsonl is empty",
             f"embed.encoder, model.question_encoder: There is no model folder {folder}/missing",
+            f"questions.dev: {folder}/nothing.jsonl is empty",
             f"model.generator: {folder}/encoder (bert) is not an encoder-decoder",
             "train.optimizer: batch_size 4 cannot be cut",
         ),

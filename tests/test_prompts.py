@@ -130,7 +130,7 @@ def test_the_indexs_own_encoder_is_known_again_and_asks_without_the_passages_pro
     vectors_ND = plain_vectors(parts[0], [ASK + text for text in TEXTS])
     top = [index.passages_of(index.search(vectors_ND, 1).rows_BK)[at][0].id for at in range(len(TEXTS))]
     expected = np.mean([one == gold for one, (_, _, gold, _) in zip(top, QUESTIONS, strict=True)])
-    assert scores["overall"]["recall@1"] == pytest.approx(expected)
+    assert scores.overall.means["recall@1"] == pytest.approx(expected)
 
 
 def test_retrieve_takes_a_question_prompt_on_the_command_line(
