@@ -65,6 +65,10 @@ WRONG: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "RAG_CACHE": (check_all_variables, FOLDERS_WRONG),
     "AWS_ENDPOINT_URL": (check_store_settings, URLS),
     "AWS_PROFILE": (check_store_settings, ("nobody", "Default", "a b", "[x]", "profile nobody")),
+    "HF_ENDPOINT": (check_all_variables, URLS),
+    "HF_HOME": (check_all_variables, FOLDERS_WRONG),
+    "HF_HUB_OFFLINE": (check_all_variables, ("maybe", "2", "-1", "offline", "ja")),
+    "HF_HUB_ETAG_TIMEOUT": (check_all_variables, ("ten", "-1", "0", "1.5", "inf")),
     "HF_TOKEN": (check_all_variables, ("a\nb", "ключ", "“hf_x”", "hf_\x07", "hf_x\r\ny")),
 }
 # Read by no code of ours, or any text is right: what is wrong with them, a server says.
@@ -138,6 +142,10 @@ def test_right_values_pass_and_looking_leaves_nothing_behind(monkeypatch: pytest
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_TRACKING_URI": "sqlite:///new/mlflow.db",
         "HF_TOKEN": "hf_abc\n",
+        "HF_ENDPOINT": "http://127.0.0.1:8080",
+        "HF_HOME": "new/hub",
+        "HF_HUB_OFFLINE": "yes",
+        "HF_HUB_ETAG_TIMEOUT": "3",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
         "RAY_ADDRESS": "local",
         "AWS_CONFIG_FILE": str(tmp_path / "aws"),

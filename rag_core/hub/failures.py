@@ -7,7 +7,6 @@ import errno
 import re
 import shutil
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from rag_core.addresses import check_address
 from rag_core.errors import ConfigError
 from rag_core.hub.name import HubName, hub_address, shown_address
 
@@ -40,18 +40,9 @@ def why_unreachable(error: BaseException) -> str | None:
     return None
 
 
-def check_address() -> None:
+def check_hub_address() -> None:
     """Raise ConfigError if HF_ENDPOINT cannot be the address of a hub."""
-    try:
-        parts = urlsplit(hub_address())
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        sound = False
-    if not sound:
-        raise ConfigError(
-            f"HF_ENDPOINT is {shown_address()!r}, which is not the address of a hub. Give one that begins with https://, or "
-            "unset it for https://huggingface.co."
-        )
+    check_address("HF_ENDPOINT", hub_address(), ("http", "https"), constants.ENDPOINT)
 
 
 def unreachable(name: HubName, reason: str) -> ConfigError:

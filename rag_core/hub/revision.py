@@ -19,7 +19,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants
 
 from rag_core.errors import ModelNotice
-from rag_core.hub.failures import MAIN, check_address, explained, offline, unreachable, why_unreachable
+from rag_core.hub.failures import MAIN, check_hub_address, explained, offline, unreachable, why_unreachable
 from rag_core.hub.name import COMMIT, HubName, hub_address, shown_address
 
 # Looking up a name and connecting may each take as long as one answer; with both the limit is still below 15 s.
@@ -126,7 +126,7 @@ def _ask(name: HubName) -> Listing:
     reason = silent_reason()
     if reason is not None:
         raise HubUnreachableError(reason)
-    check_address()
+    check_hub_address()
     api, seconds = HfApi(endpoint=hub_address()), float(constants.HF_HUB_ETAG_TIMEOUT)
 
     def ask() -> Listing:

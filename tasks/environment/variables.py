@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rag_core.addresses import check_address
 from rag_core.artefacts.writer_lock import wait_setting
 from rag_core.errors import ConfigError
 
 # As MLflow has it.
 LONGEST_EXPERIMENT_NAME = 500
+_TRUTHS = {"1", "ON", "YES", "TRUE", "0", "OFF", "NO", "FALSE"}
 
 Check = Callable[[str, str], None]
 
@@ -53,6 +55,23 @@ def writable_folder(name: str, text: str) -> None:
         raise ConfigError(f"{name} is {text!r}, but {problem}. Set it to a folder that you may write in, or unset it.")
 
 
+def folder(name: str, text: str) -> None:
+    """A folder that is there, or can be made."""
+    if not Path(text).expanduser().is_dir():
+        writable_folder(name, text)
+
+
+def truth(name: str, text: str) -> None:
+    """Yes or no, in one of the words that the hub's library takes for yes, or their opposites."""
+    if text.strip().upper() not in _TRUTHS:
+        raise ConfigError(f"{name} is {text!r}; 1 or 0 was expected. Correct or unset it.")
+
+
+def http_address(name: str, text: str) -> None:
+    """The address of a server that speaks HTTP."""
+    check_address(name, text, ("http", "https"), "https://huggingface.co")
+
+
 def experiment_name(name: str, text: str) -> None:
     """A name that MLflow takes."""
     problem = f"{len(text)} characters, MLflow takes {LONGEST_EXPERIMENT_NAME}" * (len(text) > LONGEST_EXPERIMENT_NAME)
@@ -75,7 +94,16 @@ def waiting(name: str, text: str) -> None:
     wait_setting()
 
 
-FOR_EVERY_COMMAND: dict[str, Check] = {"RAG_WAIT_SECONDS": waiting, "RAG_CACHE": writable_folder, "HF_TOKEN": secret}
+# The hub's library reads its own when it is imported; a number of seconds that is none would be a traceback there.
+FOR_EVERY_COMMAND: dict[str, Check] = {
+    "RAG_WAIT_SECONDS": waiting,
+    "RAG_CACHE": writable_folder,
+    "HF_TOKEN": secret,
+    "HF_ENDPOINT": http_address,
+    "HF_HOME": folder,
+    "HF_HUB_OFFLINE": truth,
+    "HF_HUB_ETAG_TIMEOUT": whole_seconds,
+}
 FOR_STAGES: dict[str, Check] = {
     "RAG_CLUSTER_WAIT_SECONDS": seconds,
     "RAG_MLFLOW_UNSENT": writable_folder,
