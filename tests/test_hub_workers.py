@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from huggingface_hub import constants
 
 from flows.embed_corpus import embed_corpus
@@ -18,6 +20,9 @@ from rag_core.hub.access import HubAccess, hub_access
 from tests.hub_models import CONTEXT_ENCODER, Files, dpr_files
 from tests.hub_server import HubServer
 from tests.small_corpus import write_passages_jsonl
+
+# Workers do not have the tests among their modules.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytest_plugins = ["tests.hub_fixtures"]
 CANARY = "canary-token-5d20e7"
@@ -48,7 +53,6 @@ def worker_with_empty_cache(services: Path, tmp_path: Path) -> Iterator[None]:
 def test_the_token_reaches_workers_and_is_in_no_file(
     services: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
     from ray._private.worker import _global_node
 
     from tasks.ray_runtime import progress, share_of_cluster
