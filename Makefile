@@ -40,7 +40,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
-test: setup ## run all tests (10 minutes on two cores); OPTIONS="-p randomly" shuffles them
+test: setup ## run all tests (12 minutes on two cores); OPTIONS="-p randomly" shuffles them
 	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(OPTIONS)
 
 test-again: setup ## run all tests TIMES times (4), in their order and shuffled, with and without a busy core beside
