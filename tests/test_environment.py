@@ -24,7 +24,7 @@ from rag_core.artefacts.store_settings import check_store_settings
 from rag_core.errors import ConfigError
 from rag_core.usage_reports import OFF
 from tasks.environment import ray_cluster
-from tasks.environment.mlflow_store import check_store
+from tasks.environment.mlflow_store import check_server_is_there, check_store
 from tasks.environment.prefect_api import check_prefect
 from tasks.environment.ray_cluster import SMALLEST_STORE, ObjectStore, check_ray, object_store
 from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
@@ -261,6 +261,21 @@ def test_an_mlflow_that_does_not_answer_is_named_with_the_reason(monkeypatch: py
         }.items():
             monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
             message_of(check_tracking, without_credentials(uri), reason, "unset MLFLOW_TRACKING_URI")
+
+
+def test_an_mlflow_that_nobody_answers_for_is_named_before_mlflow_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    quickly(monkeypatch, "tasks.environment.mlflow_store")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    check_server_is_there()
+    with silent() as hole, answering(401) as asking, answering(404) as other:
+        for uri in (asking, other, f"https{other.removeprefix('http')}", "sqlite:///mlflow.db"):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            check_server_is_there()
+        for server, reason in {absent(): "connection refused", hole: "no answer in time"}.items():
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://u:{SECRET}@{server}")
+            message_of(check_server_is_there, f"http://{server} (MLFLOW_TRACKING_URI)", reason)
+    program = "import sys; from tasks.environment import mlflow_store; assert 'mlflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_an_object_store_that_does_not_answer_or_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from rag_core.addresses import without_credentials
 from rag_core.errors import RagError
+from tasks.environment.mlflow_store import check_server_is_there
 from tasks.environment.prefect_api import check_prefect, configured_url
 from tasks.environment.ray_cluster import check_ray
 from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
@@ -50,6 +51,7 @@ def with_services(command: Callable[..., None], *, ray: bool, trains: bool = Fal
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         check_variables({**FOR_EVERY_COMMAND, **FOR_STAGES})
+        check_server_is_there()
         if ray:
             check_ray()
         wait_for_cluster, wait_for_server = _nothing, start_shielded_server()

@@ -7,7 +7,11 @@ the database of another program.
 from __future__ import annotations
 
 import difflib
+import http.client
 import os
+import ssl
+import urllib.error
+import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +21,7 @@ from rag_core.server_probe import GRACE, SECONDS, reason_of, what_answers, withi
 from tasks.environment.mlflow_database import check_database_file
 
 SERVERS, DATABASES = ("http", "https"), ("postgresql", "mysql", "mssql")
+EXAMPLES = "http://127.0.0.1:5000 or sqlite:///mlflow.db"
 NAME_QUESTION = "/api/2.0/mlflow/experiments/get-by-name"
 INSTEAD = "or unset MLFLOW_TRACKING_URI: runs are then kept in mlflow.db in the current folder"
 CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -46,6 +51,28 @@ def check_store(uri: str, experiment: str) -> None:
         _check_other(uri, kind)
 
 
+def check_server_is_there() -> None:
+    """Whether anybody answers at MLFLOW_TRACKING_URI, in whatever way. For before other services are started: it takes no
+    import of MLflow, which takes seconds.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if urlsplit(uri).scheme.lower() not in SERVERS:
+        return
+    check_address("MLFLOW_TRACKING_URI", uri, SERVERS, EXAMPLES)
+    health = f"{without_credentials(uri).rstrip('/')}/health"
+    try:
+        # The address is the user's own, and begins with http.
+        within(SECONDS + GRACE, lambda: urllib.request.urlopen(health, timeout=SECONDS).close())  # noqa: S310  # nosec B310
+    except urllib.error.HTTPError:
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if not isinstance(getattr(error, "reason", error), ssl.SSLError):  # what is trusted, MLflow's own settings say
+            raise _not_there(_shown(uri), error) from error
+
+
 def deleted_experiment(experiment: str, number: str, uri: str) -> ConfigError:
     """Runs of an experiment that was deleted cannot be written."""
     shown = without_credentials(uri)
@@ -57,12 +84,12 @@ def deleted_experiment(experiment: str, number: str, uri: str) -> ConfigError:
 
 
 def _check_server(uri: str, experiment: str) -> None:
-    check_address("MLFLOW_TRACKING_URI", uri, SERVERS, "http://127.0.0.1:5000 or sqlite:///mlflow.db")
+    check_address("MLFLOW_TRACKING_URI", uri, SERVERS, EXAMPLES)
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    shown = f"MLflow's server at {without_credentials(uri)} (MLFLOW_TRACKING_URI)"
+    shown = _shown(uri)
 
     def ask() -> Any:
         limits = {"max_retries": 0, "timeout": SECONDS, "raise_on_status": False}
@@ -72,10 +99,18 @@ def _check_server(uri: str, experiment: str) -> None:
     try:
         response = within(SECONDS + GRACE, ask)
     except (MlflowException, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{shown} does not answer ({reason_of(error)}). Nothing was begun. Start it, correct the address, {INSTEAD}."
-        ) from error
+        raise _not_there(shown, error) from error
     _check_answer(response, shown, uri, experiment)
+
+
+def _shown(uri: str) -> str:
+    return f"MLflow's server at {without_credentials(uri)} (MLFLOW_TRACKING_URI)"
+
+
+def _not_there(shown: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{shown} does not answer ({reason_of(error)}). Nothing was begun. Start it, correct the address, {INSTEAD}."
+    )
 
 
 def _check_answer(response: Any, shown: str, uri: str, experiment: str) -> None:
