@@ -359,6 +359,26 @@ def as_folder(file: Path) -> None:
     file.mkdir()
 
 
+@pytest.mark.parametrize("steps", [0, 1, 12, -1])
+def test_a_database_whose_making_was_killed_is_finished(steps: int, tmp_path: Path) -> None:
+    """`steps` of MLflow's migrations were done; -1: all but the last."""
+    import sqlalchemy
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from mlflow import MlflowClient
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Base.metadata.create_all(sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool))
+    config = _get_alembic_config(uri)
+    revisions = [one.revision for one in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    if steps:
+        command.upgrade(config, revisions[steps - 1])
+    check_store(uri, "rag")
+    assert MlflowClient(uri).create_experiment("rag")
+
+
 DATABASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     # The revision of MLflow 2.0 in its own list of migrations.
     "of an older release": (

@@ -42,7 +42,7 @@ def check_database_file(uri: str, experiment: str) -> None:
     if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
         raise _unusable(file, "or its folder is read-only", "Correct the permissions")
     try:
-        _check_content(file, uri, experiment)
+        unfinished = _check_content(file, uri, experiment)
     except sqlite3.OperationalError as error:
         if "locked" in str(error) or "busy" in str(error):
             found, remedy = f"has been locked by another program for {LOCK_SECONDS:g} s", "End that program"
@@ -52,8 +52,12 @@ def check_database_file(uri: str, experiment: str) -> None:
     except sqlite3.DatabaseError as error:
         raise _unusable(file, f"is damaged ({error})", "Move it away, or take a copy back") from error
 
+    if unfinished:
+        _finish_making(file, uri)
 
-def _check_content(file: Path, uri: str, experiment: str) -> None:
+
+def _check_content(file: Path, uri: str, experiment: str) -> bool:
+    """Whether a process that made the database was killed, or is still at it: MLflow writes an experiment at the end."""
     connection = sqlite3.connect(
         f"file:{quote(str(file))}?mode=rw", uri=True, timeout=LOCK_SECONDS, isolation_level=None
     )
@@ -64,10 +68,34 @@ def _check_content(file: Path, uri: str, experiment: str) -> None:
         if tables - {"alembic_version"} and not {"experiments", "runs"} <= tables:
             raise _unusable(file, "is the database of another program", "Name another file")
         if "experiments" in tables:
+            if not connection.execute("SELECT EXISTS (SELECT 1 FROM experiments)").fetchone()[0]:
+                return True
             _check_release(connection, tables, file)
             _check_experiment(connection, experiment, uri)
+        return False
     finally:
         connection.close()
+
+
+def _finish_making(file: Path, uri: str) -> None:
+    """Go on with MLflow's migrations where they stopped. No run can be in the database yet."""
+    import sqlalchemy
+    from mlflow.store.db.utils import (
+        _get_latest_schema_revision,
+        _get_schema_version,
+        _safe_initialize_tables,
+        _upgrade_db,
+    )
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    try:
+        _safe_initialize_tables(engine)
+        if _get_schema_version(engine) != _get_latest_schema_revision():
+            _upgrade_db(engine)
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise _unusable(
+            file, "is half made: a process that made it was killed", "Delete it, no run is in it yet"
+        ) from error
 
 
 def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path) -> None:
