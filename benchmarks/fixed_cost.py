@@ -75,7 +75,7 @@ def warm_line(runs: list[dict[str, Any]]) -> Line:
 
 
 def write_config(folder: Path, *, every_stage: bool) -> Path:
-    """A pipeline over nine passages and eight questions: one training step, one shard, models of two narrow layers."""
+    """A pipeline over nine passages and eight questions: a training step or two, one shard, models of two narrow layers."""
     folder.mkdir(parents=True)
     encoder = str(make_encoder(folder / "encoder"))
     questions = str(write_questions_jsonl(folder / "questions.jsonl"))
@@ -91,7 +91,7 @@ def write_config(folder: Path, *, every_stage: bool) -> Path:
             "decoder_layers": 1,
             "copy_steps": 1,
             "prompt": PROMPT.model_dump(),
-            "optimizer": step,
+            "optimizer": optimizer(2).model_dump(mode="json"),
         },
         "model": {"question_encoder": encoder, "generator": "", "num_docs": 3, "prompt": PROMPT.model_dump()},
         "variants": ["sequence", "token"] if every_stage else ["token"],
