@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.mutants import MUTANTS, PROJECT, Mutant, mutated
+from tests.mutants import MUTANTS
+from tests.mutants.mutant import Mutant, mutated
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.fault)

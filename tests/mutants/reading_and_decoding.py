@@ -1,54 +1,27 @@
-"""Deliberate faults, and whether the tests notice: `python -m tests.mutants` (or `make mutants`).
-
-Each mutant replaces one piece of source in a copy of the project, runs the tests named beside it and must see one fail.
-`tests/test_mutants.py` checks in every test run that each piece of source is still there, once.
-"""
+"""Faults in what is computed: likelihoods, special tokens, decoders, contexts, encoders."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from tests.mutants.mutant import Mutant
 
-from rich.progress import track
-
-PROJECT = Path(__file__).resolve().parent.parent
-COPIED = ("rag_core", "tasks", "flows", "tests", "docs", "pyproject.toml")
-TIMEOUT_SECONDS = 900
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One fault: in `file`, `old` (which stands there once) becomes `new`; `tests` are pytest arguments."""
-
-    fault: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
-
-LIKELIHOOD, PROPERTIES = "tests/test_likelihood.py", "tests/test_likelihood_properties.py"
-DECODING, INVARIANCE = "tests/test_decoding.py", "tests/test_decoding_invariance.py"
-FAMILIES, HF = "tests/test_generator_families.py", "tests/test_hf_equality.py"
-LOSS, SEARCH = "rag_core/likelihood.py", "rag_core/decoding/beam_search.py"
-DECODER, SEQUENCE = "rag_core/decoding/passage_decoder.py", "rag_core/decoding/sequence.py"
+LIKELIHOOD = "tests/test_likelihood.py"
+PROPERTIES = "tests/test_likelihood_properties.py"
+DECODING = "tests/test_decoding.py"
+INVARIANCE = "tests/test_decoding_invariance.py"
+FAMILIES = "tests/test_generator_families.py"
+HF = "tests/test_hf_equality.py"
+LOSS = "rag_core/likelihood.py"
+SEARCH = "rag_core/decoding/beam_search.py"
+DECODER = "rag_core/decoding/passage_decoder.py"
+SEQUENCE = "rag_core/decoding/sequence.py"
 SCORING = "rag_core/decoding/candidate_scoring.py"
-SHARED, GROUPS = "rag_core/decoding/shared_attention.py", "rag_core/context_encoder.py"
-TOKENS, CONTEXTS = "rag_core/generation_tokens.py", "rag_core/contexts.py"
-ENCODER, HF_RAG = "rag_core/text_encoder.py", "rag_core/hf_rag.py"
-TRAINING, CHECKPOINT = "rag_core/training.py", "rag_core/checkpoint.py"
-ARTEFACT, MANIFEST = "rag_core/artefacts/artefact.py", "rag_core/artefacts/manifest.py"
-RESUMED, DAMAGED = "tests/test_checkpoint.py", "tests/test_artefact.py tests/test_verify.py"
+SHARED = "rag_core/decoding/shared_attention.py"
+GROUPS = "rag_core/context_encoder.py"
+TOKENS = "rag_core/generation_tokens.py"
+CONTEXTS = "rag_core/contexts.py"
+ENCODER = "rag_core/text_encoder.py"
 
-MUTANTS = (
+READING_AND_DECODING = (
     # Likelihoods
     Mutant("sign of the loss", LOSS, "return -log_likelihood_B.to(", "return log_likelihood_B.to(", LIKELIHOOD),
     Mutant(
@@ -318,189 +291,4 @@ MUTANTS = (
         "states_BSD.sum(1)",
         "tests/test_text_encoder.py tests/test_sentence_transformers_folders.py",
     ),
-    # Training that goes on
-    Mutant(
-        "moments not restored",
-        CHECKPOINT,
-        '            _load_moments(optimizer, checkpoint.folder / OPTIMIZER, state["parameter_groups"])\n',
-        "",
-        RESUMED,
-    ),
-    Mutant("weights not restored", CHECKPOINT, "tensor.copy_(file.get_tensor(name))", "file.get_tensor(name)", RESUMED),
-    Mutant("schedule begun anew", TRAINING, '        self._schedule.load_state_dict(state["schedule"])\n', "", RESUMED),
-    Mutant(
-        "dropout drawn from the generator that others share",
-        "rag_core/own_draws.py",
-        "        if not recomputes:\n",
-        "        if False:\n",
-        RESUMED,
-    ),
-    Mutant(
-        "every step drops the same",
-        TRAINING,
-        "[config.seed, DROPOUT, self._place.rank, step]",
-        "[config.seed, DROPOUT, self._place.rank]",
-        RESUMED,
-    ),
-    Mutant(
-        "data begun anew",
-        TRAINING,
-        "global_batches(examples, config, skip=done)",
-        "global_batches(examples, config)",
-        RESUMED,
-    ),
-    Mutant(
-        "damaged checkpoints used",
-        CHECKPOINT,
-        "found.newest = self._described(folder, check_content=True)",
-        "found.newest = self._described(folder, check_content=False)",
-        RESUMED,
-    ),
-    Mutant("one checkpoint kept", CHECKPOINT, "KEPT = 2", "KEPT = 1", RESUMED),
-    Mutant(
-        "best weights deleted",
-        CHECKPOINT,
-        'best.name not in {f"best-{step:08d}" for step in spoken_of}',
-        "True",
-        RESUMED,
-    ),
-    # Artefacts
-    Mutant(
-        "content not compared", MANIFEST, "(found := sha256_of_file(file)) != entry.sha256", "(found := '')", DAMAGED
-    ),
-    Mutant("sizes not compared", MANIFEST, "if size != entry.bytes:", "if size > entry.bytes:", DAMAGED),
-    Mutant(
-        "files outside the folder used",
-        MANIFEST,
-        "if not file.resolve().is_relative_to(folder.resolve()):",
-        "if not file.is_relative_to(folder):",
-        DAMAGED,
-    ),
-    Mutant(
-        "any repair put in place",
-        "rag_core/artefacts/repair.py",
-        "if not file.is_file() or sha256_of_file(file) != manifest.files[name].sha256:",
-        "if not file.is_file():",
-        DAMAGED,
-    ),
-    Mutant(
-        "halves of parts published",
-        ARTEFACT,
-        "            drop_unfinished(draft.folder)\n",
-        "",
-        "tests/test_resume.py::test_what_a_killed_worker_left_half_written_is_not_published",
-    ),
-    Mutant(
-        "two writers at a place",
-        "rag_core/artefacts/writer_lock.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB",
-        "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "tests/test_writer_lock.py",
-    ),
-    Mutant(
-        "a writer unnamed that has just begun",
-        "rag_core/artefacts/writer_lock.py",
-        "if name or time.monotonic() > end:",
-        "if True:",
-        "tests/test_writer_lock.py",
-    ),
-    Mutant(
-        "finished shards embedded again",
-        "tasks/embedding.py",
-        "if out_file.is_file():",
-        "if False:",
-        "tests/test_finished_shards.py",
-    ),
-    Mutant(
-        "finished shards answered again",
-        "tasks/answering.py",
-        "if part.is_file():",
-        "if False:",
-        "tests/test_finished_shards.py",
-    ),
-    Mutant(
-        "both of two publishers win",
-        "rag_core/artefacts/object_store.py",
-        'Metadata={"writer": mark}, **condition)',
-        'Metadata={"writer": mark})',
-        "tests/test_object_store.py",
-    ),
-    # Shards
-    Mutant(
-        "a shard's own rows for the index's",
-        "rag_core/index_shard.py",
-        "np.where(rows_BK < 0, -1, rows_BK + self._first_row)",
-        "np.where(rows_BK < 0, -1, rows_BK)",
-        "tests/test_sharded_index.py",
-    ),
-    Mutant(
-        "equal scores in any order",
-        "rag_core/retriever.py",
-        "np.lexsort((rows_BP, -scores_BP), axis=-1)",
-        "np.lexsort((-rows_BP, -scores_BP), axis=-1)",
-        "tests/test_sharded_index.py tests/test_index.py",
-    ),
-    Mutant(
-        "vectors of zeros and NaN accepted",
-        "rag_core/embeddings.py",
-        "bad_N = ~np.isfinite(largest_N) | (largest_N == 0)",
-        "bad_N = np.isposinf(largest_N)",
-        "tests/test_hostile_inputs.py",
-    ),
 )
-
-
-def main() -> None:
-    """Run all mutants (or those whose fault, file or tests contain a word) and print a Markdown table of what caught each."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="run the mutants whose fault, file or tests contain this")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    chosen = [one for one in MUTANTS if options.only in f"{one.fault} {one.file} {one.tests}"]
-    rows, survivors = ["| fault | in | caught by |", "| --- | --- | --- |"], 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = zip(chosen, track(pool.map(caught, chosen), total=len(chosen), description="mutants"), strict=True)
-        for mutant, test in results:
-            survivors += test is None
-            rows.append(f"| {mutant.fault} | `{mutant.file}` | {f'`{test}`' if test else 'nothing'} |")
-    print(*rows, f"{len(chosen) - survivors} of {len(chosen)} caught", sep="\n")
-    sys.exit(bool(survivors))
-
-
-def caught(mutant: Mutant) -> str | None:
-    """The first test that fails on the mutant, or None if none does.
-
-    Raises:
-        RuntimeError: the tests did not run (pytest's exit status is neither 0 nor 1), or took longer than the limit.
-    """
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = Path(folder)
-        for name in COPIED:
-            source = PROJECT / name
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy / name)
-        path = copy / mutant.file
-        path.write_text(mutated(mutant, path.read_text(encoding="utf-8")), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
-        run = subprocess.run(
-            [*command, *mutant.tests.split()],
-            cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-    if run.returncode not in (0, 1):
-        raise RuntimeError(f"The tests of the mutant {mutant.fault!r} did not run:\n{run.stdout[-3000:]}{run.stderr}")
-    failed = re.search(r"^FAILED (\S+::\w+)", run.stdout, re.MULTILINE)
-    return failed.group(1).removeprefix("tests/") if failed else None
-
-
-def mutated(mutant: Mutant, source: str) -> str:
-    """The source with the fault in it; ValueError unless the piece to be replaced stands there exactly once."""
-    if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once")
-    return source.replace(mutant.old, mutant.new)
-
-
-if __name__ == "__main__":
-    main()
