@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.environment_checks import (
-    SECRET,
-    of_release,
-)
+from tests.environment_checks import SECRET, of_release
 from tests.odd_servers import absent
 from tests.processes import environment_in
 

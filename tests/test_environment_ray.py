@@ -9,9 +9,7 @@ import pytest
 
 from tasks.environment import ray_cluster
 from tasks.environment.ray_cluster import SMALLEST_STORE, ObjectStore, check_ray, object_store
-from tests.environment_checks import (
-    message_of,
-)
+from tests.environment_checks import message_of
 from tests.odd_servers import absent, silent
 
 pytest_plugins = ["tests.environment_fixtures"]

@@ -14,12 +14,7 @@ from rag_core.addresses import without_credentials
 from rag_core.artefacts.store_settings import check_store_settings
 from tasks.environment.mlflow_store import check_server_is_there, check_store
 from tasks.environment.prefect_api import check_prefect
-from tests.environment_checks import (
-    SECRET,
-    check_tracking,
-    message_of,
-    quickly,
-)
+from tests.environment_checks import SECRET, check_tracking, message_of, quickly
 from tests.odd_servers import HTML, JSON, absent, answering, silent
 
 pytest_plugins = ["tests.environment_fixtures"]

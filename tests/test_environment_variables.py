@@ -12,14 +12,7 @@ from rag_core.artefacts.store_settings import check_store_settings
 from rag_core.usage_reports import OFF
 from tasks.environment.prefect_api import check_prefect
 from tasks.environment.ray_cluster import check_ray
-from tests.environment_checks import (
-    BY_THE_SERVER,
-    SECRET,
-    WRONG,
-    check_all_variables,
-    check_tracking,
-    message_of,
-)
+from tests.environment_checks import BY_THE_SERVER, SECRET, WRONG, check_all_variables, check_tracking, message_of
 
 pytest_plugins = ["tests.environment_fixtures"]
 pytestmark = pytest.mark.usefixtures("nothing_set")
