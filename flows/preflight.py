@@ -34,7 +34,7 @@ from rag_core.reader import GeneratorReader, load_generator
 from rag_core.text_encoder import TextEncoder
 from tasks.notices import warn
 from tasks.preflight import check_optimizer, check_resources
-from tasks.train import check_rates
+from tasks.train import check_rates, scored_of_dev
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineConfig
@@ -110,9 +110,7 @@ def _questions(config: PipelineConfig, problems: Problems) -> dict[str, list[Que
         if config.pretrain:
             check_gold(found["train"], files.train)
     with problems.of("questions.dev"):
-        found["dev"] = scorable(
-            read_question_file(files.dev), config.train.eval_questions, as_texts=config.train.best_by != "em"
-        )
+        found["dev"] = scored_of_dev(read_question_file(files.dev), config.train)
     with problems.of("questions.test"):
         found["test"] = scorable(read_question_file(files.test, files.test_answers_are))
     return found

@@ -89,9 +89,9 @@ def naming_a_lost_server() -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
+        server = without_credentials(str(get_current_settings().api.url))
         raise RagError(
-            f"Prefect's server at {without_credentials(str(get_current_settings().api.url))} does not answer any more ({error}), so the flow "
-            "ended. Finished stages are kept: start the server, or unset PREFECT_API_URL for a temporary one, and run "
+            f"Prefect's server at {server} does not answer any more ({error}), so the flow ended. Finished stages are kept: start the server, or unset PREFECT_API_URL for a temporary one, and run "
             "the same command to go on after them."
         ) from error
 
