@@ -87,7 +87,7 @@ def _refuse_lacking(file: QuestionFile, has: Callable[[Question], bool], what: s
         remedies.append("or `gold_passage_ids`")
     if some:
         remedies.append("mark the question as unanswerable (`is_impossible`: true), or leave it out")
-    if file.layout == "BEIR":
+    if file.layout == "BEIR" and "gold" in what:
         remedies = [f"Name the split's judgements (qrels/test.tsv, beside {QUERIES[0]}) as the question file"]
     ignored = f" Keys that were not read: {excerpt(', '.join(file.ignored))}." if file.ignored else ""
     raise InputError(

@@ -63,11 +63,13 @@ def test_a_key_that_is_almost_right_is_named_with_the_right_one(key: str, right:
 @pytest.mark.parametrize(
     "key",
     ["question_id", "answer_id", "answer_type", "qid", "title", "context", "contexts", "level", "subtype", "typed", "ids",
-     "metadata", "answer_start", "question_type", "Frage", "质问", "", "meta"],
+     "metadata", "answer_start", "answered", "question_type", "Frage", "质问", "", "meta"],
 )  # fmt: skip
 def test_other_keys_are_ignored_as_ever(key: str, tmp_path: Path) -> None:
     file = put(tmp_path / "q.jsonl", {"id": "1", "question": "who?", "answers": ["a"], key: "x"})
     assert read_questions(file) == [Question("1", "who?", ("a",))]
+    # Also where what it is like is missing, as in a file for inference.
+    assert read_questions(put(tmp_path / "bare.jsonl", {"question": "who?", key: "x"})) == [Question("1", "who?")]
 
 
 def test_a_key_is_no_slip_where_the_question_has_what_the_right_one_would_give(tmp_path: Path) -> None:
@@ -217,6 +219,8 @@ def test_the_queries_alone_have_no_gold_passage_and_the_message_names_the_judgem
     assert len(read.questions) == 4
     with pytest.raises(InputError, match=r"Name the split's judgements \(qrels/test\.tsv"):
         check_retrieval(read)
+    with pytest.raises(InputError, match=r"has no answer.*\. Add `answers`\.$"):
+        check_answers(read)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,9 @@ def test_csv_cells_keep_commas_quotes_and_line_ends_and_name_the_line(tmp_path: 
         ("q?\t['Lyon' 'Paris']\n", "line 1: the second column holds strings without a comma"),
         ("Question,Answer\nq?,a\n", "did you mean `question`"),
         ("1\tq?\n2\tr?\tx\n", "line 2: not two columns"),
+        ("qid\tquery\n1\twho?\n", "missing question among the keys 'qid', 'query'"),
+        ("questions\tanswers\nwho is?\t['a']\n", "line 2: not two columns, an id and a question; .*has `question`"),
+        ("301 0 d1 1\n302 0 d2 1\n", "line 1: 1 tab-separated columns"),
     ],
 )
 def test_a_bad_cell_is_refused(content: str, message: str | None, tmp_path: Path) -> None:

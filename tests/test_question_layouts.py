@@ -128,9 +128,16 @@ HF_NQ = {
 }
 TITLES = ("Cork", "Lee (river)")
 # Layout as it is named, a row of it, and the question that it is.
+# What Hugging Face's copy of KILT writes where an output has no provenance.
+NOWHERE = {"wikipedia_id": "", "start_paragraph_id": -1, "end_paragraph_id": -1}
 CASES: dict[str, tuple[str, Row, Question]] = {
     "FlashRAG": ("FlashRAG", FLASH, Question("test_0", "q?", ("Lee", "river Lee"))),
     "KILT": ("KILT", KILT, Question("k1", "q?", ("Lee", "river Lee"), None, ("11:3", "11:4", "12:0"))),
+    "KILT (Hugging Face)": (
+        "KILT",
+        KILT | {"output": [*KILT["output"], {"answer": "", "provenance": [NOWHERE]}]},
+        Question("k1", "q?", ("Lee", "river Lee"), None, ("11:3", "11:4", "12:0")),
+    ),
     "DPR's training": ("DPR's training", DPR | {"id": "1"}, Question("1", "q?", ("Lee",), None, ("41", "42"))),
     "SQuAD (Hugging Face)": (
         "SQuAD (Hugging Face)",

@@ -199,6 +199,17 @@ def test_two_parquet_columns_of_one_name_are_refused_if_they_are_read(tmp_path: 
         read(tmp_path / "c.parquet", "parquet")
 
 
+@pytest.mark.parametrize("between", [",", "\t"])
+def test_two_columns_of_one_name_in_a_table_are_refused_if_they_are_read(between: str, tmp_path: Path) -> None:
+    def table(*rows: str) -> Path:
+        return put(tmp_path / "c.csv", "".join(row.replace(",", between) + "\n" for row in rows))
+
+    assert read(table("id,text,vector,vector", "a,x,1,2"), "csv") == ([Passage("a", "", "x")], [])
+    assert read(table("id,text,,", "a,x,,"), "csv") == ([Passage("a", "", "x")], [])
+    with pytest.raises(InputError, match=r"c\.csv line 1: two columns of one name \(text\)\. Rename"):
+        read(table("id,text,text", "a,x,y"), "csv")
+
+
 @pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1 cut"])
 def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match=r"c\.parquet cannot be read as Parquet"):

@@ -91,8 +91,9 @@ def naming_a_lost_server() -> Iterator[None]:
     except httpx.TransportError as error:
         server = without_credentials(str(get_current_settings().api.url))
         raise RagError(
-            f"Prefect's server at {server} does not answer any more ({error}), so the flow ended. Finished stages are kept: start the server, or unset PREFECT_API_URL for a temporary one, and run "
-            "the same command to go on after them."
+            f"Prefect's server at {server} does not answer any more ({error}), so the flow ended. Finished stages are "
+            "kept: start the server, or unset PREFECT_API_URL for a temporary one, and run the same command to go on after "
+            "them."
         ) from error
 
 

@@ -34,7 +34,7 @@ _GZIPPED = ".gz"
 # Keys under which a data set's own object has its rows.
 _LISTS = ("data", "Data", "questions")
 # A row of CSV with one of these cells is a header.
-_HEADERS = frozenset({"question", "input", "question_text", "query-id", "utterance", "text"})
+_HEADERS = frozenset({"question", "input", "question_text", "query-id", "utterance", "text", "query"})
 # Cells of these columns are lists or objects written as text.
 _NESTED = frozenset(
     {"answers", "answer", "golden_answers", "possible_answers", "gold_passage_ids", "ctxs", "positive_ctxs",
@@ -214,8 +214,11 @@ def _topics(path: Path) -> Iterator[Record]:
         if not line.strip():
             continue
         id, tab, question = line.partition("\t")
-        if not tab or "\t" in question:
-            raise Record(f"{path} line {number}", "", line).error("not two columns", "id, tab, question")
+        if not tab or "\t" in question or any(letter.isspace() for letter in id):
+            raise Record(f"{path} line {number}", "", line).error(
+                "not two columns, an id and a question",
+                "id, tab, question, or a header that has `question` (of judgements: `query-id`, `corpus-id`, `score`)",
+            )
         yield Record(f"{path} line {number}", str(number), {"id": id, "question": question}, layout="topics")
 
 

@@ -27,7 +27,7 @@ def from_kilt(record: Record) -> dict[str, Any]:
     if not record.get("output"):  # as in the test sets
         return {"id": record.get("id"), "question": record.get("input")}
     for output in objects(record, "output", record.get("output")):
-        if output.get("answer") is not None:
+        if output.get("answer") not in (None, ""):  # Hugging Face's copy has "" where there is none
             answers.append(output["answer"])
         for provenance in objects(record, "provenance", output.get("provenance")):
             gold += _paragraphs(record, provenance)

@@ -53,7 +53,7 @@ def _is_record(record: Record) -> bool:
 
 
 def _table(delimiter: str, says: str, format: CorpusFormat, header: tuple[str, ...] = ()) -> Container:
-    return Container(format, says, lambda path, _: delimited.records(path, delimiter, header))
+    return Container(format, says, lambda path, wanted: delimited.records(path, delimiter, wanted, header))
 
 
 def _no_records(path: Path, _: Collection[str]) -> Iterator[Record | Reject]:

@@ -99,6 +99,11 @@ def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
         )
     else:
         files = [SourceFile(source, source.name)]
+        if format == "auto" and _is_called(files[0], NOT_THE_CORPUS):
+            raise InputError(
+                f"{source} is BEIR's {source.name.partition('.')[0]} by its name: give it as --questions. If it holds "
+                "passages, name its format."
+            )
     for file in files:
         if not os.access(file.path, os.R_OK):
             raise InputError(f"{file.path} cannot be read: no permission. Grant it, or leave the file out.")
@@ -118,12 +123,13 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
 def _the_corpus(files: list[SourceFile]) -> list[SourceFile]:
     """The files without those of queries and judgements, if one of them is called, or is below a folder called, corpus."""
 
-    def is_called(file: SourceFile, names: tuple[str, ...]) -> bool:
-        return any(part.lower().split(".")[0] in names for part in Path(file.name).parts)
-
-    if not any(is_called(file, ("corpus",)) for file in files):
+    if not any(_is_called(file, ("corpus",)) for file in files):
         return files
-    return [file for file in files if not is_called(file, NOT_THE_CORPUS)]
+    return [file for file in files if not _is_called(file, NOT_THE_CORPUS)]
+
+
+def _is_called(file: SourceFile, names: tuple[str, ...]) -> bool:
+    return any(part.lower().split(".")[0] in names for part in Path(file.name).parts)
 
 
 def _refuse_equal_names(files: list[SourceFile]) -> None:

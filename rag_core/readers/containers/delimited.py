@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from rag_core.errors import InputError
@@ -22,21 +22,27 @@ MAX_CSV_ROW_LINES = 2000
 NO_HEADER = ("id", "text")
 
 
-def records(path: Path, delimiter: str, header: Sequence[str] = ()) -> Iterator[Record | Reject]:
+def records(
+    path: Path, delimiter: str, wanted: Collection[str], header: Sequence[str] = ()
+) -> Iterator[Record | Reject]:
     """Records and rejects of one table.
 
     Args:
         path: the file.
         delimiter: what stands between two fields.
+        wanted: names of columns of which there must be one only.
         header: the names of the columns of a file that does not name them itself.
 
     Raises:
-        InputError: the first line is no row.
+        InputError: the first line is no row, or names one of the `wanted` columns twice.
     """
     # The limit is one for the process and 128 KiB by default; it is only ever raised here.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     lines = numbered_lines(path)
     columns = tuple(header) or columns_of(path, next(lines, (1, ""))[1], delimiter)
+    twice = sorted({name for name in columns if name in wanted and columns.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} line 1: two columns of one name ({', '.join(twice)}). Rename one of them.")
     waiting: deque[tuple[int, str | Reject]] = deque()
     while (entry := waiting.popleft() if waiting else next(lines, None)) is not None:
         number, line = entry
