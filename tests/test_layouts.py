@@ -378,7 +378,7 @@ def test_beirs_queries_named_outright_are_no_corpus_unless_the_format_is_named(t
     file = put(tmp_path / "queries.jsonl", '{"_id": "q", "text": "q?"}\n')
     with pytest.raises(InputError, match=r"queries\.jsonl is BEIR's queries by its name: give it as --questions"):
         read(file)
-    assert read(file, "jsonl")[0] == [Passage("q", "", "q?")]
+    assert read(file, format="jsonl")[0] == [Passage("q", "", "q?")]
 
 
 def test_of_a_folder_records_are_read_before_text_and_text_before_files_without_suffix(tmp_path: Path) -> None:
