@@ -30,6 +30,7 @@ from rag_core.addresses import without_credentials
 from rag_core.artefacts.places import absolute
 from rag_core.errors import ConfigError
 from tasks import tracking_delivery as delivery
+from tasks.environment.mlflow_database import made_by_one
 from tasks.environment.mlflow_store import check_store
 from tasks.environment.variables import FOR_STAGES, check_variables
 from tasks.metric_names import metric_name
@@ -170,7 +171,7 @@ def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str
 def _new_run(tags: Mapping[str, str]) -> RunAddress:
     uri, started = tracking_uri(), milliseconds()
     if uri not in _answered:
-        check_tracking()
+        prepare_store()
     local = RunAddress._make(uri, f"{delivery.LOCAL}{uuid.uuid4().hex}", create={"tags": dict(tags), "time": started})
     if not pause_of(uri).over:
         return local
@@ -215,7 +216,7 @@ def prepare_store() -> None:
     check_tracking()
     uri = tracking_uri()
     try:
-        with delivery.reaching(uri, retries=1) as client:
+        with made_by_one(uri), delivery.reaching(uri, retries=1) as client:
             delivery.experiment_id(client, experiment_name())
     except UnreachableError as error:
         raise not_reached(error) from error
@@ -243,12 +244,13 @@ def send_unsent(
         seconds: for each file.
     """
     mine, left = tracking_uri(), dict[Path, str]()
+    unusable = functools.cache(_unusable)  # a server that is silent is waited for once
     for file in files:
         header = header_of(file)
         at_home = header.get("mlflow", "") in ("", without_credentials(mine))
         if at_home or anywhere:
             uri = mine if at_home else str(header["mlflow"])
-            if anywhere and (why := _unusable(uri, str(header.get("experiment") or experiment_name()))):
+            if anywhere and (why := unusable(uri, str(header.get("experiment") or experiment_name()))):
                 left |= {file: why}
                 continue
             why = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)

@@ -31,6 +31,7 @@ def check_all_variables() -> None:
 URLS = ("banana", "htp://127.0.0.1/x", "http://127.0.0.1:99999", f"http://u:{SECRET}/x@127.0.0.1", "http://a b/api")
 SECONDS_WRONG = ("ten", "-1", "nan", "1,5", "1 s")
 FOLDERS_WRONG = ("/proc/nothing", "/dev/null", "/dev/null/below", "/proc/self/mem", "/sys/nothing/below")
+SECRETS_WRONG = ("a\nb", "ключ", "a\x01b", "“a”", "a\tb")
 WRONG: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "MLFLOW_TRACKING_URI": (check_tracking, ("mlruns", "file:///tmp/mlruns", "s3://bucket/x", *URLS[1:3])),
     "MLFLOW_EXPERIMENT_NAME": (check_all_variables, ("x" * 501, "a\tb", "a\nb", "\x1b[1m", "é" * 600)),
@@ -40,7 +41,9 @@ WRONG: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "RAY_ADDRESS": (check_ray, ("banana", "127.0.0.1", "http://127.0.0.1:6379", "ray://h:10001", "127.0.0.1:99999")),
     "RAY_TMPDIR": (check_ray, ("/tmp/" + "long" * 12, "/tmp/" + "é" * 20, *FOLDERS_WRONG[:3])),
     "RAY_AUTH_TOKEN_PATH": (check_ray, ("/nothing", "/tmp", "/dev/null/x", "relative/nothing", "~/token")),
-    "RAY_AUTH_TOKEN": (check_all_variables, ("a\nb", "ключ", "a\x00b".replace("\x00", "\x01"), "“a”", "a\tb")),
+    "RAY_AUTH_TOKEN": (check_all_variables, SECRETS_WRONG),
+    "MLFLOW_TRACKING_TOKEN": (check_all_variables, SECRETS_WRONG),
+    "PREFECT_API_KEY": (check_all_variables, SECRETS_WRONG),
     "RAG_CLUSTER_WAIT_SECONDS": (check_all_variables, SECONDS_WRONG),
     "RAG_WAIT_SECONDS": (check_all_variables, SECONDS_WRONG),
     "RAG_CACHE": (check_all_variables, FOLDERS_WRONG),
@@ -52,9 +55,8 @@ WRONG: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "HF_HUB_ETAG_TIMEOUT": (check_all_variables, ("ten", "-1", "0", "1.5", "inf")),
     "HF_TOKEN": (check_all_variables, ("a\nb", "ключ", "“hf_x”", "hf_\x07", "hf_x\r\ny")),
 }
-# Read by no code of ours, or any text is right: what is wrong with them, a server says.
-BY_THE_SERVER = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"}
-BY_THE_SERVER |= {"PREFECT_API_AUTH_STRING", "PREFECT_API_KEY"}
+# Any text is right: what is wrong with them, a server says.
+BY_THE_SERVER = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"}
 
 
 def message_of(check: Callable[[], None], *words: str) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tasks.environment.mlflow_database import made_by_one
 from tasks.environment.mlflow_store import check_store
 from tests.environment_checks import check_tracking, message_of, of_release
+from tests.processes import environment_in
 
 pytest_plugins = ["tests.environment_fixtures"]
 pytestmark = pytest.mark.usefixtures("nothing_set")
@@ -43,8 +47,29 @@ def test_a_database_whose_making_was_killed_is_finished(steps: int, tmp_path: Pa
     revisions = [one.revision for one in ScriptDirectory.from_config(config).walk_revisions()][::-1]
     if steps:
         command.upgrade(config, revisions[steps - 1])
+    before = (tmp_path / "mlflow.db").read_bytes()
     check_store(uri, "rag")
-    assert MlflowClient(uri).create_experiment("rag")
+    assert (tmp_path / "mlflow.db").read_bytes() == before, "looking changes nothing"
+    with made_by_one(uri):
+        assert MlflowClient(uri).create_experiment("rag")
+
+
+def test_two_commands_that_begin_in_a_new_folder_make_one_database(tmp_path: Path) -> None:
+    program = "from tasks.tracking import prepare_store; prepare_store()"
+    environment = environment_in(tmp_path)
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    for command in commands:
+        output, _ = command.communicate(timeout=120)
+        assert command.returncode == 0, output.decode()
 
 
 DATABASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {

@@ -63,6 +63,8 @@ def test_right_values_pass_and_looking_leaves_nothing_behind(monkeypatch: pytest
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_TRACKING_URI": "sqlite:///new/mlflow.db",
         "HF_TOKEN": "hf_abc\n",
+        "MLFLOW_TRACKING_USERNAME": "jörg",
+        "MLFLOW_TRACKING_PASSWORD": "пароль",
         "HF_ENDPOINT": "http://127.0.0.1:8080",
         "HF_HOME": "new/hub",
         "HF_HUB_OFFLINE": "yes",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import sqlite3
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from rag_core.errors import ConfigError
 from tasks.environment.variables import writable_folder
@@ -42,7 +46,7 @@ def check_database_file(uri: str, experiment: str) -> None:
     if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
         raise _unusable(file, "or its folder is read-only", "Correct the permissions")
     try:
-        unfinished = _check_content(file, uri, experiment)
+        _check_content(file, uri, experiment)
     except sqlite3.OperationalError as error:
         if "locked" in str(error) or "busy" in str(error):
             found, remedy = f"has been locked by another program for {LOCK_SECONDS:g} s", "End that program"
@@ -52,27 +56,59 @@ def check_database_file(uri: str, experiment: str) -> None:
     except sqlite3.DatabaseError as error:
         raise _unusable(file, f"is damaged ({error})", "Move it away, or take a copy back") from error
 
-    if unfinished:
-        _finish_making(file, uri)
+
+@contextlib.contextmanager
+def made_by_one(uri: str) -> Iterator[None]:
+    """Around what makes the tables where they are missing: one process at a time, and one that was killed is gone on for.
+
+    MLflow's client takes no lock, so two commands that are started in a new folder would both make them.
+
+    Raises:
+        ConfigError: what a killed process left cannot be gone on with.
+    """
+    from mlflow.utils.file_utils import ExclusiveFileLock
+
+    file = _file_of(uri) if urlsplit(uri).scheme.lower().startswith("sqlite") else None
+    if file is None:
+        yield
+        return
+    name = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
+    with ExclusiveFileLock(f"{tempfile.gettempdir()}/rag-mlflow-{os.getuid()}-{name}.lock"):
+        if file.is_file() and _is_unfinished(file):
+            _finish_making(file, uri)
+        yield
 
 
-def _check_content(file: Path, uri: str, experiment: str) -> bool:
-    """Whether a process that made the database was killed, or is still at it: MLflow writes an experiment at the end."""
-    connection = sqlite3.connect(
-        f"file:{quote(str(file))}?mode=rw", uri=True, timeout=LOCK_SECONDS, isolation_level=None
-    )
+def _is_unfinished(file: Path) -> bool:
+    """Whether the process that made the database was killed: MLflow writes an experiment at the end."""
+    with contextlib.closing(_connected(file)) as connection:
+        tables = _tables(connection)
+        return "experiments" in tables and _is_empty(connection)
+
+
+def _connected(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=LOCK_SECONDS, isolation_level=None)
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return {name for name in names if not name.startswith("sqlite_")}
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
+    return not connection.execute("SELECT EXISTS (SELECT 1 FROM experiments)").fetchone()[0]
+
+
+def _check_content(file: Path, uri: str, experiment: str) -> None:
+    connection = _connected(file)
     try:
         connection.execute("BEGIN IMMEDIATE")
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        tables -= {name for name in tables if name.startswith("sqlite_")}
+        tables = _tables(connection)
         if tables - {"alembic_version"} and not {"experiments", "runs"} <= tables:
             raise _unusable(file, "is the database of another program", "Name another file")
         if "experiments" in tables:
-            if not connection.execute("SELECT EXISTS (SELECT 1 FROM experiments)").fetchone()[0]:
-                return True
             _check_release(connection, tables, file)
             _check_experiment(connection, experiment, uri)
-        return False
     finally:
         connection.close()
 
@@ -80,6 +116,7 @@ def _check_content(file: Path, uri: str, experiment: str) -> bool:
 def _finish_making(file: Path, uri: str) -> None:
     """Go on with MLflow's migrations where they stopped. No run can be in the database yet."""
     import sqlalchemy
+    from alembic.util import CommandError
     from mlflow.store.db.utils import (
         _get_latest_schema_revision,
         _get_schema_version,
@@ -92,9 +129,11 @@ def _finish_making(file: Path, uri: str) -> None:
         _safe_initialize_tables(engine)
         if _get_schema_version(engine) != _get_latest_schema_revision():
             _upgrade_db(engine)
-    except sqlalchemy.exc.SQLAlchemyError as error:
+    except (sqlalchemy.exc.SQLAlchemyError, CommandError) as error:
         raise _unusable(
-            file, "is half made: a process that made it was killed", "Delete it, no run is in it yet"
+            file,
+            "is half made, and cannot be gone on with",
+            "If no other command is at it, delete it: no run is in it yet",
         ) from error
 
 
@@ -109,6 +148,8 @@ def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path)
     if found == set(scripts.get_heads()):
         return
     if found <= {script.revision for script in scripts.walk_revisions()}:
+        if _is_empty(connection):  # its making goes on, or will be gone on with
+            return
         raise _unusable(
             file,
             f"was written by an older release of MLflow than {VERSION}",
