@@ -111,14 +111,14 @@ def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) 
         embeddings = done(embed_corpus(corpus, out / "embeddings", config.embed, parent))
         index = done(build_index(embeddings, corpus, out / "index", config.index, parent))
         model = config.model
+        compared = {} if config.match == "words" else {"match": config.match}
         if config.pretrain:
-            generator = done(
-                pretrain_generator(corpus, files.train, files.dev, out / "generator", config.pretrain, 0, parent)
-            )
+            pretrain = config.pretrain.model_copy(update=compared)
+            generator = done(pretrain_generator(corpus, files.train, files.dev, out / "generator", pretrain, 0, parent))
             model = model.model_copy(update={"generator": str(generator)})
         if config.baselines:
             score("untrained", model, config.infer.model_copy(update={"variant": config.variants[-1]}))
-        training = config.train if config.match == "words" else config.train.model_copy(update={"match": config.match})
+        training = config.train.model_copy(update=compared)
         for variant in config.variants:
             folder = out / f"rag-{variant}"
             trained = done(TRAIN_FLOWS[variant](index, files.train, files.dev, folder, model, training, parent))

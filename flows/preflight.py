@@ -14,8 +14,9 @@ from rag_core.contexts import check_questions
 from rag_core.corpus import Corpus
 from rag_core.embeddings import load_document_encoder
 from rag_core.generator_limits import refuse_long_search
-from rag_core.model_source import pin_source
+from rag_core.model_source import recorded_source
 from rag_core.preflight import (
+    NO_CHOICE,
     Problems,
     check_factory,
     check_gold,
@@ -81,8 +82,11 @@ def check_corpus(config: PipelineConfig, corpus: Path) -> None:
         width = 0 if config.index.factory == "auto" else load_document_encoder(config.embed).dim
         check_index_size(config.index, width, passages)
     if config.pretrain:
+        train, dev = config.questions.train, config.questions.dev
         with problems.of("questions.train"):
-            check_gold(trainable(read_question_file(config.questions.train)), config.questions.train, opened)
+            check_gold(trainable(read_question_file(train)), train, opened)
+        with problems.of("questions.dev"):
+            check_gold(scorable(read_question_file(dev)), dev, opened, purpose=NO_CHOICE)
     problems.raise_any("once the corpus was read; it is kept")
 
 
@@ -91,7 +95,7 @@ def _pinned(config: PipelineConfig, problems: Problems) -> PipelineConfig:
         pinned = {}
         for name in names:
             with problems.of(f"{section}.{name}"):
-                pinned[name] = pin_source(getattr(part, name))
+                pinned[name] = recorded_source(getattr(part, name))
         return part.model_copy(update=pinned)
 
     # With a section `pretrain` the generator is made by the run.
@@ -110,7 +114,10 @@ def _questions(config: PipelineConfig, problems: Problems) -> dict[str, list[Que
         if config.pretrain:
             check_gold(found["train"], files.train)
     with problems.of("questions.dev"):
-        found["dev"] = scored_of_dev(read_question_file(files.dev), config.train)
+        dev = read_question_file(files.dev)
+        found["dev"] = scored_of_dev(dev, config.train)
+        if config.pretrain:
+            check_gold(scorable(dev), files.dev, purpose=NO_CHOICE)
     with problems.of("questions.test"):
         found["test"] = scorable(read_question_file(files.test, files.test_answers_are))
     return found

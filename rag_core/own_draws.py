@@ -6,9 +6,8 @@ follows from a key alone (for training: seed, rank and step), so a run that goes
 
 On a CPU, dropout, attention with dropout and the functions that take a generator get ours. Whatever else draws there,
 and all on a GPU, uses the default generator, which is seeded for the block and put back after it: draws before the block
-change nothing then, draws of another thread in the middle of it do.
-Price: every call of a PyTorch function takes 2 to 3 microseconds longer. A step of two tiny layers took 10.3 ms instead of
-8.0, one of a generator made of MiniLM 268 ms with and 270 ms without (one thread of a busy Zen 4).
+change nothing then, draws of another thread in the middle of it do. The price is a few microseconds more for every call of
+a PyTorch function (docs/log.md).
 
 Shapes: B texts, H heads, S tokens, F features of a head.
 """

@@ -30,6 +30,10 @@ FIRST_ROWS = 200
 FIRST_FILES = 10
 
 
+# Why pretraining needs gold passages of dev questions.
+NO_CHOICE = "no weights can be chosen"
+
+
 class Problems:
     """Errors that the user can mend, collected."""
 
@@ -127,21 +131,25 @@ def check_reading_steps(config: PretrainConfig) -> None:
         )
 
 
-def check_gold(questions: Sequence[Question], path: Path, corpus: Corpus | None = None) -> None:
-    """Raise InputError if no question names a gold passage (of the corpus, if there is one), from which to learn reading."""
-    named = {question.gold_passage_ids[0] for question in questions if question.gold_passage_ids and question.answers}
+def check_gold(
+    questions: Sequence[Question],
+    path: Path,
+    corpus: Corpus | None = None,
+    *,
+    purpose: str = "reading cannot be taught",
+) -> None:
+    """Raise InputError if no question names a gold passage (of the corpus, if there is one): then `purpose`."""
+    named = {gold for question in questions if question.answers for gold in question.gold_passage_ids}
     remedy = (
         "Give questions made from this corpus, or leave out the section `pretrain` and name a pretrained generator."
     )
     if not named:
         raise InputError(
-            f"{path}: no question names both a gold passage (gold_passage_ids) and an answer, so reading cannot be taught. "
-            + remedy
+            f"{path}: no question names both a gold passage (gold_passage_ids) and an answer, so {purpose}. {remedy}"
         )
     if corpus and not any(passage.id in named for passage in corpus.iter_passages()):
         raise InputError(
-            f"{path}: none of its gold passages ({next(iter(sorted(named)))!r}, …) is in the corpus {corpus.path}, so reading "
-            f"cannot be taught. {remedy}"
+            f"{path}: none of its gold passages ({min(named)!r}, …) is in the corpus {corpus.path}, so {purpose}. {remedy}"
         )
 
 

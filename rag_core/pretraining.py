@@ -18,6 +18,7 @@ from transformers import EncoderDecoderModel
 from rag_core.contexts import PromptConfig, end_token_id
 from rag_core.errors import ConfigError, InputError
 from rag_core.evaluation import has_text_answers
+from rag_core.metrics import Match
 from rag_core.model_source import (
     load_config,
     load_from_source,
@@ -48,16 +49,17 @@ class PretrainConfig(BaseModel):
     learning_rate: float = Field(2e-4, gt=0)
     fresh_factor: float = Field(4.0, gt=0, description="learning rate of fresh parameters, as a multiple")
     dropout: float = Field(0.0, ge=0, lt=1)
+    match: Match = Field("words", description="how dev answers are compared: words (published rule) or characters")
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     optimizer: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(steps=550, batch_size=16, warmup_steps=20)
     )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is made of the encoder's weights."""
-        return self.model_dump(
-            mode="json", exclude={"encoder": True, "trust_remote_code": True, "optimizer": NOT_IN_KEY}
-        )
+        """The settings that decide what is made of the encoder's weights. Only another rule than the published one is
+        among them by name."""
+        undecisive: dict[str, Any] = {"encoder": True, "trust_remote_code": True, "optimizer": NOT_IN_KEY}
+        return self.model_dump(mode="json", exclude=undecisive | ({"match": True} if self.match == "words" else {}))
 
 
 def build_generator(config: PretrainConfig) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Whether a question file has what a command needs, before hours of work or a table without scores.
 
 Training needs an answer text of every question, evaluation an answer, retrieval an answer or a gold passage; inference
-needs none. A question that no answer is right for (`is_impossible`) lacks nothing: it is scored, and not trained on.
+needs none. A question that no answer is right for (`is_impossible`) lacks nothing: it is left out of scores and of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def trainable(file: QuestionFile) -> list[Question]:
     Raises:
         InputError: a question without a known answer, answers that are regular expressions, or nothing is left.
     """
-    check_texts(file)
+    _check_texts(file)
     learnt = [question for question in file.questions if question.answers]
     if not learnt:
         raise InputError(f"{file.path}: no question has an answer, so there is nothing to learn. Give another file.")
@@ -50,7 +50,7 @@ def scorable(file: QuestionFile, first: int | None = None, *, as_texts: bool = F
     return found
 
 
-def check_texts(file: QuestionFile) -> None:
+def _check_texts(file: QuestionFile) -> None:
     """Raise InputError unless the likelihood of every question's answer can be told: the first answer is a text."""
     check_answers(file, "trained on")
     for question, place in zip(file.questions, file.places, strict=True):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import ray
 import torch
 
 from rag_core.errors import ConfigError
 from rag_core.text_encoder import resolve_precision
 from rag_core.training import OptimizerConfig, Place, part_size
+from tasks.environment.ray_cluster import cluster_address
 from tasks.notices import warn
 from tasks.ray_runtime import ensure_ray, share_of_cluster
 from tasks.retriever_shards import RetrievalConfig
@@ -27,7 +26,7 @@ def check_optimizer(part: str, config: OptimizerConfig, num_workers: int) -> Non
     """
     ensure_ray()
     share = share_of_cluster(num_workers)
-    if num_workers or not os.environ.get("RAY_ADDRESS"):
+    if num_workers or not cluster_address():
         part_size(config, Place(world_size=share.num_workers))
     if config.warmup_steps >= config.steps:
         warn(
@@ -47,7 +46,7 @@ def check_resources(part: str, config: RetrievalConfig) -> None:
 
     A cluster may start a machine that has them.
     """
-    if config.mode != "sharded" or not config.resources or os.environ.get("RAY_ADDRESS"):
+    if config.mode != "sharded" or not config.resources or cluster_address():
         return
     ensure_ray()
     found = ray.cluster_resources()

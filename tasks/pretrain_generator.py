@@ -30,7 +30,7 @@ from rag_core.evaluation import answer_scores
 from rag_core.model_source import pin_source, recorded_source
 from rag_core.own_draws import own_draws
 from rag_core.passages import Passage
-from rag_core.preflight import Problems, check_gold, check_reading_steps
+from rag_core.preflight import NO_CHOICE, Problems, check_gold, check_reading_steps
 from rag_core.pretraining import (
     PretrainConfig,
     build_generator,
@@ -131,7 +131,7 @@ def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, n
         asked = trainable(read_question_file(questions))
         check_gold(asked, questions, corpus)
     with problems.of("dev"):
-        scorable(read_question_file(dev))
+        check_gold(scorable(read_question_file(dev)), dev, corpus, purpose=NO_CHOICE)
     with problems.of("pretrain"):
         check_reading_steps(config)
     with problems.of("pretrain"):
@@ -209,7 +209,8 @@ def reading_scores(
                 decoding=decoding,
             )
             scored += [
-                answer_scores(answer.text, question) for answer, (question, _) in zip(answers, part, strict=True)
+                answer_scores(answer.text, question, config.match)
+                for answer, (question, _) in zip(answers, part, strict=True)
             ]
     scores = means_of(sum_over_workers(sums_and_counts(scored, ("em", "f1"))))
     scores["contexts_cut_share"] = count_over_workers(contexts).cut_share

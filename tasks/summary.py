@@ -9,7 +9,7 @@ from typing import Any
 from rag_core.scores import Evaluation
 from tasks.environment.ray_cluster import check_ray_settings
 from tasks.markdown import code_cell, table, text_cell
-from tasks.metric_names import metric_name
+from tasks.metric_names import score_metrics
 from tasks.results import StageResult
 from tasks.score_tables import systems_markdown
 from tasks.stage import publish_page
@@ -37,8 +37,8 @@ def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[
     """Scores of every system and seconds of every stage: to the parent run, and as a table to Prefect."""
     address = RunAddress.of(run_id)
     for system, evaluation in scores.items():
-        overall = {"count": float(evaluation.overall.count), **evaluation.overall.means}
-        address.log_metrics({f"{system}/{metric_name(name)}": value for name, value in overall.items()})
+        overall = score_metrics(evaluation.model_copy(update={"by_type": {}}))
+        address.log_metrics({f"{system}/{name}": value for name, value in overall.items()})
     address.log_metrics({f"seconds/{result.stage}": result.seconds for result in stages})
     body = systems_markdown(scores) + "\n\n" + stages_markdown(stages)
     address.log_text(body, "summary.md")

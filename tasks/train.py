@@ -159,9 +159,16 @@ class _Start:
         """How many questions are learnt from and scored, and how many are left out since no answer to them is right."""
         run.log_params({"questions_layout": self.train_file.layout})
         run.log_metrics({"train_questions": len(self.asked), "dev_questions": len(self.dev)})
-        for name, file in (("train", self.train_file), ("dev", self.dev_file)):
-            run.log_metrics({f"{name}_unanswerable": sum(one.is_impossible for one in file.questions)})
+        texts = sum(map(has_text_answers, self.dev))
+        if texts < len(self.dev):  # answers that are regular expressions have neither likelihood nor F1
+            run.log_metrics({"dev_nll_count": texts, "dev_f1_count": texts})
         left_out = sum(one.is_impossible for one in self.train_file.questions)
+        # Of the dev questions up to the last one that is scored.
+        all_dev = self.dev_file.questions
+        more = len(self.dev) < sum(bool(one.answers) for one in all_dev)
+        looked_at = all_dev[: all_dev.index(self.dev[-1]) + 1] if more else all_dev
+        left_out_of_dev = sum(one.is_impossible for one in looked_at)
+        run.log_metrics({"train_unanswerable": left_out, "dev_unanswerable": left_out_of_dev})
         if left_out:
             warn(
                 f"{stage}: {left_out:,} of the {len(self.train_file.questions):,} training questions are unanswerable and "

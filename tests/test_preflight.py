@@ -13,10 +13,10 @@ import yaml
 from transformers import DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
 from rag_core.errors import RagError
-from rag_core.model_source import pin_source
 from rag_core.preflight import Problems, check_place
 from tests.small_corpus import (
     PROMPT,
+    QUESTIONS,
     make_encoder,
     make_generator,
     make_index,
@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jsonl").write_text('{"question": "who?"\n')
     (folder / "nothing.jsonl").write_text("")
     (folder / "no-gold.jsonl").write_text('{"question": "who?", "answers": ["she"]}\n')
+    second = {"question": "who?", "answers": ["x"], "gold_passage_ids": ["rome", QUESTIONS[0][2]]}
+    (folder / "second-gold.jsonl").write_text(json.dumps(second) + "\n")
     (folder / "other-gold.jsonl").write_text('{"question": "who?", "answers": ["x"], "gold_passage_ids": ["rome"]}\n')
     (folder / "long.jsonl").write_text(json.dumps({"question": "lyon " * 60, "answers": ["she"]}) + "\n")
     (folder / "no-words").mkdir()
@@ -111,7 +113,7 @@ def test_a_run_in_which_nothing_is_wrong_goes_on_with_pinned_names(
     monkeypatch.chdir(folder)
     relative = with_change(settings, "embed.encoder", "encoder")
     config = check(relative, tmp_path / "out")
-    assert config.embed.encoder == pin_source(str(folder / "encoder"))
+    assert config.embed.encoder == "encoder", "a folder is recorded as it was named"
     assert check(settings | {"pretrain": pretrain(folder)}, tmp_path / "out").pretrain is not None
     assert list(tmp_path.iterdir()) == [], "the check left something behind"
 
@@ -167,6 +169,7 @@ def test_each_wrong_value_is_told_before_the_first_stage(
     ("path", "value", "words"),
     [
         ("questions.train", "{folder}/no-gold.jsonl", "no question names both a gold passage"),
+        ("questions.dev", "{folder}/no-gold.jsonl", "and an answer, so no weights can be chosen"),
         ("pretrain.encoder", "{folder}/generator", "a generator can be made from a BERT"),
         ("pretrain.encoder_layers", 9, "has 2 layers, but 9 are to be kept"),
         ("pretrain.prompt.max_context_tokens", 65, "Set prompt.max_context_tokens to at most 64"),
@@ -256,6 +259,7 @@ def test_a_negative_seed_is_refused(rag: Rag, settings: Settings, tmp_path: Path
         ("index.shards", 10, "index.shards is 10, but there are 9 passages"),
         ("index.factory", "IVF16,Flat", "has 16 lists, but a shard has 9 passages"),
         ("questions.train", "{folder}/other-gold.jsonl", "none of its gold passages ('rome', …) is in the corpus"),
+        ("questions.dev", "{folder}/other-gold.jsonl", "so no weights can be chosen"),
     ],
 )
 def test_what_the_corpus_is_too_small_for_is_told_before_it_is_embedded(
@@ -268,6 +272,9 @@ def test_what_the_corpus_is_too_small_for_is_told_before_it_is_embedded(
     filled = json.loads(json.dumps(value).replace("{folder}", str(folder)))
     whole = settings | {"pretrain": pretrain(folder)}
     check_corpus(PipelineConfig.model_validate(whole), tmp_path / "corpus")
+    # The first gold passage that the corpus has counts.
+    some = with_change(whole, "questions.train", str(folder / "second-gold.jsonl"))
+    check_corpus(PipelineConfig.model_validate(some), tmp_path / "corpus")
     with pytest.raises(RagError) as told:
         check_corpus(PipelineConfig.model_validate(with_change(whole, path, filled)), tmp_path / "corpus")
     assert words in str(told.value), told.value

@@ -58,7 +58,8 @@ def test_the_commands_print_paths_types_answers_and_ids_as_they_are(printed: io.
     print_pipeline(SimpleNamespace(scores={text: evaluation}, stages=[stage]))  # type: ignore[arg-type]
     passage = ReadPassage(Passage(text, text, text), 0.5, 0.5)
     print_answer(Answer(text, -1.0, (Candidate(text, -1.0), Candidate(text, -2.0)), (passage,)))
-    assert printed.getvalue().count(text) >= 11
+    in_its_folder = str(Path(text)) == text  # a path has no two slashes in a row
+    assert printed.getvalue().count(text) == 11 + in_its_folder
     print_pages()
 
 
@@ -136,7 +137,17 @@ def test_control_characters_appear_as_escapes() -> None:
 
 def test_consoles_and_markup_are_made_in_one_module_alone() -> None:
     """Whoever prints goes through `tasks/terminal.py`; this finds a new console, bar or markup elsewhere."""
-    forbidden = {"Console", "TextColumn", "escape", "from_markup", "render_markup", "rprint", "get_console", "Prompt"}
+    forbidden = {
+        "Console",
+        "TextColumn",
+        "escape",
+        "from_markup",
+        "render_markup",
+        "print",
+        "rprint",
+        "get_console",
+        "Prompt",
+    }
     found = []
     for file in [*(ROOT / "flows").rglob("*.py"), *(ROOT / "tasks").rglob("*.py"), *(ROOT / "rag_core").rglob("*.py")]:
         if file == ROOT / "tasks/terminal.py":
@@ -145,7 +156,7 @@ def test_consoles_and_markup_are_made_in_one_module_alone() -> None:
             names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
             names |= {node.attr} if isinstance(node, ast.Attribute) else set()
             of_rich = not isinstance(node, ast.ImportFrom) or (node.module or "").startswith("rich")
-            if of_rich and names & forbidden - ({"escape"} if isinstance(node, ast.Attribute) else set()):
+            if of_rich and names & forbidden - ({"escape", "print"} if isinstance(node, ast.Attribute) else set()):
                 found.append(f"{file.relative_to(ROOT)}:{node.lineno} {names & forbidden}")
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 found.append(f"{file.relative_to(ROOT)}:{node.value.lineno} markup=")

@@ -6,6 +6,7 @@ ours and keeps its traceback.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -65,6 +66,9 @@ def settings(
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
     _print_notices()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 must not undo work that is done
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # The terminal is for progress bars and our own messages; Prefect's log, tracebacks included, goes to the flow run's page.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
