@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
 
@@ -35,6 +35,9 @@ from rag_core.retriever import Retriever
 from rag_core.scores import Evaluation, Scores, by_type, mean_scores
 from rag_core.text_encoder import Precision, TextEncoder
 
+if TYPE_CHECKING:
+    from rag_core.index import PassageIndex
+
 __all__ = [
     "Evaluation",
     "Scores",
@@ -43,6 +46,7 @@ __all__ = [
     "check_own_encoder",
     "evaluate_predictions",
     "evaluate_retrieval",
+    "gold_hint",
     "has_text_answers",
     "is_unanswerable",
     "mean_scores",
@@ -121,6 +125,18 @@ def is_unanswerable(question: Question) -> bool:
 def has_text_answers(question: Question) -> bool:
     """Whether a generator can be taught the question's answers, and its likelihood of them be told."""
     return bool(question.answers) and not question.is_impossible and question.answers_are == "text"
+
+
+def gold_hint(questions: Sequence[Question], index: PassageIndex) -> str:
+    """One sentence where gold passages are not in the index, so that nobody takes their recall for the encoder's."""
+    gold = {one for question in questions for one in question.gold_passage_ids}
+    lacking = gold - index.ids_among(gold)
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking):,} of {len(gold):,} gold passages are not in the index (such as {min(lacking)!r}), and count as not "
+        "found. Was it made from another corpus, or a part of one?"
+    )
 
 
 def spaceless_hint(questions: Sequence[Question], match: Match) -> str:

@@ -8,7 +8,7 @@ Shapes: N passages, n passages of a shard, Q sample queries, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -124,6 +124,10 @@ class PassageIndex(Retriever):
         """Open an index; raises ArtefactError if it is missing or damaged."""
         path = local_copy(path)
         return cls(path, open_artefact(path, KIND, check_content=check_content))
+
+    def ids_among(self, wanted: Set[str]) -> set[str]:
+        """Those of `wanted` that a passage of the index has as its id. Every id is read."""
+        return set[str]().union(*(shard.ids_among(wanted) for shard in self._shards))
 
     def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
         return [shard.search(queries_BD, k) for shard in self._shards]

@@ -11,7 +11,7 @@ Shapes: n passages of the shard, B questions, K passages per question, P propose
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class IndexShard:
             rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         vectors_BKD = self._vectors_nD[rows_BK].astype(np.float32, copy=False)
         return Retrieved(np.where(rows_BK < 0, -1, rows_BK + self._first_row), vectors_BKD, scores_BK)
+
+    def ids_among(self, wanted: Set[str]) -> set[str]:
+        """Those of `wanted` that a passage of the shard has as its id."""
+        return self._passages.ids_among(wanted)
 
     def passages(self, rows: Sequence[int] | np.ndarray) -> list[Passage]:
         """The passages at rows of the whole index."""

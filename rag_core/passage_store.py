@@ -7,10 +7,11 @@ shorter), columns `id`, `title`, `text`, in the order of the index's rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rag_core.errors import ArtefactError
 from rag_core.passages import Passage
@@ -73,6 +74,14 @@ class PassageStore:
     def take(self, rows: Sequence[int]) -> list[Passage]:
         """The passages at some rows, in the order asked for."""
         return [self[int(row)] for row in rows]
+
+    def ids_among(self, wanted: Set[str]) -> set[str]:
+        """Those of `wanted` that a passage has as its id: all ids are read, a record batch at a time."""
+        values, found = pa.array(sorted(wanted), pa.string()), set[str]()
+        for number in range(self._reader.num_record_batches):
+            ids = self._checked_columns(number)[0]
+            found |= set(ids.filter(pc.is_in(ids, value_set=values)).to_pylist())
+        return found
 
     def _checked_columns(self, number: int) -> list[pa.Array]:
         with self._damage_named():

@@ -51,7 +51,7 @@ def styled(text: str, style: str) -> Text:
 
 
 def text_column(template: str) -> TextColumn:
-    """A column of a progress bar, for example "{task.description}"."""
+    """A column of a progress bar, for example "{task.description}"; what is filled in must hold no control characters."""
     return TextColumn(template, markup=False)
 
 

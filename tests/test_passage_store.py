@@ -26,6 +26,12 @@ def _table(start: int, end: int, text: str = "text") -> pa.Table:
     return pa.table({**columns, "title": [f"t{row}" for row in rows]})
 
 
+def test_ids_are_found_in_every_record_batch(tmp_path: Path) -> None:
+    write_passage_store([_table(0, 2 * BATCH_ROWS + 5)], tmp_path / "store")
+    wanted = {"p0", f"p{BATCH_ROWS}", f"p{2 * BATCH_ROWS + 4}"}
+    assert PassageStore(tmp_path / "store").ids_among(wanted | {"p-1", "P0"}) == wanted
+
+
 @pytest.mark.parametrize("cuts", [[0, ROWS], [0, 4, 8, 5000, 5000, ROWS], [0, BATCH_ROWS, 2 * BATCH_ROWS, ROWS]])
 def test_rows_keep_their_order_across_tables_and_record_batches(tmp_path: Path, cuts: list[int]) -> None:
     tables = (_table(start, end) for start, end in itertools.pairwise(cuts))

@@ -280,6 +280,19 @@ def test_retrieve_scores_a_split_of_beir_by_its_judgements(
     )
     assert code == 0, error
     assert json.loads(out)["recall@1"] == 1.0
+    assert "gold passages are not in the index" not in error
+
+
+def test_retrieve_says_which_gold_passages_the_index_does_not_have(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = beir(tmp_path, "q0\tlyon:country\t1\nq0\tMED-10\t1\n", [{"_id": "q0", "text": "Lyon is a city in France."}])
+    code, out, error = command(
+        monkeypatch, capsys, "retrieve", "--index", index, "--questions", file, "--k", 1, "--json"
+    )
+    assert code == 0, error
+    assert "1 of 2 gold passages are not in the index (such as 'MED-10')" in " ".join(error.split())
+    assert json.loads(out)["count"] == 1
 
 
 def test_an_unknown_kind_of_answers_is_refused(

@@ -66,7 +66,7 @@ def retrieve(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
-    from rag_core.evaluation import check_own_encoder, evaluate_retrieval, spaceless_hint
+    from rag_core.evaluation import check_own_encoder, evaluate_retrieval, gold_hint, spaceless_hint
     from rag_core.index import PassageIndex
     from rag_core.question_checks import check_retrieval
     from rag_core.questions import as_answers_are, read_question_file
@@ -91,7 +91,7 @@ def retrieve(
         if encoder is None:
             check_own_encoder(opened, loaded_encoder)
         question_encoder = loaded_encoder.for_questions(question_prompt)
-    if hint := spaceless_hint(file.questions, rule):
+    for hint in filter(None, (spaceless_hint(file.questions, rule), gold_hint(file.questions, opened))):
         say(hint, style="yellow")
     scores = evaluate_retrieval(opened, question_encoder, file.questions, ks, match=rule)
     if as_json:
