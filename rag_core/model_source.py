@@ -124,11 +124,10 @@ def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = F
     Raises:
         ConfigError: it cannot be read; or config.json or tokenizer_config.json names code of its own (`auto_map`), in
             whose place Transformers' class of that model_type might compute something else, unless `trust_remote_code`;
-            or it asks for more than `MOST_LAYERS` layers.
+            or, trusted or not, that code lies in another repository; or it asks for more than `MOST_LAYERS` layers.
     """
-    if not trust_remote_code:
-        for name in ("config.json", "tokenizer_config.json"):
-            _refuse_own_code(source, subfolder, name)
+    for name in ("config.json", "tokenizer_config.json"):
+        _check_own_code(source, subfolder, name, trust_remote_code)
     config = load_from_source(
         AutoConfig.from_pretrained, source, subfolder=subfolder, trust_remote_code=trust_remote_code
     )
@@ -236,10 +235,28 @@ def _unreadable(source: str, reason: str) -> ConfigError:
     )
 
 
-def _refuse_own_code(source: str, subfolder: str, name: str) -> None:
+def _check_own_code(source: str, subfolder: str, name: str, trust_remote_code: bool) -> None:
     content = read_json(source, f"{subfolder}/{name}".lstrip("/"))
-    if isinstance(content, dict) and content.get("auto_map"):
+    own_code = content.get("auto_map") if isinstance(content, dict) else None
+    if own_code and not trust_remote_code:
         raise _own_code(source, f"{name} names it in auto_map")
+    if other := next((text for text in _texts(own_code) if "--" in text), None):
+        # Transformers would fetch it by itself: from that repository's main branch, whatever it holds just then.
+        raise ConfigError(
+            f"{name_of_snapshot(source)} needs code of another repository, {other.partition('--')[0]} ({name} has {other!r} in "
+            "auto_map), which is not fetched, trusted or not: it may change any day. Read that code and download its .py "
+            f"files into a copy of the model's folder, remove what stands up to and with -- in the auto_map of {name} "
+            "there, and give that folder's path."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in what JSON may hold."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _refuse_endless_layers(source: str, settings: dict[Any, Any]) -> None:

@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -65,8 +65,10 @@ class HubServer:
         self.requests: list[Request] = []
         # "": well. Else "silent" (accepts and never answers), "html", or a status code.
         self.mood: str | int = ""
-        # The same for downloads alone.
+        # The same for downloads alone (also "slow": large files come in pieces, and the connection is lost once), and for
+        # the tree of a commit.
         self.download_mood: str | int = ""
+        self.tree_mood: str | int = ""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.ended = threading.Event()
@@ -163,7 +165,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self._received()
             path = urlsplit(self.path).path
-            if self._in_a_mood(hub.mood):
+            if self._in_a_mood(lambda: hub.mood):
                 return
             if path == "/api/whoami-v2":
                 name = {"name": "somebody", "type": "user"}
@@ -172,10 +174,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 location = self.path.replace(moved, hub.renamed[moved], 1)
                 return self._send(307, b"", "text/plain", {"Location": location})
             if found := _FILE.fullmatch(path):
-                if not self._in_a_mood(hub.download_mood):
+                if not self._in_a_mood(lambda: hub.download_mood):
                     self._file(found["repo"], unquote(found["revision"]), unquote(found["file"]))
                 return
             if found := _API.fullmatch(path):
+                if found["what"] == "tree" and self._in_a_mood(lambda: hub.tree_mood):
+                    return
                 return self._api(found["repo"], found["what"] or "revision", unquote(found["rest"] or "main"))
             self._error(404, "", "Sorry, we can't find the page you are looking for.")
 
@@ -186,11 +190,14 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             kind, _, token = (self.headers.get("Authorization") or "").partition(" ")
             return token if kind == "Bearer" else None
 
-        def _in_a_mood(self, mood: str | int) -> bool:
+        def _in_a_mood(self, now: Callable[[], str | int]) -> bool:
+            mood = now()
             if mood == "silent":
-                while not hub.ended.is_set() and hub.mood == "silent":
+                while not hub.ended.is_set() and now() == "silent":
                     time.sleep(0.05)
                 self.close_connection = True
+            elif mood == "slow":
+                return False
             elif mood == "html":
                 self._send(200, b"<html><body>Please sign in to the network.</body></html>", "text/html")
             elif mood:
@@ -257,7 +264,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 first, last = int(asked[1]), int(asked[2] or len(content) - 1)
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
                 content = content[first : last + 1]
-            self._send(206 if asked else 200, content, "application/octet-stream", headers)
+            slowly = hub.download_mood == "slow" and file.endswith(LARGE) and self.command == "GET"
+            self._send(206 if asked else 200, content, "application/octet-stream", headers, slowly=slowly)
 
         def _json(self, value: Any) -> None:
             self._send(200, json.dumps(value).encode(), "application/json")
@@ -266,14 +274,31 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (more or {})
             self._send(status, json.dumps({"error": message}).encode(), "application/json", headers)
 
-        def _send(self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        def _send(
+            self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None, *, slowly: bool = False
+        ) -> None:
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    if slowly:
+                        body = self._most_of(body)
                     self.wfile.write(body)
+
+        def _most_of(self, body: bytes) -> bytes:
+            """Send it in pieces, with less than a second between them; returns the last, or b"" where the connection is lost."""
+            pieces = 6
+            size = len(body) // pieces
+            for number in range(pieces - 1):
+                self.wfile.write(body[number * size : (number + 1) * size])
+                self.wfile.flush()
+                time.sleep(0.4)
+            if hub.files().count(Request(self.command, self.path, None).file or "") > 1:
+                return body[(pieces - 1) * size :]
+            self.close_connection = True
+            return b""
 
     return Handler
 

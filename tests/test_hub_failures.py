@@ -7,16 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import _tree_cache, constants, snapshot_download
 
 from rag_core.errors import ConfigError, ModelNotice
-from rag_core.hub import revision
+from rag_core.hub import revision, snapshot
+from rag_core.hub.name import HubName
 from rag_core.model_source import pin_source, resolve_model_source
 from rag_core.reader import load_generator
 from rag_core.text_encoder import TextEncoder
@@ -30,6 +32,7 @@ pytest_plugins = ["tests.hub_fixtures"]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub's answer is waited for for a second, not ten."""
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
 
 
 def fill_cache(*names: str) -> None:
@@ -149,8 +152,6 @@ def test_a_cache_that_another_tool_has_filled_serves_and_doubts_are_told(
     folder = Path(resolve_model_source(MINILM))
     revision.forget()
     shutil.rmtree(folder.parents[1] / "trees")
-    from huggingface_hub import _tree_cache
-
     monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
     hub.stop()
     assert len(notices_of(MINILM)) == 1
@@ -171,6 +172,77 @@ def test_a_hub_on_a_bad_day_is_told_from_no_network(hub: HubServer, status: int)
     message = refusal(CONTEXT_ENCODER)
     assert ("too many requests" if status == 429 else "is out of order") in message
     assert str(status) in message
+
+
+# A hub that goes silent once it has listed the files
+
+
+@pytest.mark.parametrize("stage", ["tree", "files"])
+def test_a_hub_that_goes_silent_after_its_listing_is_an_error_in_time(hub: HubServer, quick: None, stage: str) -> None:
+    hub.tree_mood, hub.download_mood = ("silent", "") if stage == "tree" else ("", "silent")
+    started = time.monotonic()
+    assert f"The hub {hub.url} cannot be reached (no answer in time)" in refusal()
+    hub.requests.clear()
+    assert "(no answer in time)" in refusal(CONTEXT_ENCODER)
+    assert time.monotonic() - started < 5
+    assert hub.requests == [], "it is asked once more for another model"
+
+
+@pytest.mark.parametrize("stage", ["tree", "files"])
+def test_a_network_that_goes_away_after_the_listing_is_an_error_in_time(
+    hub: HubServer, quick: None, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    fetch = snapshot._fetch
+
+    def fetch_without_network(pinned: HubName, files: list[str]) -> None:
+        if stage == "files":
+            cache, nothing = constants.HF_HUB_CACHE, ["no file of this name"]
+            snapshot_download(
+                pinned.repo, revision=pinned.commit, endpoint=hub.url, cache_dir=cache, allow_patterns=nothing
+            )
+        hub.stop()
+        fetch(pinned, files)
+
+    monkeypatch.setattr(snapshot, "_fetch", fetch_without_network)
+    started = time.monotonic()
+    assert f"The hub {hub.url} cannot be reached (" in refusal()
+    assert time.monotonic() - started < 5
+
+
+def test_what_another_tool_has_downloaded_serves_if_the_hub_goes_silent_after_its_listing(
+    hub: HubServer, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(resolve_model_source(BART))
+    revision.forget()
+    shutil.rmtree(folder.parents[1] / "trees")
+    monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    hub.tree_mood = "silent"
+    started = time.monotonic()
+    with pytest.warns(ModelNotice, match="does not say whether its files"):
+        assert resolve_model_source(BART) == str(folder)
+    assert time.monotonic() - started < 5
+
+
+def test_a_slow_download_goes_on_also_after_a_lost_connection(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, limit, 2)
+    hub.download_mood = "slow"
+    started = time.monotonic()
+    folder = Path(resolve_model_source(BART))
+    assert time.monotonic() - started > 2 * 2, "it was not slow"
+    weights = hub.repositories[BART].commits[folder.name]["pytorch_model.bin"]
+    assert (folder / "pytorch_model.bin").read_bytes() == weights
+    assert hub.files().count("pytorch_model.bin") == 2
+
+
+def test_a_hub_that_fails_for_a_moment_within_a_download_is_asked_again(hub: HubServer) -> None:
+    hub.download_mood = 503
+    calm = threading.Timer(0.5, setattr, (hub, "download_mood", ""))
+    calm.start()
+    try:
+        assert (Path(resolve_model_source(BART)) / "config.json").is_file()
+    finally:
+        calm.join()
 
 
 # Refusals

@@ -66,6 +66,14 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_its_code_is_not_run(f
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_another_repository_is_refused_also_if_trusted(folder: Path, file: str) -> None:
+    other = "org/other-model--own_code.Own"
+    _edit(folder / file, auto_map={"AutoModel": other} if file == "config.json" else {"AutoTokenizer": [None, other]})
+    with pytest.raises(ConfigError, match=rf"code of another repository, org/other-model \({file} has '{other}'"):
+        TextEncoder.from_pretrained(folder, trust_remote_code=True)
+
+
 def test_a_module_class_of_a_sentence_transformers_folder_is_not_imported(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "code-was-run"
     (folder / "text_encoder.json").unlink()

@@ -72,11 +72,16 @@ def offline(name: HubName) -> ConfigError:
     )
 
 
+def root_of(error: BaseException) -> BaseException:
+    """What made a download fail, where the hub's library says no more than that files are missing in the cache."""
+    if isinstance(error, LocalEntryNotFoundError) and not isinstance(error, IncompleteSnapshotError):
+        return error.__cause__ or error
+    return error
+
+
 def explained(error: BaseException, name: HubName) -> ConfigError:
     """Any other failure of a request or a download."""
-    cause = error.__cause__
-    if isinstance(error, LocalEntryNotFoundError) and not isinstance(error, IncompleteSnapshotError) and cause:
-        error = cause
+    error = root_of(error)
     if reason := why_unreachable(error):
         return unreachable(name, reason)
     if isinstance(error, OfflineModeIsEnabled):

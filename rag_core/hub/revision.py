@@ -1,30 +1,36 @@
 """A hub name to a commit: asked of the hub once a process, or taken from the cache where no hub answers.
 
 What was found out holds for the life of the process, so that a branch that moves meanwhile changes nothing: the commit
-of a name, the files of a commit, and that a hub does not answer. The last costs one request of at most `ANSWER_SECONDS`.
+of a name, the files of a commit, and that a hub does not answer. The last costs one request of at most HF_HUB_ETAG_TIMEOUT
+and `MORE_SECONDS`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
 import uuid
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from huggingface_hub import HfApi, constants
 
 from rag_core.errors import ModelNotice
-from rag_core.hub.failures import MAIN, check_hub_address, explained, offline, unreachable, why_unreachable
+from rag_core.hub.failures import (
+    MAIN,
+    check_hub_address,
+    explained,
+    offline,
+    root_of,
+    unreachable,
+    why_unreachable,
+)
 from rag_core.hub.name import COMMIT, HubName, hub_address, shown_address
+from rag_core.server_probe import within
 
 # Looking up a name and connecting may each take as long as one answer; with both the limit is still below 15 s.
 MORE_SECONDS = 2.0
-Answer = TypeVar("Answer")
 
 
 class HubUnreachableError(Exception):
@@ -94,12 +100,24 @@ def silent_reason() -> str | None:
 
 
 def remember_silence(reason: str) -> None:
-    """Another process has found out that the hub does not answer."""
+    """The hub does not answer, as a download or another process has found out."""
     _memory.silent[hub_address()] = reason
 
 
+def failure(error: Exception, name: HubName) -> Exception:
+    """What a request or download has failed of: HubUnreachableError, where silence is remembered, or a ConfigError."""
+    if isinstance(error, HubUnreachableError):
+        return error
+    reason = why_unreachable(root_of(error))
+    if reason is None:
+        return explained(error, name)
+    if not reason.startswith("HTTP status"):
+        remember_silence(reason)
+    return HubUnreachableError(reason)
+
+
 def forget() -> None:
-    """Find out everything anew."""
+    """Find out everything anew. For tests, in which one process stands for several; no command calls it."""
     global _memory
     _memory = _Memory()
 
@@ -137,37 +155,9 @@ def _ask(name: HubName) -> Listing:
         return Listing(str(info.sha), files)
 
     try:
-        return _within(seconds + MORE_SECONDS, ask)
+        return within(seconds + MORE_SECONDS, ask)
     except Exception as error:
-        reason = why_unreachable(error)
-        if reason is None:
-            raise explained(error, name) from error
-        if not reason.startswith("HTTP status"):
-            _memory.silent[hub_address()] = reason
-        raise HubUnreachableError(reason) from error
-
-
-def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
-    """What `call` returns or raises; TimeoutError if it takes longer, and then it goes on in a thread that ends nobody.
-
-    The HTTP client's own limits leave out the look-up of a name, and start anew with every byte.
-    """
-    done: queue.Queue[tuple[Answer | None, BaseException | None]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            done.put((call(), None))
-        except BaseException as error:  # raised again below, by the thread that asked
-            done.put((None, error))
-
-    threading.Thread(target=run, name="ask the hub", daemon=True).start()
-    try:
-        answer, error = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]  # there is one where there is no error
+        raise failure(error, name) from error
 
 
 def _cached_commit(name: HubName, reason: str) -> str:

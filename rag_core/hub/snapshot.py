@@ -1,7 +1,7 @@
 """The files of a hub model at one commit as a local folder, in the cache that all tools of the hub share.
 
-A full cache costs no request. Otherwise the repository is listed once, and what `files.py` chooses of it is downloaded:
-no file is asked for that may not be there.
+A full cache costs no request beside the one for the commit. Otherwise a second one asks for the tree of the commit, which
+the cache keeps, and what `files.py` chooses of it is downloaded: no file is asked for that may not be there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from rag_core.hub.files import (
     weight_files,
 )
 from rag_core.hub.name import HubName, hub_address
-from rag_core.hub.revision import HubUnreachableError, commit_of, listing_of, silent_reason, write_references
+from rag_core.hub.patience import limited_patience
+from rag_core.hub.revision import (
+    HubUnreachableError,
+    commit_of,
+    failure,
+    listing_of,
+    silent_reason,
+    write_references,
+)
 
 
 def snapshot_folder(name: HubName, *, trust_remote_code: bool = False) -> Path:
@@ -128,16 +136,17 @@ def _fetch(pinned: HubName, files: list[str]) -> None:
     if silent_reason() is not None:  # found out meanwhile, by another thread
         raise HubUnreachableError(silent_reason() or "")
     try:
-        snapshot_download(
-            pinned.repo,
-            revision=pinned.commit,
-            endpoint=hub_address(),
-            cache_dir=constants.HF_HUB_CACHE,
-            allow_patterns=[glob.escape(file) for file in files],
-            tqdm_class=_bar(pinned),
-        )
+        with limited_patience():
+            snapshot_download(
+                pinned.repo,
+                revision=pinned.commit,
+                endpoint=hub_address(),
+                cache_dir=constants.HF_HUB_CACHE,
+                allow_patterns=[glob.escape(file) for file in files],
+                tqdm_class=_bar(pinned),
+            )
     except Exception as error:  # the hub's library raises its own, the HTTP client's and the system's
-        raise explained(error, pinned) from error
+        raise failure(error, pinned) from error
 
 
 def _bar(pinned: HubName) -> type[tqdm]:
