@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Tests at once have more threads than there are cores: one that waits for others must not keep a core meanwhile.
 SHARING := OMP_WAIT_POLICY=PASSIVE
 
-# No usage reports, also of the servers that are started here (rag_core/usage_reports.py does so for commands).
+# No usage reports, also of the servers that are started here (rag_core/network/usage_reports.py does so for commands).
 export DO_NOT_TRACK ?= true
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true

@@ -23,18 +23,19 @@ from rich.table import Table
 
 from benchmarks.harness import Line, Size, matmul_rate
 
-MODULES = (
-    "loss",
-    "training",
-    "retrieval",
-    "decoding",
-    "embedding",
-    "embed_stage",
-    "growth",
-    "index",
-    "infer_stage",
-    "fixed_cost",
-)
+# In the order in which they run, and the folder of each.
+MODULES = {
+    "loss": "library",
+    "training": "library",
+    "retrieval": "library",
+    "decoding": "library",
+    "embedding": "library",
+    "embed_stage": "stages",
+    "growth": "library",
+    "index": "library",
+    "infer_stage": "stages",
+    "fixed_cost": "stages",
+}
 LIBRARIES = ("torch", "transformers", "sentence-transformers", "ray", "prefect", "mlflow", "faiss-cpu", "numpy")
 
 
@@ -56,10 +57,18 @@ class Results(BaseModel):
 
 
 def run_module(name: str, size: Size) -> Outcome:
-    """Run `benchmarks.NAME` in a fresh process."""
+    """Run a benchmark in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         lines_file, log_file = Path(folder) / "lines.jsonl", Path(folder) / "log"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--size", size, "--lines", str(lines_file)]
+        command = [
+            sys.executable,
+            "-m",
+            f"benchmarks.{MODULES[name]}.{name}",
+            "--size",
+            size,
+            "--lines",
+            str(lines_file),
+        ]
         start = time.perf_counter()
         with log_file.open("wb") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

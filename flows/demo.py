@@ -7,11 +7,11 @@ from pathlib import Path
 from prefect import flow
 from pydantic import Field
 
+from demo_data.config import GeonamesConfig
 from flows.pipeline import PipelineConfig, PipelineResult, QuestionFiles, pipeline
-from rag_core.artefacts.places import ObjectPath, as_place
 from rag_core.errors import ConfigError
-from rag_core.geonames.config import GeonamesConfig
-from tasks.make_demo_data import make_demo_data
+from rag_core.storage.places import ObjectPath, as_place
+from tasks.stages.make_demo_data import make_demo_data
 
 
 class DemoConfig(PipelineConfig):

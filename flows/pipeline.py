@@ -10,29 +10,28 @@ from pathlib import Path
 from prefect import flow
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from flows.batch_infer import batch_infer
-from flows.build_index import build_index
-from flows.corpus import make_corpus
-from flows.embed_corpus import embed_corpus
-from flows.evaluate import evaluate
 from flows.preflight import check_corpus, checked
-from flows.pretrain_generator import pretrain_generator
-from flows.train_sequence import train_sequence
-from flows.train_token import train_token
-from rag_core.artefacts.places import ArtefactPath
-from rag_core.corpus import CorpusConfig
-from rag_core.embeddings import EmbedConfig
-from rag_core.index import IndexConfig
-from rag_core.likelihood import Variant
-from rag_core.metrics import Match
-from rag_core.pretraining import PretrainConfig
-from rag_core.questions import AnswersAre
-from rag_core.rag_model import ModelConfig
-from rag_core.scores import Evaluation
-from tasks.answering import InferConfig
+from flows.stages.batch_infer import batch_infer
+from flows.stages.build_index import build_index
+from flows.stages.embed_corpus import embed_corpus
+from flows.stages.evaluate import evaluate
+from flows.stages.make_corpus import make_corpus
+from flows.stages.pretrain_generator import pretrain_generator
+from flows.stages.train import train_sequence, train_token
+from rag_core.corpus.corpus import CorpusConfig
+from rag_core.embeddings.embeddings import EmbedConfig
+from rag_core.evaluation.metrics import Match
+from rag_core.evaluation.scores import Evaluation
+from rag_core.index.passage_index import IndexConfig
+from rag_core.model.rag_model import ModelConfig
+from rag_core.questions.questions import AnswersAre
+from rag_core.reading.likelihood import Variant
+from rag_core.storage.places import ArtefactPath
+from rag_core.training.pretraining import PretrainConfig
+from tasks.on_ray.answering import InferConfig
+from tasks.reports.summary import pipeline_run, publish_summary
 from tasks.results import StageResult
-from tasks.summary import pipeline_run, publish_summary
-from tasks.train import TrainConfig
+from tasks.stages.train import TrainConfig
 
 TRAIN_FLOWS = {"sequence": train_sequence, "token": train_token}
 NAMES = {"sequence": "RAG-Sequence", "token": "RAG-Token"}

@@ -10,12 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_core.contexts import check_questions
-from rag_core.corpus import Corpus
-from rag_core.embeddings import load_document_encoder
-from rag_core.generator_limits import refuse_long_search
-from rag_core.model_source import recorded_source
-from rag_core.preflight import (
+from rag_core.corpus.corpus import Corpus
+from rag_core.embeddings.embeddings import load_document_encoder
+from rag_core.embeddings.text_encoder import TextEncoder
+from rag_core.model.rag_model import load_question_encoder
+from rag_core.model.reader import GeneratorReader, load_generator
+from rag_core.pretrained.generator_limits import refuse_long_search
+from rag_core.pretrained.model_source import recorded_source
+from rag_core.questions.questions import Question, read_question_file
+from rag_core.reading.contexts import check_questions
+from rag_core.training.pretraining import build_generator
+from rag_core.verification.preflight import (
     NO_CHOICE,
     Problems,
     check_factory,
@@ -27,15 +32,10 @@ from rag_core.preflight import (
     check_same_width,
     check_sources,
 )
-from rag_core.pretraining import build_generator
-from rag_core.question_checks import scorable, trainable
-from rag_core.questions import Question, read_question_file
-from rag_core.rag_model import load_question_encoder
-from rag_core.reader import GeneratorReader, load_generator
-from rag_core.text_encoder import TextEncoder
+from rag_core.verification.question_checks import scorable, trainable
 from tasks.notices import warn
 from tasks.preflight import check_optimizer, check_resources
-from tasks.train import check_rates, scored_of_dev
+from tasks.stages.train import check_rates, scored_of_dev
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineConfig

@@ -6,39 +6,39 @@ PyTorch, Transformers, FAISS and Arrow only; orchestration (Prefect, Ray, MLflow
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rag_core.usage_reports import switch_off
+from rag_core.network.usage_reports import switch_off
 
 switch_off()
 
 if TYPE_CHECKING:
-    from rag_core.contexts import PromptConfig
     from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+    from rag_core.embeddings.text_encoder import TextEncoder
     from rag_core.errors import ArtefactError, ConfigError, InputError, RagError
-    from rag_core.index import PassageIndex
-    from rag_core.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
-    from rag_core.rag_model import ModelConfig, RagModel
-    from rag_core.reader import Answer, DecodingConfig
-    from rag_core.text_encoder import TextEncoder
+    from rag_core.index.passage_index import PassageIndex
+    from rag_core.model.rag_model import ModelConfig, RagModel
+    from rag_core.model.reader import Answer, DecodingConfig
+    from rag_core.reading.contexts import PromptConfig
+    from rag_core.reading.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
 
 # Loaded on first use: `rag --help` must not wait seconds for PyTorch.
 _HOME = {
-    "Answer": "rag_core.reader",
+    "Answer": "rag_core.model.reader",
     "ArtefactError": "rag_core.errors",
     "ConfigError": "rag_core.errors",
-    "DecodingConfig": "rag_core.reader",
+    "DecodingConfig": "rag_core.model.reader",
     "Hypothesis": "rag_core.decoding",
     "InputError": "rag_core.errors",
-    "ModelConfig": "rag_core.rag_model",
-    "PassageIndex": "rag_core.index",
-    "PromptConfig": "rag_core.contexts",
+    "ModelConfig": "rag_core.model.rag_model",
+    "PassageIndex": "rag_core.index.passage_index",
+    "PromptConfig": "rag_core.reading.contexts",
     "RagError": "rag_core.errors",
-    "RagModel": "rag_core.rag_model",
-    "TextEncoder": "rag_core.text_encoder",
+    "RagModel": "rag_core.model.rag_model",
+    "TextEncoder": "rag_core.embeddings.text_encoder",
     "decode_rag_sequence": "rag_core.decoding",
     "decode_rag_token": "rag_core.decoding",
-    "rag_nll": "rag_core.likelihood",
-    "rag_sequence_nll": "rag_core.likelihood",
-    "rag_token_nll": "rag_core.likelihood",
+    "rag_nll": "rag_core.reading.likelihood",
+    "rag_sequence_nll": "rag_core.reading.likelihood",
+    "rag_token_nll": "rag_core.reading.likelihood",
 }
 
 __all__ = [

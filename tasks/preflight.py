@@ -5,13 +5,13 @@ from __future__ import annotations
 import ray
 import torch
 
+from rag_core.embeddings.text_encoder import resolve_precision
 from rag_core.errors import ConfigError
-from rag_core.text_encoder import resolve_precision
-from rag_core.training import OptimizerConfig, Place, part_size
+from rag_core.training.loop import OptimizerConfig, Place, part_size
 from tasks.environment.ray_cluster import cluster_address
 from tasks.notices import warn
-from tasks.ray_runtime import ensure_ray, share_of_cluster
-from tasks.retriever_shards import RetrievalConfig
+from tasks.on_ray.retriever_shards import RetrievalConfig
+from tasks.on_ray.runtime import ensure_ray, share_of_cluster
 
 
 def check_optimizer(part: str, config: OptimizerConfig, num_workers: int) -> None:

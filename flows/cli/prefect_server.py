@@ -22,8 +22,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rag_core.addresses import without_credentials
 from rag_core.errors import RagError
+from rag_core.network.addresses import without_credentials
 from tasks.environment.mlflow_store import check_server_is_there
 from tasks.environment.prefect_api import check_prefect, configured_url
 from tasks.environment.ray_cluster import check_ray
@@ -56,11 +56,13 @@ def with_services(command: Callable[..., None], *, ray: bool, trains: bool = Fal
             check_ray()
         wait_for_cluster, wait_for_server = _nothing, start_shielded_server()
         if ray:
-            from tasks.ray_workers import start_early
+            from tasks.on_ray.workers import start_early
 
-            wait_for_cluster = start_early(*(["tasks.pretrain_generator", "tasks.train"] if trains else []))
+            wait_for_cluster = start_early(
+                *(["tasks.stages.pretrain_generator", "tasks.stages.train"] if trains else [])
+            )
         import flows.pipeline  # noqa: F401  (all that any stage imports)
-        from tasks.tracking import prepare_store
+        from tasks.tracking.runs import prepare_store
 
         # A new database takes a second or two, and the server is not up yet.
         prepare_store()

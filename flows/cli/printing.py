@@ -9,16 +9,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
+from rag_core.network.addresses import without_credentials
 from tasks.terminal import Terminal, shortened, styled
 
 if TYPE_CHECKING:
     from flows.pipeline import PipelineResult
-    from rag_core.likelihood import Variant
-    from rag_core.metrics import Match
-    from rag_core.reader import Answer
-    from rag_core.scores import Evaluation, MeanScores
+    from rag_core.evaluation.metrics import Match
+    from rag_core.evaluation.scores import Evaluation, MeanScores
+    from rag_core.model.reader import Answer
+    from rag_core.reading.likelihood import Variant
     from tasks.results import StageResult
 
 console = Terminal()
@@ -41,7 +41,7 @@ def parse_variant(text: str | None) -> Variant | None:
 
 def parse_match(text: str) -> Match:
     """'words' or 'characters'; ConfigError for anything else."""
-    from rag_core.metrics import Match
+    from rag_core.evaluation.metrics import Match
 
     if text not in get_args(Match):
         raise ConfigError(f"Unknown rule {text!r} to compare answers. Give --match words or --match characters.")
@@ -50,7 +50,7 @@ def parse_match(text: str) -> Match:
 
 def print_stage(result: StageResult) -> None:
     """One line for a finished stage, and one more if too many contexts were cut."""
-    from tasks.summary import cut_note
+    from tasks.reports.summary import cut_note
 
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
     state = "up to date" if result.skipped else f"{result.seconds:.1f} s"
@@ -61,7 +61,7 @@ def print_stage(result: StageResult) -> None:
 
 def print_scores(evaluation: Evaluation) -> None:
     """Question types as rows below all questions, scores as columns."""
-    from tasks.score_tables import ALL, score_names
+    from tasks.reports.score_tables import ALL, score_names
 
     names = score_names([evaluation.overall, *evaluation.by_type.values()])
     table = _score_table("", names, left_out=evaluation.overall.unanswerable > 0)
@@ -86,7 +86,7 @@ def _score_table(first: str, names: list[str], *, left_out: bool, title: str | N
 
 
 def _add_scores(table: Table, label: Text, scores: MeanScores, names: list[str]) -> None:
-    from tasks.score_tables import score_cell
+    from tasks.reports.score_tables import score_cell
 
     left_out = [f"{scores.unanswerable:,}"] if len(table.columns) == len(names) + 3 else []
     cells = [score_cell(scores, name).replace(" (", "\n(") for name in names]
@@ -95,7 +95,7 @@ def _add_scores(table: Table, label: Text, scores: MeanScores, names: list[str])
 
 def _print_rules(evaluations: list[Evaluation]) -> None:
     """Below a table: how answers were compared, and what was left out."""
-    from tasks.score_tables import MATCH_NAMES
+    from tasks.reports.score_tables import MATCH_NAMES
 
     rules = [f"Answers compared by {MATCH_NAMES[match]}." for match in dict.fromkeys(one.match for one in evaluations)]
     groups = [one.overall for one in evaluations]
@@ -119,8 +119,8 @@ def print_answer(answer: Answer) -> None:
 
 def print_pipeline(result: PipelineResult) -> None:
     """Scores of every system on the test questions, the time of every stage, and where too many contexts were cut."""
-    from tasks.score_tables import score_names
-    from tasks.summary import cut_note
+    from tasks.reports.score_tables import score_names
+    from tasks.reports.summary import cut_note
 
     evaluations = list(result.scores.values())
     # Recall by answer string stands in scores.json.

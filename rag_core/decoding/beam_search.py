@@ -30,8 +30,8 @@ from torch import Tensor
 
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError, NotFiniteError
-from rag_core.generator_limits import refuse_long_search
-from rag_core.likelihood import check_contexts, check_encoder_decoder
+from rag_core.pretrained.generator_limits import refuse_long_search
+from rag_core.reading.likelihood import check_contexts, check_encoder_decoder
 
 EarlyStopping = bool | Literal["never"]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rag_core.context_encoder import encode_contexts
+from rag_core.cpu.packed_linears import folded_logits_bias, packed_linears
 from rag_core.decoding.shared_attention import SharedCache, can_share
-from rag_core.generation_tokens import GenerationTokens
-from rag_core.packed_linears import folded_logits_bias, packed_linears
+from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.reading.context_encoder import encode_contexts
 
 
 class PassageDecoder:

@@ -12,8 +12,8 @@ from torch import Tensor
 from rag_core.decoding.beam_search import Beams, BeamSettings, EarlyStopping, beam_search, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
 from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
-from rag_core.generation_tokens import GenerationTokens
-from rag_core.likelihood import doc_log_probs
+from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.reading.likelihood import doc_log_probs
 
 
 def decode_rag_token(

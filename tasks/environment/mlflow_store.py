@@ -15,9 +15,9 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from rag_core.addresses import check_address, without_credentials
 from rag_core.errors import ConfigError
-from rag_core.server_probe import GRACE, SECONDS, reason_of, what_answers, within
+from rag_core.network.addresses import check_address, without_credentials
+from rag_core.network.server_probe import GRACE, SECONDS, reason_of, what_answers, within
 from tasks.environment.mlflow_database import check_database_file
 
 SERVERS, DATABASES = ("http", "https"), ("postgresql", "mysql", "mssql")

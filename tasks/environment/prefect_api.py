@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from rag_core.addresses import check_address, without_credentials
 from rag_core.errors import ConfigError
-from rag_core.server_probe import GRACE, SECONDS, reason_of, what_answers, within
+from rag_core.network.addresses import check_address, without_credentials
+from rag_core.network.server_probe import GRACE, SECONDS, reason_of, what_answers, within
 
 if TYPE_CHECKING:
     from prefect.settings import Settings

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core.addresses import without_credentials
 from rag_core.errors import ConfigError
-from rag_core.server_probe import SECONDS, reason_of, within
+from rag_core.network.addresses import without_credentials
+from rag_core.network.server_probe import SECONDS, reason_of, within
 from tasks.environment.variables import writable_folder
 
 # How long that process may take; its own limits end it after 10 s.

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from rag_core.addresses import check_address
-from rag_core.artefacts.writer_lock import wait_setting
 from rag_core.errors import ConfigError
+from rag_core.network.addresses import check_address
+from rag_core.storage.writer_lock import wait_setting
 
 # As MLflow has it.
 LONGEST_EXPERIMENT_NAME = 500

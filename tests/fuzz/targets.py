@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rag_core.artefacts.artefact import fingerprint_of_json, open_artefact, publish
+from rag_core.corpus.formats import CorpusFormat, Reject, read_rows
 from rag_core.errors import RagError
-from rag_core.readers import CorpusFormat, Reject, read_rows
+from rag_core.storage.artifact import fingerprint_of_json, open_artefact, publish
 
 Feed = Callable[[bytes], None]
 PASSAGES = [("a", "Lyon", "Lyon is a city."), ("b", "", 'Grüße, "quoted"\tand 😀.'), ("c", "T", "two\nlines")]
@@ -184,7 +184,7 @@ def _parquet(folder: Path) -> Target:
 
 
 def _questions(name: str, samples: list[bytes], folder: Path) -> Target:
-    from rag_core.questions import read_questions
+    from rag_core.questions.questions import read_questions
 
     file = folder / name
 
@@ -229,7 +229,7 @@ def _put_consistently(folder: Path, name: str, data: bytes, manifest: dict[str, 
 
 
 def _manifest(folder: Path) -> Target:
-    from rag_core.corpus import Corpus
+    from rag_core.corpus.corpus import Corpus
 
     home = folder / "corpus"
     _small_artefact(home, "corpus", {"passages-00000.parquet": b"xy", "rejects.jsonl": b""}, counts={"passages": 2})
@@ -244,7 +244,7 @@ def _manifest(folder: Path) -> Target:
 
 
 def _predictions(folder: Path) -> Target:
-    from rag_core.predictions import read_predictions
+    from rag_core.evaluation.predictions import read_predictions
 
     passages = [{"id": "p", "title": "T", "text": "t", "prior": 0.5, "posterior": 0.25}]
     rows = [
@@ -276,7 +276,7 @@ def _predictions(folder: Path) -> Target:
 
 def _settings(folder: Path) -> Target:
     from flows.cli.settings import parse, read_yaml
-    from rag_core.corpus import CorpusConfig
+    from rag_core.corpus.corpus import CorpusConfig
 
     file = folder / "run.yaml"
     samples = [
@@ -294,7 +294,7 @@ def _settings(folder: Path) -> Target:
 
 
 def _passage_store(folder: Path) -> Target:
-    from rag_core.passage_store import PassageStore, write_passage_store
+    from rag_core.index.passage_store import PassageStore, write_passage_store
 
     file = folder / "passages.arrow"
     columns = [list(one) for one in zip(*PASSAGES, strict=True)]
@@ -314,7 +314,7 @@ def _passage_store(folder: Path) -> Target:
 def _embeddings(folder: Path) -> Target:
     import numpy as np
 
-    from rag_core.embeddings import Embeddings
+    from rag_core.embeddings.embeddings import Embeddings
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(1, 13, dtype=np.float32)), 4)
     pq.write_table(
@@ -340,8 +340,8 @@ def _index(name: str, factory: str, folder: Path) -> Target:
     import faiss
     import numpy as np
 
-    from rag_core.index import PassageIndex
-    from rag_core.passage_store import write_passage_store
+    from rag_core.index.passage_index import PassageIndex
+    from rag_core.index.passage_store import write_passage_store
 
     faiss.omp_set_num_threads(1)  # searches are tiny: threads would only wait for one another
     rows, vectors_ND = range(300), np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
@@ -368,8 +368,8 @@ def _index(name: str, factory: str, folder: Path) -> Target:
 
 
 def _model_folder(name: str, folder: Path) -> Target:
-    from rag_core.text_encoder import TextEncoder
-    from tests.small_corpus import make_encoder
+    from rag_core.embeddings.text_encoder import TextEncoder
+    from tests.support.small_corpus import make_encoder
 
     home = make_encoder(folder / "encoder")
     sample = (home / name).read_bytes()
@@ -386,9 +386,9 @@ def _pickled_weights(folder: Path) -> Target:
     import torch
     from safetensors.torch import load_file
 
+    from rag_core.embeddings.text_encoder import TextEncoder
     from rag_core.errors import ModelNotice
-    from rag_core.text_encoder import TextEncoder
-    from tests.small_corpus import make_encoder
+    from tests.support.small_corpus import make_encoder
 
     home = make_encoder(folder / "encoder", hidden_size=8)
     file, weights = home / "pytorch_model.bin", load_file(home / "model.safetensors")

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 
-LIKELIHOOD = "tests/test_likelihood.py"
-PROPERTIES = "tests/test_likelihood_properties.py"
-DECODING = "tests/test_decoding.py"
-INVARIANCE = "tests/test_decoding_invariance.py"
-FAMILIES = "tests/test_generator_families.py"
-HF = "tests/test_hf_equality.py"
-LOSS = "rag_core/likelihood.py"
+LIKELIHOOD = "tests/reading/test_likelihood.py"
+PROPERTIES = "tests/reading/test_likelihood_properties.py"
+DECODING = "tests/decoding/test_decoding.py"
+INVARIANCE = "tests/decoding/test_invariance.py"
+FAMILIES = "tests/decoding/test_generator_families.py"
+HF = "tests/model/test_hf_equality.py"
+LOSS = "rag_core/reading/likelihood.py"
 SEARCH = "rag_core/decoding/beam_search.py"
 DECODER = "rag_core/decoding/passage_decoder.py"
 SEQUENCE = "rag_core/decoding/sequence.py"
 SCORING = "rag_core/decoding/candidate_scoring.py"
 SHARED = "rag_core/decoding/shared_attention.py"
-GROUPS = "rag_core/context_encoder.py"
-TOKENS = "rag_core/generation_tokens.py"
-CONTEXTS = "rag_core/contexts.py"
-ENCODER = "rag_core/text_encoder.py"
+GROUPS = "rag_core/reading/context_encoder.py"
+TOKENS = "rag_core/pretrained/generation_tokens.py"
+CONTEXTS = "rag_core/reading/contexts.py"
+ENCODER = "rag_core/embeddings/text_encoder.py"
 
 READING_AND_DECODING = (
     # Likelihoods
@@ -183,7 +183,7 @@ READING_AND_DECODING = (
         SEARCH,
         "settings.max_new_tokens if penalty > 0 else length) **",
         "length) **",
-        "tests/test_fast_paths.py",
+        "tests/reading/test_fast_paths.py",
     ),
     Mutant(
         "normaliser of the softmax left out",
@@ -273,22 +273,22 @@ READING_AND_DECODING = (
         CONTEXTS,
         "dropped = set(inside[len(inside) - excess :])",
         "dropped = set(range(len(ids) - excess, len(ids)))",
-        "tests/test_contexts.py",
+        "tests/reading/test_contexts.py",
     ),
-    Mutant("cut contexts not counted", CONTEXTS, "            cut += 1\n", "", "tests/test_contexts.py"),
+    Mutant("cut contexts not counted", CONTEXTS, "            cut += 1\n", "", "tests/reading/test_contexts.py"),
     # Encoders
     Mutant(
         "not normalised",
         ENCODER,
         "if self.settings.normalize else vectors_BD",
         "if False else vectors_BD",
-        "tests/test_text_encoder.py tests/test_sentence_transformers_folders.py",
+        "tests/embeddings/test_text_encoder.py tests/embeddings/test_sentence_transformers_folders.py",
     ),
     Mutant(
         "padding in the mean",
         ENCODER,
         "(states_BSD * mask_BS1).sum(1)",
         "states_BSD.sum(1)",
-        "tests/test_text_encoder.py tests/test_sentence_transformers_folders.py",
+        "tests/embeddings/test_text_encoder.py tests/embeddings/test_sentence_transformers_folders.py",
     ),
 )

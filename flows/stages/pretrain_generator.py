@@ -1,0 +1,24 @@
+"""Stage 0: a generator from an encoder, where no pretrained one can be had."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from rag_core.storage.places import ArtefactPath
+from rag_core.training.pretraining import PretrainConfig
+from tasks.results import StageResult
+from tasks.stages.pretrain_generator import pretrain_generator as pretrain_generator_task
+
+
+@flow(name="pretrain-generator")
+def pretrain_generator(
+    corpus: ArtefactPath,
+    questions: ArtefactPath,
+    dev: ArtefactPath,
+    out: ArtefactPath,
+    config: PretrainConfig,
+    num_workers: int = 0,
+    parent_run_id: str | None = None,
+) -> StageResult:
+    """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
+    return pretrain_generator_task(corpus, questions, dev, out, config, num_workers, parent_run_id)

@@ -1,0 +1,111 @@
+"""Tables of text: DPR's passage file (psgs_w100.tsv), CSV, and MS MARCO's collection, which has no header.
+
+A row is a line whose fields stand between tabs, commas or semicolons, quoted as csv does; the first line names them. A
+quoted field may hold line ends; but a stray opening quote must not swallow the rows after it, so a row is joined over at
+most `MAX_ROW_LINES` lines (of CSV, where texts of many paragraphs are usual, `MAX_CSV_ROW_LINES`), and between tabs, where
+text holds none, never with a line that has the tabs of a whole row. If that yields nothing, only its first line is rejected. Quotes inside an unquoted field are ordinary characters.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from rag_core.corpus.formats.rows import MAX_LINE_BYTES, Record, Reject, excerpt, numbered_lines
+from rag_core.errors import InputError
+
+TAB = "\t"
+MAX_ROW_LINES = 100
+MAX_CSV_ROW_LINES = 2000
+NO_HEADER = ("id", "text")
+
+
+def records(
+    path: Path, delimiter: str, wanted: Collection[str], header: Sequence[str] = ()
+) -> Iterator[Record | Reject]:
+    """Records and rejects of one table.
+
+    Args:
+        path: the file.
+        delimiter: what stands between two fields.
+        wanted: names of columns of which there must be one only.
+        header: the names of the columns of a file that does not name them itself.
+
+    Raises:
+        InputError: the first line is no row, or names one of the `wanted` columns twice.
+    """
+    # The limit is one for the process and 128 KiB by default; it is only ever raised here.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    lines = numbered_lines(path)
+    columns = tuple(header) or columns_of(path, next(lines, (1, ""))[1], delimiter)
+    twice = sorted({name for name in columns if name in wanted and columns.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} line 1: two columns of one name ({', '.join(twice)}). Rename one of them.")
+    waiting: deque[tuple[int, str | Reject]] = deque()
+    while (entry := waiting.popleft() if waiting else next(lines, None)) is not None:
+        number, line = entry
+        if isinstance(line, Reject):
+            yield line
+        elif line:
+            fields = _split(line, delimiter) or _split_over_lines(line, delimiter, len(columns), lines, waiting)
+            yield _record(path, number, line, fields, columns)
+
+
+def columns_of(path: Path, line: str | Reject, delimiter: str) -> tuple[str, ...]:
+    """The names in a header; InputError if the line cannot be read."""
+    columns = _split(line, delimiter) if isinstance(line, str) else None
+    if columns is None:
+        found = line.found if isinstance(line, Reject) else excerpt(line)
+        raise InputError(f"{path} line 1: a header such as id, text and title was expected, found {found!r}. Add it.")
+    return tuple(column.strip() for column in columns)
+
+
+def _record(path: Path, number: int, line: str, fields: list[str] | None, columns: tuple[str, ...]) -> Record | Reject:
+    if fields is None:
+        return Reject(str(path), number, "broken row: a quoted field does not end as it should", excerpt(line))
+    if len(fields) != len(columns):
+        reason = f"broken row: {len(fields)} columns, expected {len(columns)}"
+        return Reject(str(path), number, reason, excerpt(line))
+    return Record(number, dict(zip(columns, fields, strict=True)), line, columns)
+
+
+def _split(line: str, delimiter: str) -> list[str] | None:
+    """The fields of one row; None if its quotes do not match."""
+    if '"' not in line:
+        return line.split(delimiter)
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+
+
+def _split_over_lines(
+    line: str,
+    delimiter: str,
+    width: int,
+    lines: Iterator[tuple[int, str | Reject]],
+    waiting: deque[tuple[int, str | Reject]],
+) -> list[str] | None:
+    """The fields of a row whose quoted field spans lines; on failure the lines after it stay in `waiting`."""
+    joined, quotes, length = [line], line.count('"'), len(line)
+    most = MAX_ROW_LINES if delimiter == TAB else MAX_CSV_ROW_LINES
+    # Quotes come in pairs in a whole row (inner ones are doubled), so an odd number says that a field is still open.
+    while quotes % 2 and len(joined) <= most and length <= MAX_LINE_BYTES:
+        used = len(joined) - 1
+        if used == len(waiting):
+            following = next(lines, None)
+            if following is None:
+                return None
+            waiting.append(following)
+        text = waiting[used][1]
+        if isinstance(text, Reject) or (delimiter == TAB and text.count(TAB) >= width - 1):
+            return None
+        joined.append(text)
+        quotes, length = quotes + text.count('"'), length + len(text)
+    fields = _split("\n".join(joined), delimiter) if len(joined) > 1 else None
+    if fields is not None:
+        for _ in joined[1:]:
+            waiting.popleft()
+    return fields

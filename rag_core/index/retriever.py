@@ -1,0 +1,164 @@
+"""What training and inference ask of an index, wherever its shards are: the exact top K, and the passages at its rows.
+
+`Retriever` says it once for shards in this process (`rag_core.index.passage_index.PassageIndex`) and for shards that answer from
+others. Every shard is asked with the same questions; its best are merged by score, equal scores by row, so that
+neither the number of shards nor their place can be told from an answer.
+
+Shapes: N passages, B questions, K passages per question, P proposed rows, D embedding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rag_core.corpus.passages import Passage
+from rag_core.errors import ArtefactError, ConfigError, NotFiniteError
+from rag_core.storage.artifact import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """The K passages found for each question, best first.
+
+    rows_BK: int64, rows of the index; vectors_BKD: float32, the stored vectors; scores_BK: float32, inner products
+    (not scaled), −inf where a shard found fewer than K.
+    """
+
+    rows_BK: np.ndarray
+    vectors_BKD: np.ndarray
+    scores_BK: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRange:
+    """A contiguous range of an index's rows, and the folder below the index's that holds it ("" is the index's own)."""
+
+    folder: str
+    first_row: int
+    rows: int
+
+
+def shard_ranges(manifest: Manifest) -> list[ShardRange]:
+    """The shards of an index, in the order of their rows; an index without shards is one of them."""
+    shards = manifest.details.get("shards")
+    if shards is None:
+        return [ShardRange("", 0, manifest.counts["passages"])]
+    return [ShardRange(shard_name(at), one["first_row"], one["rows"]) for at, one in enumerate(shards)]
+
+
+def shard_name(number: int) -> str:
+    """Name of a shard's folder."""
+    return f"shard-{number:05d}"
+
+
+def best_first(rows_BP: np.ndarray, scores_BP: np.ndarray, k: int) -> np.ndarray:
+    """Places (B, k) of the largest scores, equal ones by row."""
+    return np.lexsort((rows_BP, -scores_BP), axis=-1)[:, :k]
+
+
+def merge(found: Sequence[Retrieved], k: int) -> Retrieved:
+    """The k best of what several shards found; they must name rows of the whole index."""
+    if len(found) == 1:
+        return found[0]
+    rows_BP = np.concatenate([one.rows_BK for one in found], axis=1)
+    scores_BP = np.concatenate([one.scores_BK for one in found], axis=1)
+    vectors_BPD = np.concatenate([one.vectors_BKD for one in found], axis=1)
+    best_BK = best_first(rows_BP, scores_BP, k)
+    return Retrieved(
+        np.take_along_axis(rows_BP, best_BK, axis=1),
+        np.take_along_axis(vectors_BPD, best_BK[:, :, None], axis=1),
+        np.take_along_axis(scores_BP, best_BK, axis=1),
+    )
+
+
+class Retriever(ABC):
+    """An index that can be searched; `path` and `manifest` are those of the artefact."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        try:
+            self.dim: int = manifest.details["dim"]
+            self.encoder_fingerprint: str = manifest.details["encoder_fingerprint"]
+            self.ranges = shard_ranges(manifest)
+        except (KeyError, TypeError) as error:
+            raise ArtefactError(
+                f"{path}: the manifest does not describe an index ({error!r}). Build it again."
+            ) from error
+
+    @abstractmethod
+    def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
+        """What every shard found: at most k passages each."""
+
+    @abstractmethod
+    def _passages_of_shards(self, rows_n: Mapping[int, np.ndarray]) -> Mapping[int, list[Passage]]:
+        """By the shard's number, the passages at some of its rows, which are rows of the whole index."""
+
+    def __len__(self) -> int:
+        return self.manifest.counts["passages"]
+
+    def search(self, queries_BD: np.ndarray, k: int) -> Retrieved:
+        """The k passages with the largest inner products, best first, re-scored with the stored vectors.
+
+        With equal scores the passage with the lower row comes first. From a `Flat` index the answer is exact, to the
+        last of equal scores.
+
+        Args:
+            queries_BD: float32 question vectors.
+            k: passages per question, 1 … N.
+
+        Raises:
+            ConfigError: k is larger than the corpus, or the queries have another width than the index.
+            NotFiniteError: a query holds NaN or infinity, for which nothing can be found.
+        """
+        self.check_width(queries_BD.shape[-1])
+        self.check_num_docs(k)
+        _check_finite(queries_BD)
+        found = merge(self._search_shards(np.ascontiguousarray(queries_BD, dtype=np.float32), k), k)
+        if found.scores_BK.shape[1] < k or np.isneginf(found.scores_BK).any():
+            raise ConfigError(
+                f"The index {self.path} found fewer than {k} passages for a question: it probes too few lists. "
+                "Build it with another factory string (or 'auto'), or ask for fewer passages."
+            )
+        return found
+
+    def passages_of(self, rows_BK: np.ndarray) -> list[list[Passage]]:
+        """The passages at rows (B, K)."""
+        rows_n = np.unique(rows_BK)
+        shards_n = np.searchsorted([one.first_row for one in self.ranges], rows_n, side="right") - 1
+        asked = {int(shard): rows_n[shards_n == shard] for shard in np.unique(shards_n)}
+        found = self._passages_of_shards(asked)
+        passages = {
+            int(row): passage for shard in asked for row, passage in zip(asked[shard], found[shard], strict=True)
+        }
+        return [[passages[row] for row in rows_K] for rows_K in rows_BK.tolist()]
+
+    def check_width(self, width: int) -> None:
+        """Raise ConfigError if question vectors of this width cannot be compared with the index's."""
+        if width != self.dim:
+            raise ConfigError(
+                f"The question encoder gives {width} dimensions, the index {self.path} holds {self.dim}. "
+                "Use the encoder that the index was made with, or embed and index the corpus with this one."
+            )
+
+    def check_num_docs(self, k: int) -> None:
+        """Raise ConfigError unless 1 ≤ k ≤ N."""
+        if not 1 <= k <= len(self):
+            raise ConfigError(
+                f"{k} passages per question were asked for, but the index {self.path} holds {len(self)}. "
+                f"Ask for 1 to {len(self)}."
+            )
+
+
+def _check_finite(queries_BD: np.ndarray) -> None:
+    bad = len(queries_BD) - int(np.isfinite(queries_BD).all(axis=-1).sum())
+    if bad:
+        found = (
+            f"{bad} of {len(queries_BD)} questions have a vector with NaN or infinity in it, so nothing can be found."
+        )
+        raise NotFiniteError.of("the question encoder's vectors", found)

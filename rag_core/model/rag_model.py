@@ -1,0 +1,268 @@
+"""A RAG model: a trained question encoder and generator that answer from an index of passages.
+
+Lewis et al. 2020 (arXiv 2005.11401). The document encoder is frozen and not part of the model; only its fingerprint
+is, so that an index made by another one is refused. The model knows how to score, to read and to answer; how it is
+trained is in `training.py`, how passages are read in `reader.py`, how answers are searched in `decoding/`.
+
+Shapes: B questions, K passages per question, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from rag_core.embeddings.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
+from rag_core.errors import ArtefactError, ConfigError
+from rag_core.index.retriever import Retriever
+from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader, load_generator
+from rag_core.pretrained.generator_limits import within_positions
+from rag_core.pretrained.model_source import pin_source, recorded_source
+from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.likelihood import Variant
+from rag_core.storage.artifact import local_copy, open_artefact, publish
+
+KIND = "rag-model"
+SETTINGS_FILE = "rag_model.json"
+# The settings of a `ModelConfig` that name models.
+PARTS = ("question_encoder", "generator")
+
+
+class ModelConfig(BaseModel):
+    """Which parts a RAG model starts from, and the settings that belong to it for life (saved with it)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question_encoder: str = Field(
+        description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
+    )
+    generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
+    pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
+    question_prompt: str | None = Field(
+        None,
+        description="put before every question for the question encoder, such as 'query: '; empty: what its folder says",
+    )
+    score_scale: float = Field(
+        1.0, gt=0, description="doc_scores = score_scale × inner product; 1 for DPR, about 20 for unit vectors"
+    )
+    num_docs: int = Field(5, ge=1, description="K, passages per question")
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    trust_remote_code: bool = Field(
+        False,
+        description="run code that comes with the parts; this is not saved with the model",
+    )
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is trained, apart from the parts' weights."""
+        unset = set() if self.question_prompt is not None else {"question_prompt"}
+        return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
+
+    def pinned(self) -> ModelConfig:
+        """The same parts by names that mean the same in every worker: hub models with their commit, folders absolute."""
+        return self.model_copy(update={part: pin_source(getattr(self, part)) for part in PARTS})
+
+    def recorded(self) -> dict[str, str]:
+        """The parts as manifests and MLflow name them."""
+        return {part: recorded_source(getattr(self, part)) for part in PARTS}
+
+
+def load_question_encoder(config: ModelConfig) -> TextEncoder:
+    """The question encoder that a model starts from; errors as `TextEncoder.from_pretrained`."""
+    return TextEncoder.from_pretrained(
+        config.question_encoder,
+        side="question",
+        pooling=config.pooling,
+        prompt=config.question_prompt,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+class ModelSettings(BaseModel):
+    """What `rag_model.json` keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Variant | None = None
+    score_scale: float = 1.0
+    num_docs: int = 5
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    document_encoder_fingerprint: str | None = None
+
+
+class RagModel(nn.Module):
+    """Question encoder and generator with both tokenizers."""
+
+    def __init__(
+        self, question_encoder: TextEncoder, generator: nn.Module, tokenizer: Any, settings: ModelSettings
+    ) -> None:
+        super().__init__()
+        if question_encoder.prompt != question_encoder.settings.prompt_for("question"):
+            question_encoder = question_encoder.for_questions()
+        self.question_encoder = question_encoder
+        self.generator = generator
+        self.generator_tokenizer = tokenizer
+        self.reader = GeneratorReader(generator, tokenizer, settings.prompt)
+        self.settings = settings
+        if self.reader.prompt != settings.prompt:
+            self.settings = settings.model_copy(update={"prompt": self.reader.prompt})
+
+    @classmethod
+    def from_parts(cls, config: ModelConfig) -> RagModel:
+        """Put a model together from a question encoder and a generator.
+
+        Raises:
+            ConfigError: a part cannot be loaded, the generator is not a seq2seq model, or it has no positions for contexts
+                or answers of the lengths that the prompt sets.
+        """
+        trust = config.trust_remote_code
+        question_encoder = load_question_encoder(config)
+        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
+        settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
+        return cls(question_encoder, generator, tokenizer, settings)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, trust_remote_code: bool = False) -> RagModel:
+        """Load a folder written by `save_pretrained`.
+
+        Args:
+            folder: the artefact.
+            trust_remote_code: run code that came with a part of the model and was saved with it.
+
+        Raises:
+            ArtefactError: the folder is not a RAG model, or it is damaged.
+            ConfigError: a part cannot be loaded, or needs code of its own.
+        """
+        folder = local_copy(Path(folder))
+        open_artefact(folder, KIND)
+        try:
+            settings = ModelSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
+        except (ValidationError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtefactError(
+                f"{folder / SETTINGS_FILE} cannot be read ({reason}). Train the model again, or copy it again."
+            ) from error
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", side="question", **trust)
+        generator, tokenizer = load_generator(folder / "generator", **trust)
+        # Stored before such prompts were refused: contexts that fit were and are read alike, longer ones are now cut.
+        settings.prompt = within_positions(generator, settings.prompt)
+        return cls(question_encoder, generator, tokenizer, settings).eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        config: dict[str, Any] | None = None,
+        made_from: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:
+        """Publish the model as a folder (weights in safetensors), atomically; an older model there is replaced."""
+        with publish(Path(folder), KIND, config=config, made_from=made_from) as draft:
+            self.write_files(draft.folder)
+            draft.details = details or {}
+
+    @classmethod
+    def from_hf_rag(
+        cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
+    ) -> RagModel:
+        """Read a RAG checkpoint of Hugging Face's; arguments and errors as in `hf_rag.read_hf_rag`."""
+        from rag_core.model.hf_rag import read_hf_rag  # which is built on this module
+
+        return read_hf_rag(folder_or_hub_name, pooling=pooling, trust_remote_code=trust_remote_code)
+
+    def to_hf_rag(self, folder: str | Path, *, variant: Variant | None = None) -> None:
+        """Write a folder that Hugging Face's RAG class loads; arguments and errors as in `hf_rag.write_hf_rag`."""
+        from rag_core.model.hf_rag import write_hf_rag
+
+        write_hf_rag(self, folder, variant=variant)
+
+    def write_files(self, folder: Path) -> None:
+        """Write the model's files into a folder, without a manifest."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.question_encoder.save_pretrained(folder / "question_encoder")
+        self.reader.save_pretrained(folder / "generator")
+        (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights: what a training run starts from, whatever the folders are called."""
+        digest = hashlib.sha256(self.question_encoder.fingerprint().encode())
+        digest.update(fingerprint_of_weights(self.generator).encode())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        return self.question_encoder.device
+
+    def doc_scores(self, question_vectors_BD: torch.Tensor, vectors_BKD: torch.Tensor) -> torch.Tensor:
+        """doc_scores_BK float32: score_scale × ⟨question, passage⟩, differentiable in the question vectors."""
+        return self.settings.score_scale * torch.einsum("bd,bkd->bk", question_vectors_BD, vectors_BKD)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        index: Retriever,
+        *,
+        variant: Variant | None = None,
+        num_docs: int | None = None,
+        decoding: DecodingConfig | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Retrieve and answer.
+
+        Args:
+            questions: any number; they are decoded `decoding.batch_size` at a time.
+            index: the passages to read.
+            variant: "sequence" or "token"; default: what the model was trained as.
+            num_docs: K; default: the model's setting.
+            decoding: beam settings.
+            on_progress: called with the number of questions done after each batch.
+
+        Raises:
+            ConfigError: no variant known, K larger than the corpus, an index of another width, or more tokens than the
+                generator has positions for.
+            ArtefactError: the index was made by another document encoder than the model was trained with.
+        """
+        self.check_index(index)
+        variant, decoding = self.variant_or(variant), decoding or DecodingConfig()
+        self.reader.check_decoding(decoding)
+        answers: list[Answer] = []
+        with self.reader.many_batches(decoding):
+            for batch in batches_of(questions, decoding.batch_size):
+                vectors_BD = self.question_encoder.embed(batch)
+                found = index.search(vectors_BD.float().cpu().numpy(), num_docs or self.settings.num_docs)
+                scores_BK = self.settings.score_scale * torch.from_numpy(found.scores_BK).to(self.device)
+                passages_BK = index.passages_of(found.rows_BK)
+                answers += self.reader.answer_from(batch, passages_BK, scores_BK, variant=variant, decoding=decoding)
+                if on_progress:
+                    on_progress(len(batch))
+        return answers
+
+    def check_index(self, index: Retriever) -> None:
+        """Raise if the index's vectors are not those that this model's question encoder was trained to meet."""
+        index.check_width(self.question_encoder.dim)
+        expected = self.settings.document_encoder_fingerprint
+        if expected is not None and expected != index.encoder_fingerprint:
+            raise ArtefactError(
+                f"The index {index.path} was made by another document encoder ({index.encoder_fingerprint[:12]}…) than the "
+                f"model was trained with ({expected[:12]}…). Embed and index the corpus with that encoder."
+            )
+
+    def variant_or(self, variant: Variant | None) -> Variant:
+        """The variant asked for, or the one that the model was trained as; ConfigError if neither is known."""
+        chosen = variant or self.settings.variant
+        if chosen is None:
+            raise ConfigError(
+                "This model was not trained as RAG-Sequence or RAG-Token yet. Say which: sequence or token."
+            )
+        return chosen
+
+
+def batches_of(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Consecutive slices of at most `size` items."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,240 @@
+"""A generator that reads passages: likelihoods of answers and the search for them, over passages that are given.
+
+It knows nothing of retrieval: passages and their scores come from a caller (`rag_model.py` finds them, a pretraining
+run or a question file brings its own).
+
+Shapes: B questions, K passages per question, S context tokens, T answer tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+
+from rag_core.corpus.passages import Passage
+from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
+from rag_core.decoding.passage_decoder import decoding_mode
+from rag_core.embeddings.text_encoder import Precision, autocast
+from rag_core.errors import ConfigError
+from rag_core.model.surface import SurfaceReader
+from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.pretrained.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
+from rag_core.pretrained.model_source import (
+    load_config,
+    load_tokenizer,
+    load_weights,
+    quiet_transformers,
+    resolve_model_source,
+)
+from rag_core.reading.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
+from rag_core.reading.likelihood import Variant, rag_nll
+
+
+class DecodingConfig(BaseModel):
+    """How answers are searched."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_beams: int = Field(4, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="longest answer, end token included")
+    mode: Literal["thorough", "fast"] = Field(
+        "thorough", description="RAG-Sequence: score answers under every passage, or only where found"
+    )
+    length_penalty: float = Field(0.0, description="beams rank by log_prob / length ** length_penalty")
+    early_stopping: bool | Literal["never"] = Field(
+        False, description="when a beam is done; as in Transformers' generation config"
+    )
+    num_return_sequences: int = Field(3, ge=1, description="the answer and its runners-up")
+    batch_size: int = Field(16, ge=1, description="questions decoded at once")
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An answer's text and its log-probability in nats (end token included) under the mixture."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPassage:
+    """A passage that was read, with p(z|q) and p(z|q,a).
+
+    For RAG-Token, where every token has a posterior of its own, the mean over the answer's tokens.
+    """
+
+    passage: Passage
+    prior: float
+    posterior: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best answer to a question, its runners-up (best first, the answer itself leading) and what was read."""
+
+    text: str
+    log_prob: float
+    candidates: tuple[Candidate, ...]
+    passages: tuple[ReadPassage, ...]
+
+
+class GeneratorReader:
+    """A seq2seq generator with its tokenizer and prompt. `count` goes up with every context that is read.
+
+    Lengths that the prompt does not set are lowered to what the generator has positions for.
+
+    Raises:
+        ConfigError: the generator has no positions for contexts or answers of the lengths that the prompt sets.
+    """
+
+    def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.prompt = fitting_prompt(generator, prompt)
+        self.count = ContextCount()
+        self._surface = SurfaceReader(tokenizer)
+        # Answers must be trained to end with a token that ends them in decoding: the generator's, not the tokenizer's.
+        ends = GenerationTokens.of(generator).ends
+        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write weights (safetensors) and tokenizer to a folder that `load_generator` reads."""
+        with quiet_transformers():
+            self.generator.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[ContextCount]:
+        """Count the contexts that are read inside the block apart from all others."""
+        outside, self.count = self.count, ContextCount()
+        try:
+            yield self.count
+        finally:
+            self.count = outside
+
+    def check_decoding(self, decoding: DecodingConfig) -> None:
+        """Raise ConfigError, before anything is read, if the generator cannot write answers as long as `decoding` allows."""
+        refuse_long_search(self.generator, decoding.max_new_tokens)
+
+    @contextlib.contextmanager
+    def many_batches(self, decoding: DecodingConfig) -> Iterator[None]:
+        """Around the `answer_from` calls of several batches: the generator's weights are laid out once for all."""
+        with autocast(self.device, decoding.precision), decoding_mode(self.generator):
+            yield
+
+    def nll(
+        self,
+        questions: Sequence[str],
+        passages_BK: Sequence[Sequence[Passage]],
+        doc_scores_BK: torch.Tensor,
+        answers: Sequence[str],
+        variant: Variant,
+    ) -> torch.Tensor:
+        """−log p(answer | question) for given passages and scores: nll_B in nats, summed over tokens."""
+        contexts = self._contexts(questions, passages_BK)
+        limit = self.prompt.max_answer_tokens
+        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self._end)
+        return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
+
+    def answer_from(
+        self,
+        questions: Sequence[str],
+        passages_BK: Sequence[Sequence[Passage]],
+        doc_scores_BK: torch.Tensor,
+        *,
+        variant: Variant,
+        decoding: DecodingConfig,
+    ) -> list[Answer]:
+        """Answer one batch of questions from given passages and scores (B, K); settings as in `DecodingConfig`."""
+        contexts = self._contexts(questions, passages_BK)
+        options: dict[str, Any] = {
+            "num_beams": decoding.num_beams,
+            "max_new_tokens": decoding.max_new_tokens,
+            "length_penalty": decoding.length_penalty,
+            "early_stopping": decoding.early_stopping,
+            "num_return_sequences": min(decoding.num_return_sequences, decoding.num_beams),
+        }
+        with autocast(self.device, decoding.precision):
+            if variant == "sequence":
+                found = decode_rag_sequence(self.generator, *contexts, doc_scores_BK, mode=decoding.mode, **options)
+            else:
+                found = decode_rag_token(self.generator, *contexts, doc_scores_BK, **options)
+        prior_BK = torch.softmax(doc_scores_BK.double(), dim=-1).cpu().numpy()
+        return [
+            self._to_answer(hypotheses, passages_K, prior_K)
+            for hypotheses, passages_K, prior_K in zip(found, passages_BK, prior_BK, strict=True)
+        ]
+
+    def _contexts(
+        self, questions: Sequence[str], passages_BK: Sequence[Sequence[Passage]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        self.count.contexts += sum(len(passages_K) for passages_K in passages_BK)
+        self.count.contexts_cut += found.cut
+        return found.input_ids_BKS, found.attention_mask_BKS
+
+    def _to_answer(self, hypotheses: list[Hypothesis], passages_K: Sequence[Passage], prior_K: np.ndarray) -> Answer:
+        best = hypotheses[0]
+        log_posterior = best.doc_log_posterior.double()
+        if log_posterior.dim() == 2:
+            posterior_K = log_posterior.exp().mean(0).numpy() if len(log_posterior) else prior_K
+        else:
+            posterior_K = log_posterior.exp().numpy()
+        order = np.argsort(-posterior_K, kind="stable")
+        read_texts = [passages_K[place].text for place in order]
+        candidates = tuple(Candidate(self._surface(one.token_ids, read_texts), one.log_prob) for one in hypotheses)
+        return Answer(
+            text=candidates[0].text,
+            log_prob=best.log_prob,
+            candidates=candidates,
+            passages=tuple(
+                ReadPassage(passage, float(prior), float(posterior))
+                for passage, prior, posterior in zip(passages_K, prior_K, posterior_K, strict=True)
+            ),
+        )
+
+
+def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """A seq2seq model (float32, eval mode) and its tokenizer; `trust_remote_code` as in `TextEncoder.from_pretrained`.
+
+    Raises:
+        ConfigError: not readable, decoder-only, or with a tokenizer that is another model's.
+    """
+    source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    if not config.is_encoder_decoder:
+        raise ConfigError(
+            f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
+            "BART, T5 or the one that `rag pretrain` makes."
+        )
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    load = AutoModelForSeq2SeqLM.from_pretrained
+    model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
+    tokenizer = load_tokenizer(source, **trust)
+    refuse_tokenizer(model, tokenizer, str(name_or_folder))
+    return without_unused_pooler(model).eval(), tokenizer
+
+
+def without_unused_pooler(generator: Any) -> Any:
+    """The same generator; of an EncoderDecoderModel the encoder's pooler is taken away.
+
+    It is no part of the model's output. Loading makes one of random weights all the same: no gradient reaches it, which
+    upsets DDP, and every load would have another fingerprint.
+    """
+    if getattr(getattr(generator, "encoder", None), "pooler", None) is not None:
+        generator.encoder.pooler = None
+    return generator

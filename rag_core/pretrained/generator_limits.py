@@ -1,0 +1,163 @@
+"""What a generator can read and write: positions of its encoder and decoder, rows of its vocabulary.
+
+A position or a token beyond a table ends in an index error deep inside the model (on a GPU: in a device assertion that
+takes the process along), often hours into a run. Here it is refused beforehand. Limits are read off the tables
+themselves, not off the configuration, as each family counts otherwise: BART's tables have two rows more than it has
+positions, RoBERTa's positions start after the padding token's, LED's encoder fills texts up to whole windows. T5's
+relative and M2M100's growing positions have no limit.
+
+Shapes: S context tokens, T answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rag_core.errors import ConfigError
+from rag_core.pretrained.generation_tokens import GenerationTokens
+
+if TYPE_CHECKING:  # which is built on the likelihood, and that on this module
+    from rag_core.reading.contexts import PromptConfig
+
+
+def positions_of(stack: nn.Module) -> int | None:
+    """The most tokens for which a transformer (a text encoder, or one side of a generator) has positions; None: any."""
+    for module in stack.modules():
+        learned = getattr(module, "embed_positions", None)
+        if isinstance(learned, nn.Embedding):
+            positions = learned.num_embeddings - int(getattr(learned, "offset", 0))
+            return positions // _window(stack) * _window(stack)
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding):
+            # RoBERTa and its kin count positions from padding_idx + 1.
+            before = getattr(module, "padding_idx", None)
+            return table.num_embeddings - (before + 1 if isinstance(before, int) else 0)
+    return None
+
+
+def encoder_positions(generator: Any) -> int | None:
+    """The longest context in tokens; None: any."""
+    return positions_of(generator.get_encoder())
+
+
+def decoder_positions(generator: Any) -> int | None:
+    """The longest input of the decoder in tokens, its start token included; None: any."""
+    return positions_of(generator.get_decoder())
+
+
+def refuse_long_contexts(generator: Any, tokens: int, setting: str = "contexts of") -> None:
+    """Raise ConfigError if the encoder has no positions for so many tokens; `setting` names them in the message."""
+    limit = encoder_positions(generator)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"{setting} {tokens} tokens are more than the encoder of the generator ({type(generator).__name__}) has "
+            f"positions for: {limit}. Set prompt.max_context_tokens to at most {limit}, or choose another generator."
+        )
+
+
+def refuse_long_answers(generator: Any, tokens: int, setting: str = "answers of") -> None:
+    """Raise ConfigError if the decoder has no positions for answers of so many tokens, end token included.
+
+    Args:
+        generator: an encoder-decoder.
+        tokens: labels of an answer. What the decoder reads before them but for its start token needs positions, too.
+        setting: names them in the message.
+    """
+    forced, limit = GenerationTokens.of(generator).forced_first, decoder_positions(generator)
+    if limit is not None and tokens + forced > limit:
+        raise ConfigError(
+            f"{setting} {tokens} tokens are more than the decoder of the generator ({type(generator).__name__}) has "
+            f"positions for: {limit - forced}. Set prompt.max_answer_tokens to at most {limit - forced}, or choose another "
+            "generator."
+        )
+
+
+def refuse_long_search(generator: Any, max_new_tokens: int) -> None:
+    """Raise ConfigError if a search may write more tokens, a forced first one included, than the decoder has positions.
+
+    Or none but the forced one.
+    """
+    if max_new_tokens <= GenerationTokens.of(generator).forced_first:
+        raise ConfigError("max_new_tokens is 1, which the generator's forced first token takes up; raise it.")
+    limit = decoder_positions(generator)
+    if limit is not None and max_new_tokens > limit:
+        raise ConfigError(
+            f"max_new_tokens {max_new_tokens} is more than the decoder of the generator ({type(generator).__name__}) has "
+            f"positions for: {limit}. Set max_new_tokens to at most {limit}."
+        )
+
+
+def fitting_prompt(generator: Any, prompt: PromptConfig) -> PromptConfig:
+    """The prompt, with lengths that nobody has set lowered to what the generator has positions for.
+
+    Raises:
+        ConfigError: contexts or answers of the lengths that were set have no positions.
+    """
+    fitting = within_positions(generator, prompt)
+    if "max_context_tokens" in prompt.model_fields_set:
+        refuse_long_contexts(generator, prompt.max_context_tokens, "max_context_tokens:")
+    if "max_answer_tokens" in prompt.model_fields_set:
+        refuse_long_answers(generator, prompt.max_answer_tokens, "max_answer_tokens:")
+    return fitting
+
+
+def within_positions(generator: Any, prompt: PromptConfig) -> PromptConfig:
+    """The prompt with its lengths lowered to what the generator has positions for."""
+    contexts, answers = encoder_positions(generator), decoder_positions(generator)
+    lowered: dict[str, int] = {}
+    if contexts is not None and contexts < prompt.max_context_tokens:
+        lowered["max_context_tokens"] = contexts
+    forced = GenerationTokens.of(generator).forced_first
+    if answers is not None and answers - forced < prompt.max_answer_tokens:
+        lowered["max_answer_tokens"] = answers - forced
+    return prompt.model_copy(update=lowered)
+
+
+def refuse_tokenizer(generator: Any, tokenizer: Any, source: str) -> None:
+    """Raise ConfigError if the tokenizer is of another model: tokens without embeddings, or nothing to pad with.
+
+    Args:
+        generator: an encoder-decoder.
+        tokenizer: what was found beside it.
+        source: where both come from, for the message.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"The tokenizer of the generator {source} has no padding token, which batches need. Set pad_token in its "
+            "tokenizer_config.json, or choose another generator."
+        )
+    # Of an EncoderDecoderModel both sides have embeddings of their own.
+    rows = min(
+        side.get_input_embeddings().num_embeddings for side in (generator.get_encoder(), generator.get_decoder())
+    )
+    refuse_tokens_beyond(rows, tokenizer, f"the generator {source}")
+    tokens = GenerationTokens.of(generator)
+    beyond = [one for one in (*tokens.prompt, *tokens.ends, tokens.pad) if not 0 <= one < rows]
+    if beyond:
+        raise ConfigError(
+            f"The generator {source} starts, ends or pads with token {beyond[0]}, but it has embeddings for {rows}. Correct "
+            "its generation_config.json."
+        )
+
+
+def refuse_tokens_beyond(rows: int, tokenizer: Any, owner: str) -> None:
+    """Raise ConfigError if texts can have tokens beyond the model's embeddings, of which it has so many rows.
+
+    Special tokens that no text gets, such as a [MASK] that was added, may lie beyond.
+    """
+    special = set(tokenizer.all_special_ids)
+    used = {one for one in tokenizer.get_vocab().values() if one not in special} | set(tokenizer("")["input_ids"])
+    used |= {one for one in (tokenizer.pad_token_id, tokenizer.unk_token_id) if one is not None}
+    if max(used) >= rows:
+        raise ConfigError(
+            f"The tokenizer of {owner} has tokens up to id {max(used)}, but the model has embeddings for {rows}: it is "
+            "another model's. Put the model's own tokenizer there."
+        )
+
+
+def _window(stack: Any) -> int:
+    """LED's encoder fills texts up to a multiple of its attention window, and positions are needed for that, too."""
+    window = getattr(stack.config, "attention_window", 1) if type(stack).__name__ == "LEDEncoder" else 1
+    return int(window if isinstance(window, int) else max(window))

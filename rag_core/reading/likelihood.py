@@ -1,0 +1,326 @@
+"""The likelihood of an answer under RAG-Sequence and RAG-Token, and the one place where passages are marginalised.
+
+Lewis et al. 2020 (arXiv 2005.11401), section 2.1, with p(z|q) = softmax of the retriever's scores over the K
+passages of a question:
+
+    RAG-Sequence    p(a|q) = Σ_z p(z|q) Π_t p(a_t | q, z, a_<t)
+    RAG-Token       p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t)
+
+The document's probability enters once an answer (Sequence) or once a token (Token), whatever the first token is.
+The log-softmax of the logits, the largest tensor of a training step, is never held, neither forwards nor for the
+gradient; the price is that second derivatives are not defined. What is V times smaller, one number a token, is float64:
+a long answer's log-probability of −1000 in float32 would tell one passage from another only to the fourth digit. The
+price is a device that has float64.
+This module knows nothing about retrieval, tokenisers, optimisers or devices.
+
+Legend: B questions, K passages per question, N contexts (B·K), S context tokens, T answer tokens, M labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from rag_core.cpu.bfloat16 import matmul_attention
+from rag_core.cpu.packed_linears import folded_logits_bias, trainable_linears
+from rag_core.errors import ConfigError
+from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.pretrained.generator_limits import refuse_long_answers
+from rag_core.reading.context_encoder import encode_contexts
+
+Variant = Literal["sequence", "token"]
+
+# The label of positions that count for nothing.
+IGNORE_INDEX = -100
+
+# Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 4 MB.
+_CHUNK_ELEMENTS = 1 << 20
+
+# The least log-probability of a token in a loss, in nats. Logits near the end of their type's range would give −inf, and
+# with it a gradient of NaN. Sums of floors stay finite in float32, and no logit within ±10²⁹ gets here.
+_FLOOR = -1e30
+
+
+def rag_sequence_nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """−log p(a|q) of RAG-Sequence.
+
+    Args:
+        logits_BKTV: the generator's logits for every (question, passage) pair, floating point. Half precision is
+            accumulated in float32; float64 stays float64.
+        doc_scores_BK: the retriever's scores before the softmax, floating point. −inf marks an absent passage; each
+            question has one passage at least.
+        labels_BT: int64 token ids of the answer, end token included, no start token.
+        ignore_index: label of positions that count for nothing; they may be anywhere.
+
+    Returns:
+        nll_B in nats, summed over tokens, float32 (float64 if an input is float64). Loss and gradients are finite for
+        all finite inputs; a token less probable than e^−10³⁰ counts as that, and gives no gradient.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+
+    Source: Lewis et al. 2020, section 2.1, "RAG-Sequence Model".
+    """
+    return _nll(logits_BKTV, doc_scores_BK, labels_BT, variant="sequence", ignore_index=ignore_index)
+
+
+def rag_token_nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """−log p(a|q) of RAG-Token. Arguments, result and errors as in `rag_sequence_nll`.
+
+    Source: Lewis et al. 2020, section 2.1, "RAG-Token Model".
+    """
+    return _nll(logits_BKTV, doc_scores_BK, labels_BT, variant="token", ignore_index=ignore_index)
+
+
+def rag_nll(
+    generator: Any,
+    input_ids_BKS: Tensor,
+    attention_mask_BKS: Tensor,
+    doc_scores_BK: Tensor,
+    labels_BT: Tensor,
+    *,
+    variant: Variant,
+) -> Tensor:
+    """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
+
+    Contexts are encoded in groups of like length, and the vocabulary is projected where a label stands, nowhere else.
+
+    Args:
+        generator: a transformers encoder-decoder model. The decoder reads the generator's prompt (the start token, and
+            a forced first token if its generation config has one) and the labels; see `GenerationTokens`.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
+        doc_scores_BK: the retriever's scores before the softmax. −inf marks an absent passage.
+        labels_BT: int64 token ids of the answers, end token included, no start token, padded with −100.
+        variant: "sequence" or "token".
+
+    Returns:
+        nll_B in nats, summed over tokens, float32 (float64 for a float64 generator).
+
+    Raises:
+        ConfigError: unknown variant, a generator that is not an encoder-decoder, or contexts or answers that are longer
+            than it has positions for.
+        ValueError: the shapes do not fit each other.
+
+    Source: Lewis et al. 2020, section 2.1.
+    """
+    _check_variant(variant)
+    check_encoder_decoder(generator)
+    check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
+    B, K = doc_scores_BK.shape
+    if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
+        raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
+    refuse_long_answers(generator, labels_BT.shape[1])
+    labels_NT = labels_BT.repeat_interleave(K, dim=0)
+    log_probs_NT, logits_dtype = _answer_log_probs(
+        generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1), labels_NT
+    )
+    log_probs_BKT = log_probs_NT.unflatten(0, (B, K))
+    return _marginal_nll(log_probs_BKT, doc_scores_BK, labels_BT == IGNORE_INDEX, variant, logits_dtype)
+
+
+def doc_log_probs(doc_scores_BK: Tensor) -> Tensor:
+    """log p(z|q) of shape (B, K): log-softmax of the retriever's scores, in float32 at least."""
+    return torch.log_softmax(_at_least_float32(doc_scores_BK), dim=1)
+
+
+def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
+    """log Σ_z p(z|q) p(·|q,z): the passages, dimension 1, are summed out.
+
+    Args:
+        log_probs_BK: log p(·|q,z), shape (B, K, ...), −inf allowed: an answer (B, K), its tokens (B, K, T), or next
+            tokens (B, K, H, V).
+        log_weights_BK: log p(z|q), −inf for an absent passage; shape (B, K), or (B, K, H) where hypotheses have
+            weights of their own.
+
+    Returns:
+        log p(·|q), shape (B, ...).
+    """
+    missing = log_probs_BK.dim() - log_weights_BK.dim()
+    joint_BK = log_probs_BK + log_weights_BK.reshape(log_weights_BK.shape + (1,) * missing)
+    # One passage is its own sum; this saves the beam search of RAG-Sequence four passes over the vocabulary.
+    return joint_BK.squeeze(1) if joint_BK.shape[1] == 1 else joint_BK.logsumexp(dim=1)
+
+
+def token_log_probs(logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
+    """log p(label) = logit − logsumexp(logits) at each position, differentiable once in the logits.
+
+    Exact to the relative precision of the logits' type, however large the logits and however sure the label.
+
+    Args:
+        logits_RTV: floating point, shape (..., V); half precision is accumulated in float32.
+        labels_RT: int64, shape (...), each in [0, V).
+
+    Returns:
+        Shape (...), float64.
+    """
+    log_probs: Tensor = _TokenLogProbs.apply(logits_RTV, labels_RT)
+    return log_probs
+
+
+def check_encoder_decoder(generator: Any) -> None:
+    """Raise `ConfigError` unless `generator` is an encoder-decoder model."""
+    if not getattr(generator.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"The generator is a {type(generator).__name__}, which is not an encoder-decoder "
+            "(config.is_encoder_decoder is not set). Take a model such as BART, T5 or EncoderDecoderModel."
+        )
+
+
+def check_contexts(input_ids_BKS: Tensor, attention_mask_BKS: Tensor, doc_scores_BK: Tensor) -> None:
+    """Raise `ValueError` unless contexts, mask and document scores have shapes (B, K, S), (B, K, S), (B, K)."""
+    if (
+        input_ids_BKS.dim() != 3
+        or attention_mask_BKS.shape != input_ids_BKS.shape
+        or doc_scores_BK.shape != input_ids_BKS.shape[:2]
+        or 0 in input_ids_BKS.shape
+    ):
+        raise ValueError(
+            "input_ids and attention_mask must have one shape (B, K, S) and doc_scores the shape (B, K), none empty; "
+            f"found {tuple(input_ids_BKS.shape)}, {tuple(attention_mask_BKS.shape)}, {tuple(doc_scores_BK.shape)}"
+        )
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in get_args(Variant):
+        raise ConfigError(f'Unknown RAG variant {variant!r}: expected "sequence" or "token".')
+
+
+def _nll(
+    logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, *, variant: Variant, ignore_index: int
+) -> Tensor:
+    if (
+        logits_BKTV.dim() != 4
+        or 0 in logits_BKTV.shape
+        or doc_scores_BK.shape != logits_BKTV.shape[:2]
+        or labels_BT.shape != (logits_BKTV.shape[0], logits_BKTV.shape[2])
+    ):
+        raise ValueError(
+            "logits must have the shape (B, K, T, V), doc_scores (B, K) and labels (B, T), none of them empty; "
+            f"found {tuple(logits_BKTV.shape)}, {tuple(doc_scores_BK.shape)}, {tuple(labels_BT.shape)}"
+        )
+    ignored_BT = labels_BT == ignore_index
+    # Ignored positions look up token 0, which is always there; what they find is masked.
+    labels_BKT = labels_BT.masked_fill(ignored_BT, 0).unsqueeze(1).expand(logits_BKTV.shape[:3])
+    log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT)
+    return _marginal_nll(log_probs_BKT, doc_scores_BK, ignored_BT, variant, logits_BKTV.dtype)
+
+
+def _marginal_nll(
+    log_probs_BKT: Tensor, doc_scores_BK: Tensor, ignored_BT: Tensor, variant: Variant, logits_dtype: torch.dtype
+) -> Tensor:
+    """−log p(a|q) of shape (B,) from log p(a_t | q, z, a_<t); positions that are ignored count for nothing."""
+    log_probs_BKT = log_probs_BKT.clamp(min=_FLOOR)
+    log_docs_BK = doc_log_probs(doc_scores_BK.double())
+    if variant == "sequence":
+        answer_BK = log_probs_BKT.masked_fill(ignored_BT.unsqueeze(1), 0.0).sum(dim=2)
+        log_likelihood_B = marginalize(answer_BK, log_docs_BK)
+    else:
+        # Masked after the marginalisation: an ignored token must count 0 exactly, not log Σ_z p(z|q) up to rounding.
+        log_likelihood_B = marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
+    inputs_dtype = torch.promote_types(logits_dtype, doc_scores_BK.dtype)
+    return -log_likelihood_B.to(torch.promote_types(inputs_dtype, torch.float32))
+
+
+def _answer_log_probs(
+    generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor, labels_NT: Tensor
+) -> tuple[Tensor, torch.dtype]:
+    """log p(label) of each context's answer, (N, T) float64, 0 where a label is ignored; and the logits' type."""
+    decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_NT)
+    labelled_NT = labels_NT != IGNORE_INDEX
+    # The prompt's positions but the last predict nothing that is asked for.
+    asked_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
+    with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, asked_NT):
+        states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
+        in_bf16 = states_NSD.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        with matmul_attention(generator.get_decoder()) if in_bf16 else nullcontext():
+            logits_MV = generator(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),
+                attention_mask=attention_mask_NS,
+                decoder_input_ids=decoder_input_ids,
+                use_cache=False,
+            ).logits
+    log_probs_M = token_log_probs(logits_MV, labels_NT[labelled_NT])
+    log_probs_NT = log_probs_M.new_zeros(labels_NT.shape).masked_scatter(labelled_NT, log_probs_M)
+    return log_probs_NT, logits_MV.dtype
+
+
+@contextmanager
+def _projected_only_at(generator: Any, asked_NT: Tensor) -> Iterator[None]:
+    """Inside, the generator's head projects the asked positions only: its logits have the shape (M, V)."""
+
+    def select(head: Any, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (hidden[0][asked_NT], *hidden[1:])
+
+    hook = generator.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log-softmax at the label, in chunks of positions; the gradient onehot − softmax is written into one buffer.
+
+    Autograd's own version holds a float32 copy of half-precision logits and makes three more tensors of that size on
+    the way back. With m the greatest logit, rest = Σ_{v ≠ label} exp(x_v − m) and total = rest + exp(x_label − m):
+
+        log p = (x_label − m) − log(total)
+        d log p / d x_v = rest / total at the label, −exp(x_v − m) / total elsewhere
+
+    `rest` is summed without the label, as 1 − p taken from a p that is nearly one would keep no digit; and m stays
+    apart, as m + log(total) rounds the logarithm away where logits are large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
+        V = logits_RTV.shape[-1]
+        logits_NV, labels_N1 = logits_RTV.reshape(-1, V), labels_RT.reshape(-1, 1)
+        rows = max(1, _CHUNK_ELEMENTS // V)
+        top_N1 = logits_NV.amax(dim=1, keepdim=True)
+        rest_N1 = torch.cat(
+            [
+                _exp_from(logits, top).scatter_(1, labels, 0.0).sum(dim=1, keepdim=True)
+                for logits, top, labels in zip(
+                    logits_NV.split(rows), top_N1.split(rows), labels_N1.split(rows), strict=True
+                )
+            ]
+        ).double()
+        gap_N1 = logits_NV.gather(1, labels_N1).double() - top_N1.double()
+        ctx.save_for_backward(logits_NV, labels_N1, top_N1, rest_N1, rest_N1 + gap_N1.exp())
+        ctx.shape = logits_RTV.shape
+        # log(total), and exact where the label is the greatest: the gap is zero then and total = 1 + rest.
+        return (gap_N1 - (rest_N1 + gap_N1.expm1()).log1p()).view(logits_RTV.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        logits_NV, labels_N1, top_N1, rest_N1, total_N1 = ctx.saved_tensors
+        weight_N1 = grad_outputs[0].reshape(-1, 1) / total_N1
+        at_label_N1 = weight_N1 * rest_N1
+        grad_NV = torch.empty_like(logits_NV)
+        rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[1])
+        for start in range(0, len(labels_N1), rows):
+            part = slice(start, start + rows)
+            chunk_NV = _exp_from(logits_NV[part], top_N1[part])
+            chunk_NV.mul_(-weight_N1[part].to(chunk_NV.dtype))
+            grad_NV[part] = chunk_NV.scatter_(1, labels_N1[part], at_label_N1[part].to(chunk_NV.dtype))
+        return grad_NV.view(ctx.shape), None
+
+
+def _exp_from(logits_NV: Tensor, top_N1: Tensor) -> Tensor:
+    """exp(logits − top) in float32 at least, in a buffer of its own."""
+    return (_at_least_float32(logits_NV) - top_N1).exp_()

@@ -1,0 +1,70 @@
+"""What `rag verify` asks of an artefact in an object store: every object read and compared, and damaged ones replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from rag_core.errors import ArtefactError
+from rag_core.storage.draft import finished_file
+from rag_core.storage.manifest import MANIFEST, Finding, Manifest, examine_file, sha256_of_file
+from rag_core.storage.object_store import download, download_plain, list_objects, upload
+from rag_core.storage.places import ObjectPath
+from rag_core.storage.stored_artifact import cache_folder, copy_folder, files_place, needed_manifest
+
+
+def stored_artefacts_below(place: ObjectPath) -> list[ObjectPath]:
+    """The places at or below `place` that have a manifest."""
+    found = [PurePosixPath(name).parent for name in list_objects(place) if PurePosixPath(name).name == MANIFEST]
+    return [place / one for one in sorted(found) if not any(part.startswith("files-") for part in one.parts)]
+
+
+def stored_findings(place: ObjectPath, manifest: Manifest) -> Iterator[Finding]:
+    """What is wrong with the objects themselves; every one is read, wherever copies of it may be."""
+    files = files_place(place, manifest)
+    sizes = list_objects(place)
+    scratch = cache_folder(place) / "verify"
+    try:
+        for name, entry in manifest.files.items():
+            stored = f"{files.name}/{name}"
+            if stored not in sizes:
+                yield Finding(stored, "missing", f"{entry.bytes} bytes", "no such object")
+            elif sizes[stored] != entry.bytes:
+                yield Finding(stored, "size", f"{entry.bytes} bytes", f"{sizes[stored]} bytes")
+            else:
+                download_plain(files / name, scratch)
+                if (found := sha256_of_file(scratch)) != entry.sha256:
+                    yield Finding(stored, "content", entry.sha256, found)
+    finally:
+        scratch.unlink(missing_ok=True)
+    known = {MANIFEST, *(f"{files.name}/{name}" for name in manifest.files)}
+    for name in sorted(set(sizes) - known):
+        yield Finding(name, "foreign", "no such object", "the manifest does not name it")
+
+
+def replace_damaged(place: ObjectPath, make_again: Callable[[Path], list[str]]) -> list[str]:
+    """Upload damaged objects again, from the local copy or made again there; returns their names.
+
+    Args:
+        place: the artefact.
+        make_again: makes the damaged or missing files of a local artefact again.
+    """
+    stored = needed_manifest(place)
+    manifest, files = stored.manifest, files_place(place, stored.manifest)
+    start = f"{files.name}/"
+    damaged = [one.file.removeprefix(start) for one in stored_findings(place, manifest) if one.state != "foreign"]
+    if not damaged:
+        return []
+    copy = copy_folder(place, manifest)
+    copy.mkdir(parents=True, exist_ok=True)
+    for name, entry in manifest.files.items():
+        if name not in damaged and examine_file(copy, name, entry, check_content=True):
+            download(files / name, copy / name, entry)
+    with finished_file(copy / MANIFEST) as unfinished:
+        unfinished.write_bytes(stored.content)
+    make_again(copy)
+    for name in damaged:
+        if examine_file(copy, name, manifest.files[name], check_content=True):
+            raise ArtefactError(f"{files / name} could not be made again. Make the artefact again.")
+        upload(copy / name, files / name, manifest.files[name])
+    return damaged

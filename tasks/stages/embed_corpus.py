@@ -1,0 +1,69 @@
+"""Stage 2: a corpus to vectors, made on workers by `tasks/on_ray/embedding.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from rag_core.corpus.corpus import Corpus
+from rag_core.embeddings.embeddings import KIND, EmbedConfig, load_document_encoder, shard_name
+from rag_core.errors import ArtefactError
+from rag_core.pretrained.model_source import pin_source, recorded_source
+from rag_core.storage.artifact import Manifest, open_artefact, publish
+from rag_core.storage.inputs import input_paths
+from tasks.on_ray.embedding import embed_on_ray
+from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
+from tasks.stage import Input, refuse_unseen_parts, run_stage
+from tasks.tracking.runs import StageRun
+
+
+@task(name="embed-corpus", **STAGE_RETRIES)
+def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: str | None = None) -> StageResult:
+    """Embed every passage with the frozen document encoder and publish Parquet shards."""
+    opened = Corpus.open(corpus)
+    recorded = recorded_source(config.encoder)
+    # Before it is loaded: the workers load this commit, wherever the hub's branch is by then.
+    config = config.model_copy(update={"encoder": pin_source(config.encoder)})
+    encoder = load_document_encoder(config)
+    fingerprint = encoder.fingerprint()
+    # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
+    settings: dict[str, Any] = {
+        "dtype": config.dtype,
+        "precision": config.precision,
+        "batch_tokens": config.batch_tokens,
+    }
+    settings |= {"prompt": config.prompt} if config.prompt is not None else {}
+
+    def work(run: StageRun) -> Manifest:
+        run.log_params({"encoder_settings": encoder.settings.model_dump()})
+        made_from = {"corpus": opened.manifest.fingerprint, "encoder": fingerprint}
+        with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
+            rows = embed_on_ray(opened, draft.folder, config)
+            if rows != len(opened):
+                raise ArtefactError(f"{rows} of {len(opened)} passages of {corpus} were embedded. Run the stage again.")
+            refuse_unseen_parts(draft.folder, [shard_name(number) for number in range(len(opened.shards))], out)
+            draft.counts["passages"] = rows
+            draft.details = {
+                "encoder": recorded,
+                "encoder_fingerprint": fingerprint,
+                "encoder_settings": encoder.settings.model_dump(),
+                "dim": encoder.dim,
+                "dtype": config.dtype,
+                "inputs": input_paths(corpus=corpus),
+            }
+        return open_artefact(out, KIND, check_content=False)
+
+    return run_stage(
+        "embed-corpus",
+        KIND,
+        out,
+        config=settings,
+        inputs={"corpus": Input(corpus, opened.manifest.fingerprint)},
+        made_from={"corpus": opened.manifest.fingerprint, "encoder": fingerprint},
+        models={"encoder": recorded},
+        parent_run_id=parent_run_id,
+        work=work,
+    )

@@ -1,0 +1,295 @@
+"""Stage 4: end-to-end training of RAG-Sequence and RAG-Token on Ray Train, with retrieval inside every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import task
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_core.embeddings.text_encoder import autocast
+from rag_core.errors import ConfigError
+from rag_core.evaluation.evaluation import answer_scores, has_text_answers, retrieval_scores
+from rag_core.evaluation.metrics import Match
+from rag_core.evaluation.scores import Scores, means_of, sums_and_counts
+from rag_core.index.passage_index import PassageIndex
+from rag_core.index.retriever import Retriever
+from rag_core.model.rag_model import KIND, ModelConfig, RagModel, batches_of
+from rag_core.model.reader import DecodingConfig
+from rag_core.questions.questions import Question, QuestionFile, files_of_questions, read_question_file
+from rag_core.reading.contexts import check_questions
+from rag_core.reading.likelihood import Variant
+from rag_core.storage.artifact import (
+    Manifest,
+    fingerprint_of_files,
+    open_artefact,
+    publish,
+    stage_key,
+    working_place,
+)
+from rag_core.storage.inputs import input_paths
+from rag_core.storage.places import absolute
+from rag_core.training.loop import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
+from rag_core.training.objectives import EndToEnd, EndToEndRates
+from rag_core.verification.preflight import Problems
+from rag_core.verification.question_checks import scorable, trainable
+from tasks.notices import warn
+from tasks.on_ray.retriever_shards import RetrievalConfig, retrieval
+from tasks.on_ray.training import deleted_when_done, this_device, this_place, train_on_ray, training_folder
+from tasks.preflight import check_optimizer, check_resources
+from tasks.reports.plots import training_curves
+from tasks.results import StageResult
+from tasks.retries import STAGE_RETRIES
+from tasks.stage import Input, run_stage
+from tasks.tracking.registry import register_model
+from tasks.tracking.reporter import Reporter, count_over_workers
+from tasks.tracking.runs import StageRun
+
+
+class TrainConfig(BaseModel):
+    """End-to-end training of one variant."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rates: EndToEndRates = Field(default_factory=EndToEndRates)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    eval_questions: int = Field(200, ge=1, description="dev questions used in each evaluation during training")
+    best_by: Literal["em", "f1", "nll"] = Field("em", description="dev score that decides which weights are kept")
+    match: Match = Field("words", description="how dev answers are compared: words (published rule) or characters")
+    num_workers: int = Field(
+        0, ge=0, description="data-parallel workers; 0: one for each GPU, else one for each machine"
+    )
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is trained. Only another rule than the published one is among them by name."""
+        undecisive: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
+        return self.model_dump(mode="json", exclude=undecisive | ({"match": True} if self.match == "words" else {}))
+
+
+@task(name="train", **STAGE_RETRIES)
+def train(
+    variant: Variant,
+    index: Path,
+    questions: Path,
+    dev: Path,
+    out: Path,
+    model: ModelConfig,
+    config: TrainConfig,
+    parent_run_id: str | None = None,
+) -> StageResult:
+    """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
+    start = _checked_start(index, questions, dev, model, config)
+    recorded, model = start.recorded, start.settings
+    inputs = {
+        "index": Input(index, start.index.manifest.fingerprint),
+        "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
+        "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
+    }
+    made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.model.fingerprint()}
+    settings = {
+        "variant": variant,
+        "model": model.decisive(),
+        "train": config.decisive(),
+    }
+    stage = f"train-{variant}"
+
+    def work(run: StageRun) -> Manifest:
+        run.set_tags({"variant": variant})
+        start.log(run, stage)
+        loop_settings: dict[str, Any] = {
+            "variant": variant,
+            "model": model,
+            "config": config,
+            "address": run.address,
+            "questions": absolute(questions),
+            "dev": absolute(dev),
+        }
+        folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
+        with deleted_when_done(folder), publish(out, KIND, config=settings, made_from=made_from) as draft:
+            with retrieval(absolute(index), start.index.manifest, config.retrieval) as loop_settings["open_retriever"]:
+                trained = train_on_ray(
+                    stage,
+                    training_loop,
+                    loop_settings,
+                    steps=config.optimizer.steps,
+                    num_workers=config.num_workers,
+                    folder=folder,
+                )
+            for name, figure in training_curves(trained.history, trained.dev):
+                run.log_figure(figure, name)
+            run.log_metrics({f"best_{name}": value for name, value in trained.best_scores().items()})
+            trained.copy_to(draft.folder)
+            draft.counts |= trained.counts()
+            draft.details |= {**recorded, "inputs": input_paths(index=index, questions=questions, dev=dev)}
+        return open_artefact(out, KIND, check_content=False)
+
+    return run_stage(
+        stage,
+        KIND,
+        out,
+        config=settings,
+        inputs=inputs,
+        made_from=made_from,
+        models=recorded,
+        parent_run_id=parent_run_id,
+        work=work,
+        announce=lambda run, skipped: register_model(run, out, index, variant, unless_known=skipped),
+    )
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a training starts from, looked at: index, untrained model (its parts as they are recorded, its settings with
+    every hub model at one commit), and the questions of both files."""
+
+    index: PassageIndex
+    recorded: dict[str, str]
+    settings: ModelConfig
+    model: RagModel
+    train_file: QuestionFile
+    dev_file: QuestionFile
+    asked: list[Question]
+    dev: list[Question]
+
+    def log(self, run: StageRun, stage: str) -> None:
+        """How many questions are learnt from and scored, and how many are left out since no answer to them is right."""
+        run.log_params({"questions_layout": self.train_file.layout})
+        run.log_metrics({"train_questions": len(self.asked), "dev_questions": len(self.dev)})
+        texts = sum(map(has_text_answers, self.dev))
+        if texts < len(self.dev):  # answers that are regular expressions have neither likelihood nor F1
+            run.log_metrics({"dev_nll_count": texts, "dev_f1_count": texts})
+        left_out = sum(one.is_impossible for one in self.train_file.questions)
+        # Of the dev questions up to the last one that is scored.
+        all_dev = self.dev_file.questions
+        more = len(self.dev) < sum(bool(one.answers) for one in all_dev)
+        looked_at = all_dev[: all_dev.index(self.dev[-1]) + 1] if more else all_dev
+        left_out_of_dev = sum(one.is_impossible for one in looked_at)
+        run.log_metrics({"train_unanswerable": left_out, "dev_unanswerable": left_out_of_dev})
+        if left_out:
+            warn(
+                f"{stage}: {left_out:,} of the {len(self.train_file.questions):,} training questions are unanswerable and "
+                "are left out: there is no answer to learn."
+            )
+
+
+def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, config: TrainConfig) -> _Start:
+    """The index, the untrained model and the questions, once all that can be wrong with a training has been looked at.
+
+    Raises:
+        RagError: what is wrong, all of it.
+    """
+    problems, opened, start, train_file, dev_file = Problems(), None, None, None, None
+    recorded = dict[str, str]()
+    asked, asked_of_dev = list[Question](), list[Question]()
+    with problems.of("index"):
+        opened = PassageIndex.open(index)
+        opened.check_num_docs(model.num_docs)
+    with problems.of("model"):
+        recorded, model = model.recorded(), model.pinned()
+        start = RagModel.from_parts(model)
+    with problems.of("questions"):
+        train_file = read_question_file(questions)
+        asked = trainable(train_file)
+    with problems.of("dev"):
+        dev_file = read_question_file(dev)
+        asked_of_dev = scored_of_dev(dev_file, config)
+    with problems.of("train.rates"):
+        check_rates(config.rates)
+    with problems.of("train.optimizer"):
+        check_optimizer("train", config.optimizer, config.num_workers)
+    with problems.of("train.retrieval"):
+        check_resources("train", config.retrieval)
+    if opened and start:
+        with problems.of("index"):
+            start.check_index(opened)
+    if start and asked:
+        with problems.of("questions"):
+            check_questions(start.generator_tokenizer, start.settings.prompt, asked, questions, learnt=True)
+    problems.raise_any("before training, so it was not started")
+    assert opened is not None
+    assert start is not None
+    assert train_file is not None
+    assert dev_file is not None
+    return _Start(opened, recorded, model, start, train_file, dev_file, asked, asked_of_dev)
+
+
+def scored_of_dev(file: QuestionFile, config: TrainConfig) -> list[Question]:
+    """The dev questions that each evaluation scores; InputError if they cannot tell the best weights."""
+    return scorable(file, config.eval_questions, as_texts=config.best_by != "em")
+
+
+def check_rates(rates: EndToEndRates) -> None:
+    """Raise ConfigError if neither part is trained."""
+    if rates.question_encoder == rates.generator == 0:
+        raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
+
+
+def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a worker does."""
+    config: TrainConfig = settings["config"]
+    variant: Variant = settings["variant"]
+    place = this_place(settings["cpus"], settings["meter"])
+    index: Retriever = settings["open_retriever"]()
+    paths = Path(settings["questions"]), Path(settings["dev"])
+    questions = trainable(read_question_file(paths[0]))
+    dev = scored_of_dev(read_question_file(paths[1]), config)
+    model = RagModel.from_parts(settings["model"]).to(this_device())
+    model.settings.variant = variant
+    model.settings.document_encoder_fingerprint = index.encoder_fingerprint
+    mine = dev[place.rank :: place.world_size]
+    objective = EndToEnd(model, index, variant, config.rates)
+
+    def better(scores: dict[str, float]) -> float:
+        # Equal EM is common on a small dev set; the likelihood decides then.
+        tie = -scores.get("dev_nll", 0.0)
+        return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
+
+    reporter = Reporter.of(settings, place, model.write_files, better, model.reader.count)
+    hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config))
+    done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
+    return reporter.result(done)
+
+
+def dev_scores(
+    model: RagModel,
+    objective: EndToEnd,
+    index: Retriever,
+    questions: Sequence[Question],
+    variant: Variant,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """nll, EM, F1 (greedy answers), recall@1 and @K and the share of contexts cut on dev questions, over all workers.
+
+    `questions` are this worker's, of which there may be none. Every mean is over the questions of all workers that have
+    the score; one that no question has is left out.
+    """
+    import torch
+
+    precision = config.optimizer.precision
+    tokens = model.settings.prompt.max_answer_tokens
+    decoding = DecodingConfig(
+        num_beams=1, num_return_sequences=1, max_new_tokens=tokens, batch_size=32, precision=precision
+    )
+    with model.reader.counting() as contexts:
+        answers = model.answer([question.question for question in questions], index, variant=variant, decoding=decoding)
+    ks = sorted({1, model.settings.num_docs})
+    scored: list[Scores] = [
+        {
+            **answer_scores(answer.text, question, config.match),
+            **retrieval_scores([read.passage for read in answer.passages], question, ks, config.match),
+        }
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    learnable = [question for question in questions if has_text_answers(question)]
+    # Read once more: not to be counted among the contexts of training either.
+    with model.reader.counting(), torch.inference_mode(), autocast(model.device, precision):
+        for batch in batches_of(learnable, 8):
+            scored += [{"nll": nll} for nll in objective(batch).tolist()]
+    names = ["em", "f1", *(f"recall@{k}" for k in ks), "nll"]
+    scores = means_of(sum_over_workers(sums_and_counts(scored, names)))
+    scores["contexts_cut_share"] = count_over_workers(contexts).cut_share
+    return {f"dev_{name}": value for name, value in scores.items()}

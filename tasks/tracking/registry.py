@@ -1,0 +1,87 @@
+"""A trained variant as an MLflow registered model with a signature, so that versions can be compared and served."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+from rag_core.errors import ArtefactError
+from rag_core.model.rag_model import KIND
+from rag_core.storage.artifact import local_copy, open_artefact
+from rag_core.storage.places import absolute, as_place
+from tasks.tracking.delivery import reaching
+from tasks.tracking.runs import StageRun
+
+# A server may answer an upload only when it has stored it.
+UPLOAD_SECONDS = 120
+# Tag of a registered version: the fingerprint of the model's artefact.
+FINGERPRINT = "fingerprint"
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "question")]),
+    outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.double, "log_prob")]),
+)
+
+
+def register_model(run: StageRun, model: Path, index: Path, variant: str, *, unless_known: bool = False) -> None:
+    """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`.
+
+    Args:
+        unless_known: do nothing if a model with these very weights is registered, by whatever run.
+    """
+    manifest = open_artefact(model, KIND, check_content=False)
+    run.write(
+        {
+            "do": "model",
+            "name": f"rag-{variant}",
+            "model": absolute(model),
+            "fingerprint": manifest.fingerprint,
+            "index": absolute(index),
+            "unless_known": unless_known,
+        }
+    )
+
+
+def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
+    """Send what `register_model` wrote down, unless this run has registered its model already.
+
+    Raises:
+        ArtefactError: another model lies there by now.
+    """
+    if open_artefact(as_place(entry["model"]), KIND, check_content=False).fingerprint != entry["fingerprint"]:
+        raise ArtefactError(
+            f"{entry['model']} holds another model than the one that MLflow run {run_id} trained, so it is not "
+            f"registered as {entry['name']}. Train again, or delete the line."
+        )
+    # An input example would make MLflow load the whole model just to try it; the signature is given instead.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    with reaching(uri, UPLOAD_SECONDS, retries=2) as client, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        registered = client.search_model_versions(f"name = '{entry['name']}'")
+        if any(one.run_id == run_id for one in registered):
+            return
+        if entry.get("unless_known") and any(one.tags.get(FINGERPRINT) == entry["fingerprint"] for one in registered):
+            return
+        if mlflow.get_tracking_uri() != uri:
+            mlflow.set_tracking_uri(uri)
+        with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("served_model.py")),
+                artifacts={"model": str(local_copy(as_place(entry["model"])).resolve())},
+                model_config={"index": entry["index"]},
+                signature=SIGNATURE,
+                pip_requirements=["rag-pipeline"],
+                registered_model_name=entry["name"],
+            )
+        client.set_model_version_tag(
+            entry["name"], str(logged.registered_model_version), FINGERPRINT, entry["fingerprint"]
+        )

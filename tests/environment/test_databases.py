@@ -1,0 +1,131 @@
+"""MLflow's database: of another release or program, damaged, locked, half made; runs of old in folders."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.environment.mlflow_database import made_by_one
+from tasks.environment.mlflow_store import check_store
+from tests.support.environment_checks import check_tracking, message_of, of_release
+from tests.support.servers.processes import environment_in
+
+pytest_plugins = ["tests.support.environment_fixtures"]
+pytestmark = pytest.mark.usefixtures("nothing_set")
+
+
+def foreign(file: Path) -> None:
+    file.unlink()
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TABLE customers (name TEXT)")
+
+
+def as_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 12, -1])
+def test_a_database_whose_making_was_killed_is_finished(steps: int, tmp_path: Path) -> None:
+    """`steps` of MLflow's migrations were done; -1: all but the last."""
+    import sqlalchemy
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from mlflow import MlflowClient
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Base.metadata.create_all(sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool))
+    config = _get_alembic_config(uri)
+    revisions = [one.revision for one in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    if steps:
+        command.upgrade(config, revisions[steps - 1])
+    before = (tmp_path / "mlflow.db").read_bytes()
+    check_store(uri, "rag")
+    assert (tmp_path / "mlflow.db").read_bytes() == before, "looking changes nothing"
+    with made_by_one(uri):
+        assert MlflowClient(uri).create_experiment("rag")
+
+
+def test_two_commands_that_begin_in_a_new_folder_make_one_database(tmp_path: Path) -> None:
+    program = "from tasks.tracking.runs import prepare_store; prepare_store()"
+    environment = environment_in(tmp_path)
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
+    for command in commands:
+        output, _ = command.communicate(timeout=120)
+        assert command.returncode == 0, output.decode()
+
+
+DATABASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    # The revision of MLflow 2.0 in its own list of migrations.
+    "of an older release": (
+        lambda file: of_release(file, "cc1f77228345"),
+        ["older release", "mlflow db upgrade sqlite:"],
+    ),
+    "of a newer release": (lambda file: of_release(file, "0123456789ab"), ["newer release of MLflow than"]),
+    "of another program": (foreign, ["another program"]),
+    "no database": (lambda file: file.write_text("runs: none"), ["no SQLite database"]),
+    "cut off": (lambda file: file.write_bytes(file.read_bytes()[:9000]), ["damaged"]),
+    "a folder": (as_folder, ["is a folder", "Name a file"]),
+}
+
+
+@pytest.mark.parametrize("case", DATABASES)
+def test_a_database_that_is_not_mlflows_of_today_is_named_and_left_alone(
+    case: str, database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    change, words = DATABASES[case]
+    file = Path(shutil.copy(database, tmp_path / "mlflow.db"))
+    change(file)
+    before = file.read_bytes() if file.is_file() else b""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+    message_of(check_tracking, str(file), "MLFLOW_TRACKING_URI", *words)
+    assert before == (file.read_bytes() if file.is_file() else b"")
+
+
+def test_a_locked_database_is_named_and_a_good_one_passes(
+    database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tasks.environment.mlflow_database.LOCK_SECONDS", 0.2)
+    file = shutil.copy(database, tmp_path / "mlflow.db")
+    check_tracking()
+    holder = sqlite3.connect(file)
+    holder.execute("BEGIN IMMEDIATE")
+    message_of(check_tracking, str(file), "locked by another program")
+    holder.close()
+    check_tracking()
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    check_tracking()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
+    message_of(check_tracking, "'gone'", "mlflow experiments restore --experiment-id 1", "MLFLOW_EXPERIMENT_NAME")
+
+
+def test_runs_of_old_in_a_folder_are_named_with_the_command_that_takes_them_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: Default\n")
+    message_of(check_tracking, f"{tmp_path}/mlruns holds MLflow runs", "migrate-filestore", "sqlite:///mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    check_tracking()

@@ -1,0 +1,67 @@
+"""What holds the project together: configurations parse, the library stands alone, the documents name real files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_demo_configuration_is_valid() -> None:
+    from flows.cli.settings import parse, read_yaml
+    from flows.demo import DemoConfig
+
+    config = parse(DemoConfig, read_yaml(ROOT / "configs/demo.yaml"), "demo")
+    assert config.pretrain is not None
+    assert config.pretrain.prompt == config.model.prompt, "the generator must learn the prompt that it will be given"
+
+
+def test_the_papers_configuration_is_valid() -> None:
+    from flows.cli.settings import parse, read_yaml
+    from flows.pipeline import PipelineConfig
+
+    config = parse(PipelineConfig, read_yaml(ROOT / "configs/nq-bart-large.yaml"), "nq")
+    assert config.model.num_docs == 5
+    assert config.model.score_scale == 1
+    assert config.model.prompt.template == "{title} / {text} // {question}"
+
+
+def test_the_library_imports_without_prefect_ray_and_mlflow() -> None:
+    code = (
+        "import sys, rag_core, rag_core.model.rag_model, rag_core.training.loop, rag_core.evaluation.evaluation, rag_core.corpus.corpus\n"
+        "print(sorted({'prefect', 'ray', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_interface_is_at_the_top_of_the_library() -> None:
+    import rag_core
+
+    for name in (
+        "rag_sequence_nll",
+        "rag_token_nll",
+        "rag_nll",
+        "decode_rag_sequence",
+        "decode_rag_token",
+        "Hypothesis",
+        "TextEncoder",
+        "RagModel",
+    ):
+        assert name in rag_core.__all__
+        assert getattr(rag_core, name).__doc__
+
+
+@pytest.mark.parametrize("document", [*sorted(path.name for path in ROOT.glob("docs/*.md")), "README.md"])
+def test_documents_name_files_that_exist(document: str) -> None:
+    path = ROOT / document if document == "README.md" else ROOT / "docs" / document
+    named = re.findall(
+        r"`((?:rag_core|tasks|flows|tests|configs|docs|infra|benchmarks)/[\w./-]+\.\w+)`", path.read_text()
+    )
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing, f"{document} names {missing}"
