@@ -23,7 +23,7 @@ from rag_core.embeddings.embeddings import EmbedConfig
 from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.scores import Evaluation
 from rag_core.index.passage_index import IndexConfig
-from rag_core.model.rag_model import ModelConfig
+from rag_core.model.settings import ModelConfig
 from rag_core.questions.questions import AnswersAre
 from rag_core.reading.likelihood import Variant
 from rag_core.storage.places import ArtefactPath

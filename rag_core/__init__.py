@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from rag_core.embeddings.text_encoder import TextEncoder
     from rag_core.errors import ArtefactError, ConfigError, InputError, RagError
     from rag_core.index.passage_index import PassageIndex
-    from rag_core.model.rag_model import ModelConfig, RagModel
+    from rag_core.model.rag_model import RagModel
     from rag_core.model.reader import Answer, DecodingConfig
+    from rag_core.model.settings import ModelConfig
     from rag_core.reading.contexts import PromptConfig
     from rag_core.reading.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
 
@@ -28,7 +29,7 @@ _HOME = {
     "DecodingConfig": "rag_core.model.reader",
     "Hypothesis": "rag_core.decoding",
     "InputError": "rag_core.errors",
-    "ModelConfig": "rag_core.model.rag_model",
+    "ModelConfig": "rag_core.model.settings",
     "PassageIndex": "rag_core.index.passage_index",
     "PromptConfig": "rag_core.reading.contexts",
     "RagError": "rag_core.errors",

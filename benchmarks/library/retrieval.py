@@ -22,7 +22,8 @@ from rag_core.corpus.corpus import Corpus, write_passages
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index
-from rag_core.model.rag_model import ModelSettings, RagModel
+from rag_core.model.rag_model import RagModel
+from rag_core.model.settings import ModelSettings
 from rag_core.pretrained.model_source import load_tokenizer, resolve_model_source
 from rag_core.questions.questions import Question
 from rag_core.reading.contexts import PromptConfig

@@ -34,7 +34,8 @@ from rag_core.corpus.passages import Passage
 from rag_core.embeddings.embeddings import EmbedConfig, Embeddings, embed_shard, shard_name
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.index.passage_index import IndexConfig, build_index
-from rag_core.model.rag_model import ModelConfig, RagModel
+from rag_core.model.rag_model import RagModel
+from rag_core.model.settings import ModelConfig
 from rag_core.pretrained.model_source import resolve_model_source
 from rag_core.reading.contexts import PromptConfig, assemble_contexts
 from rag_core.storage.artifact import publish

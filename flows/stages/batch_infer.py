@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from rag_core.model.rag_model import ModelConfig
+from rag_core.model.settings import ModelConfig
 from rag_core.storage.places import ArtefactPath
 from tasks.on_ray.answering import InferConfig
 from tasks.results import StageResult

@@ -23,7 +23,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 import transformers
@@ -35,8 +35,8 @@ from rag_core.embeddings.encoder_settings import SETTINGS_FILE as ENCODER_SETTIN
 from rag_core.embeddings.encoder_settings import EncoderSettings, Pooling, position_limit
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.errors import ArtefactError, ConfigError
-from rag_core.model.rag_model import SETTINGS_FILE, ModelSettings, RagModel
 from rag_core.model.reader import without_unused_pooler
+from rag_core.model.settings import SETTINGS_FILE, ModelSettings
 from rag_core.pretrained.dpr_tokenizer import with_saved_case
 from rag_core.pretrained.generator_limits import within_positions
 from rag_core.pretrained.model_source import (
@@ -71,10 +71,21 @@ class ExchangeWarning(UserWarning):
     """Something that does not mean the same on both sides."""
 
 
+class RagParts(Protocol):
+    """What is written of a `RagModel`."""
+
+    question_encoder: TextEncoder
+    generator: nn.Module
+    generator_tokenizer: Any
+    settings: ModelSettings
+
+    def variant_or(self, variant: Variant | None) -> Variant: ...
+
+
 def read_hf_rag(
     folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
-) -> RagModel:
-    """Read a RAG checkpoint of Hugging Face's.
+) -> tuple[TextEncoder, nn.Module, Any, ModelSettings]:
+    """Read a RAG checkpoint of Hugging Face's: question encoder, generator, its tokenizer, and settings.
 
     The variant follows from the class that `config.json` names (a plain `RagModel` has none). The generator gets what
     `generation_config.json` sets. Length and separators become the prompt's, the separators' double spaces made single
@@ -110,10 +121,10 @@ def read_hf_rag(
     generator = without_unused_pooler(parts.generator)
     _take_generation_config(generator, source)
     settings.prompt = within_positions(generator, settings.prompt)
-    return RagModel(question_encoder, generator, generator_tokenizer, settings).eval()
+    return question_encoder, generator, generator_tokenizer, settings
 
 
-def write_hf_rag(model: RagModel, folder: str | Path, *, variant: Variant | None = None) -> None:
+def write_hf_rag(model: RagParts, folder: str | Path, *, variant: Variant | None = None) -> None:
     """Write a folder that Hugging Face's class of the variant loads, and `read_hf_rag` reads back complete.
 
     The folder appears whole or not at all.
@@ -281,7 +292,7 @@ def _take_generation_config(generator: Any, source: str) -> None:
     generator.generation_config.update(**values)
 
 
-def _hf_config(model: RagModel) -> Any:
+def _hf_config(model: RagParts) -> Any:
     """The RagConfig of a model: what Hugging Face's classes can know of it."""
     encoder_config: Any = model.question_encoder.model.config
     generator: Any = model.generator
@@ -304,7 +315,7 @@ def _hf_config(model: RagModel) -> Any:
     )
 
 
-def _hf_weights(model: RagModel, hf_model: nn.Module) -> dict[str, torch.Tensor]:
+def _hf_weights(model: RagParts, hf_model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's weights under the names that Hugging Face's class gives them."""
     parts = {"rag.question_encoder": model.question_encoder.model, "rag.generator": model.generator}
     weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
@@ -324,7 +335,7 @@ def _hf_weights(model: RagModel, hf_model: nn.Module) -> dict[str, torch.Tensor]
     return weights
 
 
-def _warn_of_differences(model: RagModel) -> None:
+def _warn_of_differences(model: RagParts) -> None:
     encoder, scale = model.question_encoder.settings, model.settings.score_scale
     prompt = model.question_encoder.prompt
     differing = {

@@ -15,61 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from rag_core.embeddings.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index.retriever import Retriever
 from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader, load_generator
+from rag_core.model.settings import KIND, SETTINGS_FILE, ModelConfig, ModelSettings
 from rag_core.pretrained.generator_limits import within_positions
-from rag_core.pretrained.model_source import pin_source, recorded_source
-from rag_core.reading.contexts import PromptConfig
 from rag_core.reading.likelihood import Variant
 from rag_core.storage.artifact import local_copy, open_artefact, publish
-
-KIND = "rag-model"
-SETTINGS_FILE = "rag_model.json"
-# The settings of a `ModelConfig` that name models.
-PARTS = ("question_encoder", "generator")
-
-
-class ModelConfig(BaseModel):
-    """Which parts a RAG model starts from, and the settings that belong to it for life (saved with it)."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    question_encoder: str = Field(
-        description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
-    )
-    generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
-    pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
-    question_prompt: str | None = Field(
-        None,
-        description="put before every question for the question encoder, such as 'query: '; empty: what its folder says",
-    )
-    score_scale: float = Field(
-        1.0, gt=0, description="doc_scores = score_scale × inner product; 1 for DPR, about 20 for unit vectors"
-    )
-    num_docs: int = Field(5, ge=1, description="K, passages per question")
-    prompt: PromptConfig = Field(default_factory=PromptConfig)
-    trust_remote_code: bool = Field(
-        False,
-        description="run code that comes with the parts; this is not saved with the model",
-    )
-
-    def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is trained, apart from the parts' weights."""
-        unset = set() if self.question_prompt is not None else {"question_prompt"}
-        return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
-
-    def pinned(self) -> ModelConfig:
-        """The same parts by names that mean the same in every worker: hub models with their commit, folders absolute."""
-        return self.model_copy(update={part: pin_source(getattr(self, part)) for part in PARTS})
-
-    def recorded(self) -> dict[str, str]:
-        """The parts as manifests and MLflow name them."""
-        return {part: recorded_source(getattr(self, part)) for part in PARTS}
 
 
 def load_question_encoder(config: ModelConfig) -> TextEncoder:
@@ -81,18 +37,6 @@ def load_question_encoder(config: ModelConfig) -> TextEncoder:
         prompt=config.question_prompt,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-class ModelSettings(BaseModel):
-    """What `rag_model.json` keeps."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    variant: Variant | None = None
-    score_scale: float = 1.0
-    num_docs: int = 5
-    prompt: PromptConfig = Field(default_factory=PromptConfig)
-    document_encoder_fingerprint: str | None = None
 
 
 class RagModel(nn.Module):
@@ -172,9 +116,9 @@ class RagModel(nn.Module):
         cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
     ) -> RagModel:
         """Read a RAG checkpoint of Hugging Face's; arguments and errors as in `hf_rag.read_hf_rag`."""
-        from rag_core.model.hf_rag import read_hf_rag  # which is built on this module
+        from rag_core.model.hf_rag import read_hf_rag
 
-        return read_hf_rag(folder_or_hub_name, pooling=pooling, trust_remote_code=trust_remote_code)
+        return cls(*read_hf_rag(folder_or_hub_name, pooling=pooling, trust_remote_code=trust_remote_code)).eval()
 
     def to_hf_rag(self, folder: str | Path, *, variant: Variant | None = None) -> None:
         """Write a folder that Hugging Face's RAG class loads; arguments and errors as in `hf_rag.write_hf_rag`."""

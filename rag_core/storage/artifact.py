@@ -11,8 +11,6 @@ of artefact (corpus, embeddings, index, model, predictions) has one owner module
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,30 +18,21 @@ from typing import Any
 from rag_core.errors import ArtefactError
 from rag_core.storage.draft import (
     Draft,
-    clear_up,
-    describe,
-    disk_errors_named,
-    draft_folder,
-    drop_unfinished,
     finished_file,
-    swap_into_place,
-    write_synced,
 )
+from rag_core.storage.local import finished_folder, open_folder, publish_folder, refuse_foreign_folder
 from rag_core.storage.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     FileEntry,
     Manifest,
-    examine_files,
     fingerprint_of_files,
     fingerprint_of_json,
     read_manifest,
-    remedy,
     sha256_of_file,
     stage_key,
 )
 from rag_core.storage.places import ObjectPath, as_place
-from rag_core.storage.writer_lock import only_writer
 
 __all__ = [
     "MANIFEST",
@@ -72,8 +61,8 @@ def find_finished(out: Path, kind: str, config: dict[str, Any], made_from: dict[
     """The manifest of `out` if it is whole and was made by the same work, else None (so the stage has to run)."""
     try:
         if manifest_at(out, kind).key != stage_key(kind, config, made_from):
-            return None  # before all its files are read for nothing
-        return open_artefact(out, kind)
+            return None  # before all its files are fetched for nothing
+        return finished_folder(local_copy(out), kind, config, made_from)
     except ArtefactError:
         return None
 
@@ -165,45 +154,15 @@ def publish(
             is writing there; the disk is full or refuses; or a link in the draft leads out of it.
     """
     place = as_place(out)
+    options: dict[str, Any] = {"config": config, "made_from": made_from, "wait_seconds": wait_seconds}
     if isinstance(place, ObjectPath):
-        from rag_core.storage.stored_artifact import publish_to_store  # which is built on this module
+        from rag_core.storage.stored_artifact import publish_to_store
 
-        options: dict[str, Any] = {"config": config, "made_from": made_from, "wait_seconds": wait_seconds}
         with publish_to_store(place, kind, resume=resume, **options) as draft:
             yield draft
-        return
-    config, made_from = config or {}, made_from or {}
-    out = Path(os.path.realpath(out))
-    refuse_foreign_folder(out)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors_named(out, resume=resume))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(only_writer(out, wait_seconds))
-        draft = Draft(draft_folder(out, stage_key(kind, config, made_from)))
-        clear_up(out, kept=draft.folder if resume else None)
-        draft.folder.mkdir(exist_ok=True)
-        published = False
-        try:
+    else:
+        with publish_folder(place, kind, resume=resume, **options) as draft:
             yield draft
-            drop_unfinished(draft.folder)
-            manifest = describe(draft, kind, config, made_from)
-            write_synced(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-            swap_into_place(draft.folder, out)
-            published = True
-        finally:
-            if published or not resume:
-                shutil.rmtree(draft.folder, ignore_errors=True)
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    """Raise ArtefactError if publishing at `out` would destroy something that is not an artefact of ours."""
-    if out.is_file():
-        raise ArtefactError(f"{out} is a file; the output must be a folder. Give another --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ArtefactError(
-            f"{out} already holds files and no {MANIFEST}, so it was not made by this program and is left alone. "
-            "Give an empty or new folder as --out."
-        )
 
 
 def open_artefact(path: Path, kind: str, *, check_content: bool = True) -> Manifest:
@@ -217,8 +176,4 @@ def open_artefact(path: Path, kind: str, *, check_content: bool = True) -> Manif
     Raises:
         ArtefactError: nothing there, another kind or schema version, or a file missing, cut or changed.
     """
-    path = local_copy(path)
-    manifest = read_manifest(path, kind)
-    for finding in examine_files(path, manifest, check_content=check_content):
-        raise ArtefactError(f"{finding.sentence(path)} {remedy(path, kind, finding)}")
-    return manifest
+    return open_folder(local_copy(path), kind, check_content=check_content)

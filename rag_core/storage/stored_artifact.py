@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from rag_core.errors import ArtefactError
-from rag_core.storage import artifact as artefact
-from rag_core.storage.draft import Draft, disk_errors_named
+from rag_core.storage.draft import Draft, disk_errors_named, finished_file
+from rag_core.storage.local import finished_folder, publish_folder
 from rag_core.storage.manifest import MANIFEST, Manifest, examine_file, parse_manifest, read_manifest
 from rag_core.storage.object_store import (
     ManifestChangedError,
@@ -138,7 +138,7 @@ def _fetch(place: ObjectPath, stored: StoredManifest) -> Path:
 
 
 def _write_whole(file: Path, content: bytes) -> None:
-    with artefact.finished_file(file) as unfinished:
+    with finished_file(file) as unfinished:
         unfinished.write_bytes(content)
 
 
@@ -176,7 +176,7 @@ def publish_to_store(
     resume: bool,
     wait_seconds: float | None,
 ) -> Iterator[Draft]:
-    """`artefact.publish` for a place in a store: the same arguments, and the same rules on this machine.
+    """`artifact.publish` for a place in a store: the same arguments, and the same rules on this machine.
 
     Raises:
         ArtefactError: as there; or another publisher, wherever it runs, replaced what was there in the meantime.
@@ -189,7 +189,7 @@ def publish_to_store(
         )
     work = work_folder(place)
     with reserved(work, wait_seconds):
-        with artefact.publish(work, kind, config=config, made_from=made_from, resume=resume) as draft:
+        with publish_folder(work, kind, config=config, made_from=made_from, resume=resume) as draft:
             yield draft
         _upload_all(place, work, before)
 
@@ -197,7 +197,7 @@ def publish_to_store(
 def finish_upload(place: ObjectPath, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
     """Upload the artefact that a run of the same work had made, when it was stopped before all was uploaded."""
     work = work_folder(place)
-    if artefact.find_finished(work, kind, config, made_from) is None:
+    if finished_folder(work, kind, config, made_from) is None:
         return None
     with reserved(work):
         return _upload_all(place, work, read_stored_manifest(place))

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from rag_core.errors import ConfigError
+from rag_core.network.addresses import without_credentials
 from tasks.environment.variables import writable_folder
 
 HEADER = b"SQLite format 3\x00"
@@ -55,6 +56,16 @@ def check_database_file(uri: str, experiment: str) -> None:
         raise _unusable(file, found, remedy) from error
     except sqlite3.DatabaseError as error:
         raise _unusable(file, f"is damaged ({error})", "Move it away, or take a copy back") from error
+
+
+def deleted_experiment(experiment: str, number: str, uri: str) -> ConfigError:
+    """Runs of an experiment that was deleted cannot be written."""
+    shown = without_credentials(uri)
+    return ConfigError(
+        f"MLflow's experiment {experiment!r} at {shown} was deleted, so no run can be written to it. Restore it "
+        f"(MLFLOW_TRACKING_URI={shown} mlflow experiments restore --experiment-id {number}), or set MLFLOW_EXPERIMENT_NAME "
+        "to another name."
+    )
 
 
 @contextlib.contextmanager
@@ -163,8 +174,6 @@ def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path)
 
 
 def _check_experiment(connection: sqlite3.Connection, experiment: str, uri: str) -> None:
-    from tasks.environment.mlflow_store import deleted_experiment
-
     query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
     for number, stage in connection.execute(query, (experiment,)):
         if stage == "deleted":

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import check_address, without_credentials
 from rag_core.network.server_probe import GRACE, SECONDS, reason_of, what_answers, within
-from tasks.environment.mlflow_database import check_database_file
+from tasks.environment.mlflow_database import check_database_file, deleted_experiment
 
 SERVERS, DATABASES = ("http", "https"), ("postgresql", "mysql", "mssql")
 EXAMPLES = "http://127.0.0.1:5000 or sqlite:///mlflow.db"
@@ -71,16 +71,6 @@ def check_server_is_there() -> None:
     except (OSError, ValueError, http.client.HTTPException) as error:
         if not isinstance(getattr(error, "reason", error), ssl.SSLError):  # what is trusted, MLflow's own settings say
             raise _not_there(_shown(uri), error) from error
-
-
-def deleted_experiment(experiment: str, number: str, uri: str) -> ConfigError:
-    """Runs of an experiment that was deleted cannot be written."""
-    shown = without_credentials(uri)
-    return ConfigError(
-        f"MLflow's experiment {experiment!r} at {shown} was deleted, so no run can be written to it. Restore it "
-        f"(MLFLOW_TRACKING_URI={shown} mlflow experiments restore --experiment-id {number}), or set MLFLOW_EXPERIMENT_NAME "
-        "to another name."
-    )
 
 
 def _check_server(uri: str, experiment: str) -> None:

@@ -20,8 +20,9 @@ from rag_core.corpus.passages import NO_PASSAGE, Passage
 from rag_core.errors import ConfigError
 from rag_core.evaluation.predictions import prediction_row, write_part
 from rag_core.index.retriever import Retriever
-from rag_core.model.rag_model import ModelConfig, RagModel, batches_of
+from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import Answer, DecodingConfig
+from rag_core.model.settings import ModelConfig
 from rag_core.questions.questions import Question, read_questions
 from rag_core.reading.contexts import ContextCount
 from rag_core.reading.likelihood import Variant

@@ -14,7 +14,7 @@ from prefect import task
 
 from rag_core.evaluation.predictions import KIND, join_parts
 from rag_core.index.passage_index import PassageIndex
-from rag_core.model.rag_model import ModelConfig
+from rag_core.model.settings import ModelConfig
 from rag_core.questions.questions import files_of_questions, read_question_file
 from rag_core.reading.contexts import check_questions
 from rag_core.storage.artifact import (

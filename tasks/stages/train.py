@@ -17,8 +17,9 @@ from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.scores import Scores, means_of, sums_and_counts
 from rag_core.index.passage_index import PassageIndex
 from rag_core.index.retriever import Retriever
-from rag_core.model.rag_model import KIND, ModelConfig, RagModel, batches_of
+from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import DecodingConfig
+from rag_core.model.settings import KIND, ModelConfig
 from rag_core.questions.questions import Question, QuestionFile, files_of_questions, read_question_file
 from rag_core.reading.contexts import check_questions
 from rag_core.reading.likelihood import Variant
@@ -44,7 +45,7 @@ from tasks.reports.plots import training_curves
 from tasks.results import StageResult
 from tasks.retries import STAGE_RETRIES
 from tasks.stage import Input, run_stage
-from tasks.tracking.registry import register_model
+from tasks.tracking.registry import model_entry
 from tasks.tracking.reporter import Reporter, count_over_workers
 from tasks.tracking.runs import StageRun
 
@@ -137,7 +138,7 @@ def train(
         models=recorded,
         parent_run_id=parent_run_id,
         work=work,
-        announce=lambda run, skipped: register_model(run, out, index, variant, unless_known=skipped),
+        announce=lambda run, skipped: run.write(model_entry(out, index, variant, unless_known=skipped)),
     )
 
 

@@ -14,11 +14,11 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from rag_core.errors import ArtefactError
-from rag_core.model.rag_model import KIND
+from rag_core.model.settings import KIND
 from rag_core.storage.artifact import local_copy, open_artefact
 from rag_core.storage.places import absolute, as_place
-from tasks.tracking.delivery import reaching
-from tasks.tracking.runs import StageRun
+from tasks.tracking.client import reaching
+from tasks.tracking.journal import Entry
 
 # A server may answer an upload only when it has stored it.
 UPLOAD_SECONDS = 120
@@ -30,27 +30,25 @@ SIGNATURE = ModelSignature(
 )
 
 
-def register_model(run: StageRun, model: Path, index: Path, variant: str, *, unless_known: bool = False) -> None:
-    """Log the model to the stage's run and register it as `rag-sequence` or `rag-token`.
+def model_entry(model: Path, index: Path, variant: str, *, unless_known: bool = False) -> Entry:
+    """What a stage writes to its run to have the model logged, and registered as `rag-sequence` or `rag-token`.
 
     Args:
         unless_known: do nothing if a model with these very weights is registered, by whatever run.
     """
     manifest = open_artefact(model, KIND, check_content=False)
-    run.write(
-        {
-            "do": "model",
-            "name": f"rag-{variant}",
-            "model": absolute(model),
-            "fingerprint": manifest.fingerprint,
-            "index": absolute(index),
-            "unless_known": unless_known,
-        }
-    )
+    return {
+        "do": "model",
+        "name": f"rag-{variant}",
+        "model": absolute(model),
+        "fingerprint": manifest.fingerprint,
+        "index": absolute(index),
+        "unless_known": unless_known,
+    }
 
 
 def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
-    """Send what `register_model` wrote down, unless this run has registered its model already.
+    """Log and register the model of a `model_entry`, unless this run has registered its model already.
 
     Raises:
         ArtefactError: another model lies there by now.

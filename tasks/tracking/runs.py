@@ -34,6 +34,7 @@ from tasks.environment.mlflow_store import check_store
 from tasks.environment.variables import FOR_STAGES, check_variables
 from tasks.notices import warn
 from tasks.tracking import delivery
+from tasks.tracking.client import reaching
 from tasks.tracking.journal import SUFFIX, Entry, Journal, Pause, UnreachableError, header_of
 from tasks.tracking.metric_names import metric_name
 
@@ -178,7 +179,7 @@ def _new_run(tags: Mapping[str, str]) -> RunAddress:
     # Its parent may be among them.
     send_unsent(unsent_files())
     try:
-        with delivery.reaching(uri) as client:
+        with reaching(uri) as client:
             run_id = delivery.make_run(client, local.header)
     except UnreachableError as error:
         if uri not in _answered:
@@ -216,7 +217,7 @@ def prepare_store() -> None:
     check_tracking()
     uri = tracking_uri()
     try:
-        with made_by_one(uri), delivery.reaching(uri, retries=1) as client:
+        with made_by_one(uri), reaching(uri, retries=1) as client:
             delivery.experiment_id(client, experiment_name())
     except UnreachableError as error:
         raise not_reached(error) from error
@@ -292,7 +293,7 @@ def run_link(run: StageRun) -> str:
     if run.address.journal.file.exists() or not pause_of(run.address.tracking_uri).over:
         return f"{uri} does not answer; what it is to be told is kept in `{run.address.journal.file}`"
     try:
-        with delivery.reaching(run.address.tracking_uri) as client:
+        with reaching(run.address.tracking_uri) as client:
             experiment = delivery.experiment_id(client, experiment_name())
     except UnreachableError as error:
         return f"run {run.run_id} ({error})"

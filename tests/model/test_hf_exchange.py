@@ -30,7 +30,8 @@ from rag_core.corpus.passages import Passage
 from rag_core.embeddings.encoder_settings import EncoderSettings
 from rag_core.errors import ArtefactError, ConfigError, ModelNotice
 from rag_core.model.hf_rag import ExchangeWarning, separators_of, template_of
-from rag_core.model.rag_model import ModelSettings, RagModel
+from rag_core.model.rag_model import RagModel
+from rag_core.model.settings import ModelSettings
 from rag_core.reading.contexts import PromptConfig, assemble_contexts
 from rag_core.reading.likelihood import Variant
 from tests.support.models.hf_checkpoints import (

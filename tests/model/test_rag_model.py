@@ -11,8 +11,9 @@ import torch
 
 from rag_core.errors import ArtefactError, ConfigError
 from rag_core.index.passage_index import PassageIndex
-from rag_core.model.rag_model import ModelSettings, RagModel, batches_of
+from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import Answer, DecodingConfig
+from rag_core.model.settings import ModelSettings
 from rag_core.questions.questions import Question
 from rag_core.reading.contexts import ContextCount, PromptConfig
 from rag_core.reading.likelihood import Variant

@@ -14,8 +14,9 @@ from transformers import dynamic_module_utils
 
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.errors import ConfigError, ModelNotice
-from rag_core.model.rag_model import ModelConfig, RagModel
+from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import load_generator
+from rag_core.model.settings import ModelConfig
 from rag_core.pretrained.hub import revision
 from rag_core.pretrained.model_source import pin_source, recorded_source, resolve_model_source
 from tests.support.models.hub_models import (

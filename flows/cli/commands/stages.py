@@ -165,7 +165,7 @@ def train(
     from flows.cli.settings import parse, read_section
     from flows.stages.train import train_sequence, train_token
     from rag_core.errors import ConfigError
-    from rag_core.model.rag_model import ModelConfig
+    from rag_core.model.settings import ModelConfig
     from tasks.stages.train import TrainConfig
 
     flows = {"sequence": train_sequence, "token": train_token}

@@ -30,8 +30,9 @@ from transformers import (
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.encoder_settings import EncoderSettings
 from rag_core.embeddings.text_encoder import TextEncoder
-from rag_core.model.rag_model import ModelSettings, RagModel
+from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import without_unused_pooler
+from rag_core.model.settings import ModelSettings
 from rag_core.reading.likelihood import Variant, rag_nll
 
 CLASSES: dict[Variant, str] = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}

@@ -1,0 +1,67 @@
+"""A RAG model's settings: `ModelConfig` says what a model starts from, `ModelSettings` is saved with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rag_core.embeddings.text_encoder import Pooling
+from rag_core.pretrained.model_source import pin_source, recorded_source
+from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.likelihood import Variant
+
+KIND = "rag-model"
+SETTINGS_FILE = "rag_model.json"
+# The settings of a `ModelConfig` that name models.
+PARTS = ("question_encoder", "generator")
+
+
+class ModelConfig(BaseModel):
+    """Which parts a RAG model starts from, and the settings that belong to it for life (saved with it)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question_encoder: str = Field(
+        description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
+    )
+    generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
+    pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
+    question_prompt: str | None = Field(
+        None,
+        description="put before every question for the question encoder, such as 'query: '; empty: what its folder says",
+    )
+    score_scale: float = Field(
+        1.0, gt=0, description="doc_scores = score_scale × inner product; 1 for DPR, about 20 for unit vectors"
+    )
+    num_docs: int = Field(5, ge=1, description="K, passages per question")
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    trust_remote_code: bool = Field(
+        False,
+        description="run code that comes with the parts; this is not saved with the model",
+    )
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is trained, apart from the parts' weights."""
+        unset = set() if self.question_prompt is not None else {"question_prompt"}
+        return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
+
+    def pinned(self) -> ModelConfig:
+        """The same parts by names that mean the same in every worker: hub models with their commit, folders absolute."""
+        return self.model_copy(update={part: pin_source(getattr(self, part)) for part in PARTS})
+
+    def recorded(self) -> dict[str, str]:
+        """The parts as manifests and MLflow name them."""
+        return {part: recorded_source(getattr(self, part)) for part in PARTS}
+
+
+class ModelSettings(BaseModel):
+    """What `rag_model.json` keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: Variant | None = None
+    score_scale: float = 1.0
+    num_docs: int = 5
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    document_encoder_fingerprint: str | None = None
