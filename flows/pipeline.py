@@ -1,6 +1,6 @@
 """The whole run: corpus → embeddings → index → (generator) → training → answers → scores, under one MLflow run.
 
-Stages whose inputs have not changed are skipped: each artefact knows the settings and contents that it was made from.
+Stages whose inputs have not changed are skipped: each artifact knows the settings and contents that it was made from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rag_core.index.passage_index import IndexConfig
 from rag_core.model.settings import ModelConfig
 from rag_core.questions.questions import AnswersAre
 from rag_core.reading.likelihood import Variant
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from rag_core.training.pretraining import PretrainConfig
 from tasks.on_ray.answering import InferConfig
 from tasks.reports.summary import pipeline_run, publish_summary
@@ -42,9 +42,9 @@ class QuestionFiles(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: ArtefactPath
-    dev: ArtefactPath
-    test: ArtefactPath
+    train: ArtifactPath
+    dev: ArtifactPath
+    test: ArtifactPath
     test_answers_are: AnswersAre | None = Field(
         None, description="regex: answers of the test file that do not say what they are are regular expressions"
     )
@@ -56,7 +56,7 @@ class PipelineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field("pipeline", description="name of the parent MLflow run")
-    sources: list[ArtefactPath] = Field(min_length=1, description="files or folders that the corpus is read from")
+    sources: list[ArtifactPath] = Field(min_length=1, description="files or folders that the corpus is read from")
     corpus: CorpusConfig = CorpusConfig()
     questions: QuestionFiles
     embed: EmbedConfig
@@ -82,7 +82,7 @@ class PipelineResult(BaseModel):
 
 
 @flow(name="pipeline")
-def pipeline(config: PipelineConfig, out: ArtefactPath = Path("runs/pipeline")) -> PipelineResult:
+def pipeline(config: PipelineConfig, out: ArtifactPath = Path("runs/pipeline")) -> PipelineResult:
     """Run every stage into folders below `out` and compare the trained variants on the test questions."""
     config = checked(config, out)
     files = config.questions

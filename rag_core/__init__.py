@@ -1,4 +1,4 @@
-"""Retrieval-augmented generation after Lewis et al. 2020: likelihoods, decoders, retrieval and the artefacts on disk.
+"""Retrieval-augmented generation after Lewis et al. 2020: likelihoods, decoders, retrieval and the artifacts on disk.
 
 PyTorch, Transformers, FAISS and Arrow only; orchestration (Prefect, Ray, MLflow) lives above, in `tasks` and `flows`.
 """
@@ -13,7 +13,7 @@ switch_off()
 if TYPE_CHECKING:
     from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
     from rag_core.embeddings.text_encoder import TextEncoder
-    from rag_core.errors import ArtefactError, ConfigError, InputError, RagError
+    from rag_core.errors import ArtifactError, ConfigError, InputError, RagError
     from rag_core.index.passage_index import PassageIndex
     from rag_core.model.rag_model import RagModel
     from rag_core.model.reader import Answer, DecodingConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `rag --help` must not wait seconds for PyTorch.
 _HOME = {
     "Answer": "rag_core.model.reader",
-    "ArtefactError": "rag_core.errors",
+    "ArtifactError": "rag_core.errors",
     "ConfigError": "rag_core.errors",
     "DecodingConfig": "rag_core.model.reader",
     "Hypothesis": "rag_core.decoding",
@@ -44,7 +44,7 @@ _HOME = {
 
 __all__ = [
     "Answer",
-    "ArtefactError",
+    "ArtifactError",
     "ConfigError",
     "DecodingConfig",
     "Hypothesis",
@@ -64,6 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ArtefactError":  # how this project spelled it once; programs that import it keep working
+        name = "ArtifactError"
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

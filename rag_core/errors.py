@@ -20,8 +20,8 @@ class ConfigError(RagError):
     """A setting is unknown, out of range, or does not fit another setting."""
 
 
-class ArtefactError(RagError):
-    """A folder that a stage should read is missing, damaged, of another kind, or does not fit another artefact."""
+class ArtifactError(RagError):
+    """A folder that a stage should read is missing, damaged, of another kind, or does not fit another artifact."""
 
 
 class NotFiniteError(RagError):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 
 
 class StageResult(BaseModel):
-    """Where a stage's artefact is, what it holds, and where its MLflow run is."""
+    """Where a stage's artifact is, what it holds, and where its MLflow run is."""
 
     stage: str
-    path: ArtefactPath
+    path: ArtifactPath
     fingerprint: str
     counts: dict[str, int] = {}
     metrics: dict[str, float] = {}

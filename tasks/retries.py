@@ -1,7 +1,7 @@
 """Which failures a stage is run again for: a lost process or machine, never bad input or a fault of ours.
 
 Prefect runs the task again in the same flow run. A stage that is made of shards goes on with those it has; one that has
-published its artefact is skipped. Flows have no such setting, because Prefect would run a whole flow again for a
+published its artifact is skipped. Flows have no such setting, because Prefect would run a whole flow again for a
 misspelt path, too.
 """
 

@@ -1,6 +1,6 @@
 """What every stage does around its own work: skip what is already there, open the MLflow run, leave a summary.
 
-A stage is skipped when its output folder holds a whole artefact that was made by the same work: same settings, same
+A stage is skipped when its output folder holds a whole artifact that was made by the same work: same settings, same
 input contents (names do not count). The output is held against other runs from before that is known until the work is
 done. A skipped stage still gets a child run, tagged with the run that did the work, so
 that a pipeline's page shows all of its stages.
@@ -21,7 +21,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.artifact import Manifest, find_finished, finish_publishing, working_place
 from rag_core.storage.places import absolute, as_place
 from rag_core.storage.writer_lock import reserved
@@ -55,23 +55,23 @@ def run_stage(
     models: Mapping[str, str] | None = None,
     announce: Callable[[StageRun, bool], None] | None = None,
 ) -> StageResult:
-    """Run `work`, unless its artefact is already at `out`.
+    """Run `work`, unless its artifact is already at `out`.
 
     Args:
         stage: name of the MLflow run and of the summary.
-        kind: kind of the artefact that `work` publishes at `out`.
-        config: the settings that decide what is made, as the artefact's manifest keeps them.
+        kind: kind of the artifact that `work` publishes at `out`.
+        config: the settings that decide what is made, as the artifact's manifest keeps them.
         inputs: what is read; recorded as the run's data sets.
         parent_run_id: MLflow run of the pipeline.
         work: does it and returns the manifest; it may log to the run.
-        made_from: fingerprints in the artefact's key, where they are not those of `inputs`.
+        made_from: fingerprints in the artifact's key, where they are not those of `inputs`.
         models: names of the models that the work begins with, by role, a hub's with its commit; parameters of the run.
-        announce: tells others of the published artefact. Called again, with True, by a later run that finds the artefact
+        announce: tells others of the published artifact. Called again, with True, by a later run that finds the artifact
             but no note that this was done: the run that made it may have been killed, or have been on another machine.
     """
     started, out = time.monotonic(), as_place(out)
     keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
-    with open_run(stage, parent_run_id, tags={"artefact": absolute(out), "kind": kind}) as run:
+    with open_run(stage, parent_run_id, tags={"artifact": absolute(out), "kind": kind}) as run:
         run.log_params({**config, **(models or {})})
         for name, one in inputs.items():
             run.log_input(name, one.path, one.fingerprint)
@@ -113,10 +113,10 @@ def run_stage(
 
 
 def refuse_unseen_parts(folder: Path, names: Sequence[str], out: Path) -> None:
-    """Raise ArtefactError if parts that workers have finished are not in `folder` as this machine sees it."""
+    """Raise ArtifactError if parts that workers have finished are not in `folder` as this machine sees it."""
     unseen = [name for name in names if not (folder / name).is_file()]
     if unseen:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out}: {len(unseen)} of {len(names)} finished parts ({unseen[0]}, …) are not in {folder}; workers wrote them on "
             "machines of their own. Give an --out (and for s3:// a RAG_CACHE) on storage that every machine mounts at the "
             "same path."
@@ -133,7 +133,7 @@ def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:
 
 
 def publish_table(stage: str, rows: Mapping[str, str], note: str = "", below: str = "") -> None:
-    """Two columns of Markdown, and what stands below them, as a Prefect artefact with the stage's name as its key."""
+    """Two columns of Markdown, and what stands below them, as a Prefect artifact with the stage's name as its key."""
     body = table(["", ""], [[name, value] for name, value in rows.items()])
     key = re.sub("[^a-z0-9]+", "-", stage.lower()).strip("-") or "stage"
     publish_page(f"## {text_cell(stage)}\n{note}\n\n{body}\n\n{below}\n", key=key, description=stage)
@@ -152,7 +152,7 @@ def publish_page(markdown: str, key: str, description: str) -> None:
 
 
 def _run_file(out: Path) -> Path:
-    # Beside the artefact, not in it: which run made it is no part of its content.
+    # Beside the artifact, not in it: which run made it is no part of its content.
     beside = working_place(out)
     return beside.parent / f".{beside.name}.mlflow-run"
 
@@ -162,7 +162,7 @@ def _remember_run(out: Path, run_id: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(run_id + "\n", encoding="utf-8")
-    except OSError as error:  # an artefact that is found in a place where this run may not write
+    except OSError as error:  # an artifact that is found in a place where this run may not write
         get_run_logger().info("%s: which MLflow run made it could not be noted (%s)", out, error)
 
 

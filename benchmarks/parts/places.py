@@ -31,19 +31,19 @@ def geonames_passages(passages: int) -> list[Passage]:
 
 
 def geonames_corpus(passages: int, out: Path, shard_rows: int = 25_000) -> Corpus:
-    """The corpus artefact of these places."""
+    """The corpus artifact of these places."""
     config = {"passages": passages, "shard_rows": shard_rows}
     write_passages(geonames_passages(passages), out, made_from={}, config=config, shard_rows=shard_rows)
     return Corpus.open(out, check_content=False)
 
 
 def bench_cache() -> Path:
-    """Where artefacts that several benchmarks share lie: `RAG_BENCH_CACHE`, or runs/bench."""
+    """Where artifacts that several benchmarks share lie: `RAG_BENCH_CACHE`, or runs/bench."""
     return Path(os.environ.get(CACHE) or "runs/bench")
 
 
 def geonames_embeddings(passages: int) -> Path:
-    """Folder with the artefacts `corpus` and `embeddings` (MiniLM) of so many places; made if it is not there yet."""
+    """Folder with the artifacts `corpus` and `embeddings` (MiniLM) of so many places; made if it is not there yet."""
     folder = bench_cache() / f"geonames-{passages}"
     if not (folder / EMBEDDINGS).exists():
         embed_in_process(geonames_corpus(passages, folder / CORPUS), folder / EMBEDDINGS)

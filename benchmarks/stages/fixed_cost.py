@@ -52,7 +52,7 @@ def cold_line(runs: list[dict[str, Any]]) -> Line:
         unit="s",
         target=COLD_SECONDS,
         higher_is_better=False,
-        outputs="every stage's artefact published",
+        outputs="every stage's artifact published",
         details={"runs": runs},
     )
 
@@ -69,7 +69,7 @@ def warm_line(runs: list[dict[str, Any]]) -> Line:
         unit="s a stage",
         target=WARM_SECONDS_PER_STAGE,
         higher_is_better=False,
-        outputs="every stage's artefact published",
+        outputs="every stage's artifact published",
         details={"runs": runs},
     )
 

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from flows.cli.commands import artifacts as artefact_commands
+from flows.cli.commands import artifacts as artifact_commands
 from flows.cli.commands import exchange as exchange_commands
 from flows.cli.commands import inspection as inspect_commands
 from flows.cli.commands import runs as run_commands
@@ -36,7 +36,7 @@ stage_commands.add_to(app)
 run_commands.add_to(app)
 inspect_commands.add_to(app)
 exchange_commands.add_to(app)
-artefact_commands.add_to(app)
+artifact_commands.add_to(app)
 sync_command.add_to(app)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from rag_core.model.settings import ModelConfig
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from tasks.on_ray.answering import InferConfig
 from tasks.results import StageResult
 from tasks.stages.batch_infer import batch_infer as batch_infer_task
@@ -13,10 +13,10 @@ from tasks.stages.batch_infer import batch_infer as batch_infer_task
 
 @flow(name="batch-infer")
 def batch_infer(
-    model: ArtefactPath | ModelConfig,
-    index: ArtefactPath,
-    questions: ArtefactPath,
-    out: ArtefactPath,
+    model: ArtifactPath | ModelConfig,
+    index: ArtifactPath,
+    questions: ArtifactPath,
+    out: ArtifactPath,
     config: InferConfig,
     parent_run_id: str | None = None,
     stage: str = "batch-infer",

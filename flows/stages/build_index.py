@@ -5,16 +5,16 @@ from __future__ import annotations
 from prefect import flow
 
 from rag_core.index.passage_index import IndexConfig
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from tasks.results import StageResult
 from tasks.stages.build_index import build_index as build_index_task
 
 
 @flow(name="build-index")
 def build_index(
-    embeddings: ArtefactPath,
-    corpus: ArtefactPath,
-    out: ArtefactPath,
+    embeddings: ArtifactPath,
+    corpus: ArtifactPath,
+    out: ArtifactPath,
     config: IndexConfig,
     parent_run_id: str | None = None,
 ) -> StageResult:

@@ -7,15 +7,15 @@ from prefect import flow
 from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.scores import Evaluation
 from rag_core.questions.questions import AnswersAre
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from tasks.results import StageResult
 from tasks.stages.evaluate import evaluate as evaluate_task
 
 
 @flow(name="evaluate")
 def evaluate(
-    predictions: ArtefactPath,
-    questions: ArtefactPath,
+    predictions: ArtifactPath,
+    questions: ArtifactPath,
     ks: list[int] = [1, 5],  # noqa: B006 (Prefect shows the default in its form)
     parent_run_id: str | None = None,
     stage: str = "evaluate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from rag_core.training.pretraining import PretrainConfig
 from tasks.results import StageResult
 from tasks.stages.pretrain_generator import pretrain_generator as pretrain_generator_task
@@ -12,10 +12,10 @@ from tasks.stages.pretrain_generator import pretrain_generator as pretrain_gener
 
 @flow(name="pretrain-generator")
 def pretrain_generator(
-    corpus: ArtefactPath,
-    questions: ArtefactPath,
-    dev: ArtefactPath,
-    out: ArtefactPath,
+    corpus: ArtifactPath,
+    questions: ArtifactPath,
+    dev: ArtifactPath,
+    out: ArtifactPath,
     config: PretrainConfig,
     num_workers: int = 0,
     parent_run_id: str | None = None,

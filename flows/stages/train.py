@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from rag_core.model.settings import ModelConfig
-from rag_core.storage.places import ArtefactPath
+from rag_core.storage.places import ArtifactPath
 from tasks.results import StageResult
 from tasks.stages.train import TrainConfig
 from tasks.stages.train import train as train_task
@@ -13,10 +13,10 @@ from tasks.stages.train import train as train_task
 
 @flow(name="train-sequence")
 def train_sequence(
-    index: ArtefactPath,
-    questions: ArtefactPath,
-    dev: ArtefactPath,
-    out: ArtefactPath,
+    index: ArtifactPath,
+    questions: ArtifactPath,
+    dev: ArtifactPath,
+    out: ArtifactPath,
     model: ModelConfig,
     config: TrainConfig,
     parent_run_id: str | None = None,
@@ -27,10 +27,10 @@ def train_sequence(
 
 @flow(name="train-token")
 def train_token(
-    index: ArtefactPath,
-    questions: ArtefactPath,
-    dev: ArtefactPath,
-    out: ArtefactPath,
+    index: ArtifactPath,
+    questions: ArtifactPath,
+    dev: ArtifactPath,
+    out: ArtifactPath,
     model: ModelConfig,
     config: TrainConfig,
     parent_run_id: str | None = None,

@@ -1,4 +1,4 @@
-"""The corpus artefact: its one owner, for writing and for reading.
+"""The corpus artifact: its one owner, for writing and for reading.
 
 Layout: `passages-00000.parquet`, … (columns id, title, text; zstd), and `rejects.jsonl` with one object for every row
 that was left out. If those are too large a share of all rows, no corpus is published, and they are put beside its place,
@@ -25,14 +25,14 @@ from rag_core.corpus.formats import CorpusFormat, Reading, Reject, Row, expand_s
 from rag_core.corpus.formats.rows import check_row, first_line
 from rag_core.corpus.formats.sources import is_text
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtifactError, InputError
 from rag_core.storage.artifact import (
     Draft,
     Manifest,
     fingerprint_of_files,
     fingerprint_of_json,
     local_copy,
-    open_artefact,
+    open_artifact,
     publish,
     sha256_of_file,
     working_place,
@@ -88,7 +88,7 @@ def write_corpus(
 
     Args:
         sources: files or folders of `config.format`.
-        out: folder of the artefact; an older artefact there is replaced at the end.
+        out: folder of the artifact; an older artifact there is replaced at the end.
         config: see `CorpusConfig`.
         on_progress: called with the number of passages so far, after every shard.
 
@@ -100,7 +100,7 @@ def write_corpus(
     Raises:
         InputError: a source that cannot be read at all, no passage left, or more rejects than `config.max_rejects_share`
             allows; the rejects are then in the file that `rejects_beside` names.
-        ArtefactError: `out` holds something that is not ours.
+        ArtifactError: `out` holds something that is not ours.
     """
     made_from = {"sources": source_fingerprint(sources, config.format)}
     reading = Reading()
@@ -114,7 +114,7 @@ def write_corpus(
         if reading.skipped:
             draft.details["skipped_by_reason"] = dict(sorted(reading.skipped.items()))
     rejects_beside(Path(out)).unlink(missing_ok=True)
-    return open_artefact(Path(out), KIND, check_content=False)
+    return open_artifact(Path(out), KIND, check_content=False)
 
 
 def rejects_beside(out: Path) -> Path:
@@ -144,7 +144,7 @@ def write_passages(
 ) -> Manifest:
     """Publish passages made by code as a corpus; checked and counted as `write_corpus` does.
 
-    `made_from` and `config` go to the manifest and make the artefact's key.
+    `made_from` and `config` go to the manifest and make the artifact's key.
     """
     place = "generated passages"
     rows = (
@@ -155,7 +155,7 @@ def write_passages(
         _fill(draft, rows, shard_rows, place, None)
         _check_rejects(draft, Path(out), place, max_rejects_share)
     rejects_beside(Path(out)).unlink(missing_ok=True)
-    return open_artefact(Path(out), KIND, check_content=False)
+    return open_artifact(Path(out), KIND, check_content=False)
 
 
 class Corpus:
@@ -174,16 +174,16 @@ class Corpus:
         """Open a corpus.
 
         Args:
-            path: the artefact's folder.
+            path: the artifact's folder.
             check_content: compare the SHA-256 of every file (default), or only presence and size.
 
         Raises:
-            ArtefactError: not a corpus, or damaged.
+            ArtifactError: not a corpus, or damaged.
         """
         local = local_copy(path)
-        manifest = open_artefact(local, KIND, check_content=check_content)
+        manifest = open_artifact(local, KIND, check_content=check_content)
         if manifest.counts.get("passages", 0) < 1:
-            raise ArtefactError(f"{path}: the manifest does not say how many passages it holds. Make the corpus again.")
+            raise ArtifactError(f"{path}: the manifest does not say how many passages it holds. Make the corpus again.")
         corpus = cls(local, manifest)
         corpus.place = as_place(path)
         return corpus
@@ -203,15 +203,15 @@ def read_shard(path: Path) -> pa.Table:
     """One shard of a corpus as a table with the string columns id, title and text.
 
     Raises:
-        ArtefactError: not such a file.
+        ArtifactError: not such a file.
     """
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ArtefactError(f"{path} cannot be read ({first_line(error)}). Make the corpus again.") from error
+        raise ArtifactError(f"{path} cannot be read ({first_line(error)}). Make the corpus again.") from error
     if not table.schema.equals(SCHEMA):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path} has the columns {table.schema.names}; {SCHEMA.names} were expected. Correct the path."
         )
     return table

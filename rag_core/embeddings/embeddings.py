@@ -1,4 +1,4 @@
-"""The embeddings artefact: one Parquet shard of vectors for each shard of the corpus, row for row.
+"""The embeddings artifact: one Parquet shard of vectors for each shard of the corpus, row for row.
 
 Owner of its layout: `embeddings-00000.parquet`, … with columns `id` (string) and `embedding` (fixed-size list of
 float16 or float32), in the corpus's order. Which process embeds which shard is somebody else's business.
@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.corpus.formats.rows import first_line
 from rag_core.cpu.heap import return_freed_blocks
 from rag_core.embeddings.text_encoder import WINDOW, Precision, TextEncoder, passage_text
-from rag_core.errors import ArtefactError
-from rag_core.storage.artifact import Manifest, finished_file, local_copy, open_artefact
+from rag_core.errors import ArtifactError
+from rag_core.storage.artifact import Manifest, finished_file, local_copy, open_artifact
 from rag_core.storage.places import as_place
 
 KIND = "embeddings"
@@ -74,7 +74,7 @@ def embed_shard(
     """Embed one shard of a corpus into one shard of embeddings; returns the number of rows.
 
     Raises:
-        ArtefactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed) or all zeros.
+        ArtifactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed) or all zeros.
     """
     table = pq.read_table(corpus_shard, columns=["id", "title", "text"])
     vector = pa.list_(pa.from_numpy_dtype(config.dtype), encoder.dim)
@@ -87,7 +87,7 @@ def embed_shard(
             vectors_nD = _embed_rows(encoder, part, config, on_progress)
             if fault := vector_fault(vectors_nD):
                 row, found = fault
-                raise ArtefactError(
+                raise ArtifactError(
                     f"{corpus_shard} row {start + row + 1} (id {part['id'][row].as_py()!r}): the encoder gave a vector that "
                     f"is {found} as {config.dtype}. Check the encoder's weights, or store float32."
                 )
@@ -123,7 +123,7 @@ def _embed_rows(
 
 
 class Embeddings:
-    """A published embeddings artefact, opened and checked."""
+    """A published embeddings artifact, opened and checked."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -136,9 +136,9 @@ class Embeddings:
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> Embeddings:
-        """Open an artefact; raises ArtefactError if it is missing or damaged."""
+        """Open an artifact; raises ArtifactError if it is missing or damaged."""
         local = local_copy(path)
-        embeddings = cls(local, open_artefact(local, KIND, check_content=check_content))
+        embeddings = cls(local, open_artifact(local, KIND, check_content=check_content))
         embeddings.place = as_place(path)
         return embeddings
 
@@ -149,7 +149,7 @@ class Embeddings:
         """Ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
 
         Raises:
-            ArtefactError: a shard cannot be read; its vectors have another width or type than the manifest says; or one
+            ArtifactError: a shard cannot be read; its vectors have another width or type than the manifest says; or one
                 is missing, not finite or all zeros (named with its row and id).
         """
         for shard in self.shards:
@@ -161,7 +161,7 @@ class Embeddings:
                         yield self._checked(shard, row, batch)
                         row += batch.num_rows
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise ArtefactError(
+                raise ArtifactError(
                     f"{shard} cannot be read after row {row} ({first_line(error)}); a Parquet file of ids and vectors was "
                     f"expected. Run `rag verify --repair {self.place}`, or embed the corpus again."
                 ) from error
@@ -171,7 +171,7 @@ class Embeddings:
         types = {name: schema.field(name).type for name in ("id", "embedding") if name in schema.names}
         if types.get("id") != pa.string() or types.get("embedding") != expected:
             found = ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "neither"
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{shard}: columns id (string) and embedding ({self.dim} dimensions of {self.dtype}, as the manifest says) "
                 f"were expected, found {found}. Embed the corpus again."
             )
@@ -181,12 +181,12 @@ class Embeddings:
         ids, column = batch.column("id"), batch.column("embedding")
         vectors_ND = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         if ids.null_count or column.null_count or len(vectors_ND) != batch.num_rows:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{shard} rows {row + 1} to {row + batch.num_rows}: an id or a vector is missing. Embed the corpus again."
             )
         fault = vector_fault(vectors_ND)
         if fault:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{shard} row {row + fault[0] + 1} (id {ids[fault[0]].as_py()!r}): the vector is {fault[1]}. Embed the corpus "
                 "again; if that does not help, check the encoder's weights."
             )
@@ -196,7 +196,7 @@ class Embeddings:
 def _width_and_type(path: Path, manifest: Manifest) -> tuple[int, VectorDtype]:
     dim, dtype = manifest.details.get("dim"), manifest.details.get("dtype")
     if not isinstance(dim, int) or dim < 1 or dtype not in get_args(VectorDtype) or "passages" not in manifest.counts:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: the manifest says {dim!r} dimensions of {dtype!r} and {manifest.counts}; a width, one of "
             f"{', '.join(get_args(VectorDtype))} and a number of passages were expected. Embed the corpus again."
         )

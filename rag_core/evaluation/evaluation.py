@@ -19,7 +19,7 @@ import regex
 
 from rag_core.corpus.passages import NO_PASSAGE, Passage
 from rag_core.embeddings.text_encoder import Precision, TextEncoder
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtifactError, InputError
 from rag_core.evaluation.metrics import (
     Match,
     exact_match,
@@ -58,16 +58,16 @@ __all__ = [
 def evaluate_predictions(
     predictions: Path, questions: Sequence[Question], ks: Sequence[int], match: Match = "words"
 ) -> Evaluation:
-    """Scores of a predictions artefact.
+    """Scores of a predictions artifact.
 
     Raises:
         InputError: a question has no prediction, or that of another question; or no question has an answer to compare with.
-        ArtefactError: the predictions are damaged, or answer one question twice.
+        ArtifactError: the predictions are damaged, or answer one question twice.
     """
     rows: dict[str, dict[str, Any]] = {}
     for row in read_predictions(predictions):
         if row["id"] in rows:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{predictions} has two predictions for the question {row['id']!r}, so neither can be scored. Run `rag "
                 "infer` again."
             )
@@ -107,10 +107,10 @@ def evaluate_retrieval(
 
 
 def check_own_encoder(index: Retriever, encoder: TextEncoder) -> None:
-    """Raise ArtefactError if `encoder`, which stands where the index's own one stood, is not that one any more."""
+    """Raise ArtifactError if `encoder`, which stands where the index's own one stood, is not that one any more."""
     found = encoder.fingerprint()
     if found != index.encoder_fingerprint:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{index.manifest.details['encoder']} is not the encoder that made the index {index.path} any more (fingerprint "
             f"{found[:12]}…, {index.encoder_fingerprint[:12]}… was expected), so its vectors do not fit. Put the former "
             "weights there, name a question encoder that fits (--encoder), or embed and index the corpus again."

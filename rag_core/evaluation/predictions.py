@@ -1,4 +1,4 @@
-"""The predictions artefact: answers to a question file, in its order.
+"""The predictions artifact: answers to a question file, in its order.
 
 Owner of its layout: `predictions.jsonl` (for people and scripts) and `predictions.parquet` (for tables), with the same
 rows: id, question, answer, log_prob, candidates (answer, log_prob) and passages (id, title, text, prior p(z|q),
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rag_core.corpus.formats.rows import Reject, excerpt, numbered_lines
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.model.reader import Answer
 from rag_core.questions.questions import Question
-from rag_core.storage.artifact import finished_file, local_copy, open_artefact
+from rag_core.storage.artifact import finished_file, local_copy, open_artifact
 
 KIND = "predictions"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -52,7 +52,7 @@ SCHEMA = pa.schema(
 
 
 def prediction_row(question: Question, answer: Answer) -> dict[str, Any]:
-    """One row of the artefact."""
+    """One row of the artifact."""
     return {
         "id": question.id,
         "question": question.question,
@@ -112,18 +112,18 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a published predictions artefact, in order.
+    """The rows of a published predictions artifact, in order.
 
     Raises:
-        ArtefactError: missing, damaged, or a line that is not a row.
+        ArtifactError: missing, damaged, or a line that is not a row.
     """
     folder = local_copy(folder)
-    open_artefact(folder, KIND)
+    open_artifact(folder, KIND)
     for number, line in numbered_lines(folder / JSONL):
         row = _row(line)
         if row is None:
             found = line.reason if isinstance(line, Reject) else excerpt(line)
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{folder / JSONL} line {number} is not a prediction: an object with the strings id, question and answer "
                 f"and the list passages was expected, found {found!r}. Run `rag infer` again."
             )
@@ -131,7 +131,7 @@ def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(line: str | Reject) -> dict[str, Any] | None:
-    """A line as a row of the artefact, None if it is none. Checked is what others read of it."""
+    """A line as a row of the artifact, None if it is none. Checked is what others read of it."""
     try:
         row = json.loads(line) if isinstance(line, str) else None
     except (ValueError, RecursionError):

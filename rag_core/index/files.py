@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 
 from rag_core.corpus.formats.rows import first_line
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 
 # What FAISS itself may need beyond the file's size: tables that it makes, small lists that it pads.
 SPARE_BYTES = 2**20
@@ -26,7 +26,7 @@ def open_vectors(file: Path) -> np.ndarray:
     """Stored vectors (N, D), float32 or float16, memory-mapped.
 
     Raises:
-        ArtefactError: no such array, or a cut one.
+        ArtifactError: no such array, or a cut one.
     """
     try:
         vectors_ND: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -48,7 +48,7 @@ def open_faiss(file: Path, rows: int, dim: int) -> Any:
     """A FAISS index of `rows` vectors of `dim` numbers by inner product; what FAISS can map is mapped.
 
     Raises:
-        ArtefactError: FAISS cannot read it, or it is another one.
+        ArtifactError: FAISS cannot read it, or it is another one.
     """
     try:
         size = file.stat().st_size
@@ -65,11 +65,11 @@ def open_faiss(file: Path, rows: int, dim: int) -> Any:
 
 
 def set_search_parameter(folder: Path, index: Any, parameter: Any, value: Any) -> None:
-    """Set what an index was tuned to, or raise ArtefactError if the index has no such parameter."""
+    """Set what an index was tuned to, or raise ArtifactError if the index has no such parameter."""
     try:
         faiss.ParameterSpace().set_index_parameter(index, parameter, value)
     except (RuntimeError, TypeError) as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{folder}: the manifest's search parameter {parameter!r} = {value!r} does not go with the index. Build it again."
         ) from error
 
@@ -78,7 +78,7 @@ def propose(file: Path, index: Any, queries_BD: np.ndarray, count: int) -> tuple
     """Scores and rows (B, count) that a FAISS index, opened from `file`, proposes; −1 means no row.
 
     Raises:
-        ArtefactError: FAISS cannot search it after all, or proposes a row that there is not.
+        ArtifactError: FAISS cannot search it after all, or proposes a row that there is not.
     """
     try:
         scores_BP, rows_BP = index.search(queries_BD, count)
@@ -91,5 +91,5 @@ def propose(file: Path, index: Any, queries_BD: np.ndarray, count: int) -> tuple
     return scores_BP, rows_BP
 
 
-def _damaged(file: Path, reason: str) -> ArtefactError:
-    return ArtefactError(f"{file} cannot be used: {reason}. Build the index again, or copy it again.")
+def _damaged(file: Path, reason: str) -> ArtifactError:
+    return ArtifactError(f"{file} cannot be used: {reason}. Build the index again, or copy it again.")

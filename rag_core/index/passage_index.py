@@ -1,6 +1,6 @@
-"""Maximum inner product search over a frozen corpus: the index artefact, in one piece or in shards.
+"""Maximum inner product search over a frozen corpus: the index artifact, in one piece or in shards.
 
-Owner of its layout: the three files of a shard (`rag_core/index/shard.py`) lie in the artefact's folder, or, of an index
+Owner of its layout: the three files of a shard (`rag_core/index/shard.py`) lie in the artifact's folder, or, of an index
 in several shards, in `shard-00000`, `shard-00001`, …, each for a contiguous range of passages.
 
 Shapes: N passages, n passages of a shard, Q sample queries, D embedding.
@@ -24,12 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.corpus.corpus import Corpus
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.embeddings import Embeddings
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.factory import choose_factory, make_faiss_index, refine_factor, tune_recall
 from rag_core.index.passage_store import write_passage_store
 from rag_core.index.retriever import Retrieved, Retriever, ShardRange, shard_name
 from rag_core.index.shard import INDEX_FILE, PASSAGES_FILE, VECTORS_FILE, IndexShard, open_faiss, open_vectors
-from rag_core.storage.artifact import Manifest, local_copy, open_artefact, publish
+from rag_core.storage.artifact import Manifest, local_copy, open_artifact, publish
 from rag_core.storage.inputs import input_paths
 
 KIND = "index"
@@ -69,12 +69,12 @@ def build_index(
     Shards are built in turn, so that one FAISS index at a time is in memory; recall is tuned and measured over all.
 
     Raises:
-        ArtefactError: the embeddings were made from another corpus.
+        ArtifactError: the embeddings were made from another corpus.
         ConfigError: FAISS does not know the factory string, it does not fit the corpus, or there are more shards than
             passages.
     """
     if embeddings.manifest.made_from.get("corpus") != corpus.manifest.fingerprint:
-        raise ArtefactError(
+        raise ArtifactError(
             f"The embeddings in {embeddings.path} were made from another corpus than {corpus.path}. "
             "Embed this corpus, or give the corpus that was embedded."
         )
@@ -108,7 +108,7 @@ def build_index(
         }
         if config.shards > 1:
             draft.details["shards"] = [{"first_row": one.first_row, "rows": one.rows} for one in ranges]
-    return open_artefact(out, KIND, check_content=False)
+    return open_artifact(out, KIND, check_content=False)
 
 
 class PassageIndex(Retriever):
@@ -121,9 +121,9 @@ class PassageIndex(Retriever):
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> PassageIndex:
-        """Open an index; raises ArtefactError if it is missing or damaged."""
+        """Open an index; raises ArtifactError if it is missing or damaged."""
         path = local_copy(path)
-        return cls(path, open_artefact(path, KIND, check_content=check_content))
+        return cls(path, open_artifact(path, KIND, check_content=check_content))
 
     def ids_among(self, wanted: Set[str]) -> set[str]:
         """Those of `wanted` that a passage of the index has as its id. Every id is read."""
@@ -169,11 +169,11 @@ def _write_shards(
             indexes.append(open_faiss(shard, *open_vectors(shard).shape))
     num_vectors, num_passages = vectors.count_all(), passages.count_all()
     if num_vectors != len(embeddings):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{embeddings.path} holds {num_vectors} vectors, its manifest says {len(embeddings)}. Embed again."
         )
     if num_passages != num_vectors:
-        raise ArtefactError(f"{corpus.path} has {num_passages} passages, {embeddings.path} {num_vectors}. Embed again.")
+        raise ArtifactError(f"{corpus.path} has {num_passages} passages, {embeddings.path} {num_vectors}. Embed again.")
     return indexes
 
 

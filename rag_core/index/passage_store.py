@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from rag_core.corpus.formats.rows import first_line
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 
 BATCH_ROWS = 4096
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -42,7 +42,7 @@ class PassageStore:
     """Row access to a `passages.arrow`; opening maps the file and reads nothing but where its record batches are.
 
     Raises:
-        ArtefactError: not such a file. What lies in a record batch is checked when the first of its rows is read: Arrow
+        ArtifactError: not such a file. What lies in a record batch is checked when the first of its rows is read: Arrow
             itself follows the offsets in a file unchecked, into whatever memory they point to.
     """
 
@@ -62,7 +62,7 @@ class PassageStore:
         return self._rows
 
     def __getitem__(self, row: int) -> Passage:
-        """The passage at a row; raises IndexError outside 0 … len − 1, ArtefactError if its record batch is damaged."""
+        """The passage at a row; raises IndexError outside 0 … len − 1, ArtifactError if its record batch is damaged."""
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows} passages")
         number, place = divmod(row, BATCH_ROWS)
@@ -99,5 +99,5 @@ class PassageStore:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(first_line(error)) from error
 
-    def _damaged(self, reason: str) -> ArtefactError:
-        return ArtefactError(f"{self._file} cannot be read: {reason}. Build the index again, or copy it again.")
+    def _damaged(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"{self._file} cannot be read: {reason}. Build the index again, or copy it again.")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError, ConfigError, NotFiniteError
+from rag_core.errors import ArtifactError, ConfigError, NotFiniteError
 from rag_core.storage.artifact import Manifest
 
 
@@ -77,7 +77,7 @@ def merge(found: Sequence[Retrieved], k: int) -> Retrieved:
 
 
 class Retriever(ABC):
-    """An index that can be searched; `path` and `manifest` are those of the artefact."""
+    """An index that can be searched; `path` and `manifest` are those of the artifact."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class Retriever(ABC):
             self.encoder_fingerprint: str = manifest.details["encoder_fingerprint"]
             self.ranges = shard_ranges(manifest)
         except (KeyError, TypeError) as error:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{path}: the manifest does not describe an index ({error!r}). Build it again."
             ) from error
 

@@ -19,7 +19,7 @@ import faiss
 import numpy as np
 
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.index.factory import refine_factor
 from rag_core.index.files import open_faiss as mapped_faiss
 from rag_core.index.files import open_vectors as mapped_vectors
@@ -46,7 +46,7 @@ class IndexShard:
         self._passages = PassageStore(folder / PASSAGES_FILE)
         self._vectors_nD = open_vectors(folder)
         if len(self._passages) != len(self._vectors_nD):
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{folder} has {len(self._passages)} passages and {len(self._vectors_nD)} vectors. Build the index again."
             )
         self._file = folder / INDEX_FILE
@@ -133,12 +133,12 @@ class IndexShard:
 
 
 def open_vectors(folder: Path) -> np.ndarray:
-    """A shard's stored vectors (n, D), memory-mapped; ArtefactError if the file holds none."""
+    """A shard's stored vectors (n, D), memory-mapped; ArtifactError if the file holds none."""
     return mapped_vectors(folder / VECTORS_FILE)
 
 
 def open_faiss(folder: Path, rows: int, dim: int) -> faiss.Index:
-    """A shard's FAISS index of so many rows and dimensions; what FAISS can map is mapped. ArtefactError if it is another."""
+    """A shard's FAISS index of so many rows and dimensions; what FAISS can map is mapped. ArtifactError if it is another."""
     return mapped_faiss(folder / INDEX_FILE, rows, dim)
 
 

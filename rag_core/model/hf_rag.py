@@ -34,7 +34,7 @@ from transformers import GenerationConfig, RagConfig
 from rag_core.embeddings.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
 from rag_core.embeddings.encoder_settings import EncoderSettings, Pooling, position_limit
 from rag_core.embeddings.text_encoder import TextEncoder
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.model.reader import without_unused_pooler
 from rag_core.model.settings import SETTINGS_FILE, ModelSettings
 from rag_core.pretrained.dpr_tokenizer import with_saved_case
@@ -135,7 +135,7 @@ def write_hf_rag(model: RagParts, folder: str | Path, *, variant: Variant | None
         variant: "sequence" or "token"; default: what the model was trained as.
 
     Raises:
-        ArtefactError: the folder holds files already.
+        ArtifactError: the folder holds files already.
         ConfigError: no variant known, or a part that Hugging Face's class cannot hold.
 
     Warns:
@@ -368,7 +368,7 @@ def _appears_whole(folder: Path) -> Iterator[Path]:
     """A draft folder that is renamed to `folder` at the end, or removed if that is not reached."""
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} exists already and is left alone. Give a new or empty folder.")
+        raise ArtifactError(f"{folder} exists already and is left alone. Give a new or empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.parent / f".{folder.name}.draft-{uuid.uuid4().hex[:8]}"
     draft.mkdir()

@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from rag_core.embeddings.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.retriever import Retriever
 from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader, load_generator
 from rag_core.model.settings import KIND, SETTINGS_FILE, ModelConfig, ModelSettings
 from rag_core.pretrained.generator_limits import within_positions
 from rag_core.reading.likelihood import Variant
-from rag_core.storage.artifact import local_copy, open_artefact, publish
+from rag_core.storage.artifact import local_copy, open_artifact, publish
 
 
 def load_question_encoder(config: ModelConfig) -> TextEncoder:
@@ -75,20 +75,20 @@ class RagModel(nn.Module):
         """Load a folder written by `save_pretrained`.
 
         Args:
-            folder: the artefact.
+            folder: the artifact.
             trust_remote_code: run code that came with a part of the model and was saved with it.
 
         Raises:
-            ArtefactError: the folder is not a RAG model, or it is damaged.
+            ArtifactError: the folder is not a RAG model, or it is damaged.
             ConfigError: a part cannot be loaded, or needs code of its own.
         """
         folder = local_copy(Path(folder))
-        open_artefact(folder, KIND)
+        open_artifact(folder, KIND)
         try:
             settings = ModelSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
         except (ValidationError, OSError) as error:
             reason = str(error).splitlines()[0]
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{folder / SETTINGS_FILE} cannot be read ({reason}). Train the model again, or copy it again."
             ) from error
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -170,7 +170,7 @@ class RagModel(nn.Module):
         Raises:
             ConfigError: no variant known, K larger than the corpus, an index of another width, or more tokens than the
                 generator has positions for.
-            ArtefactError: the index was made by another document encoder than the model was trained with.
+            ArtifactError: the index was made by another document encoder than the model was trained with.
         """
         self.check_index(index)
         variant, decoding = self.variant_or(variant), decoding or DecodingConfig()
@@ -192,7 +192,7 @@ class RagModel(nn.Module):
         index.check_width(self.question_encoder.dim)
         expected = self.settings.document_encoder_fingerprint
         if expected is not None and expected != index.encoder_fingerprint:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"The index {index.path} was made by another document encoder ({index.encoder_fingerprint[:12]}…) than the "
                 f"model was trained with ({expected[:12]}…). Embed and index the corpus with that encoder."
             )

@@ -40,7 +40,7 @@ MOST_LAYERS = 500
 
 
 def resolve_model_source(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> str:
-    """The folder that Transformers should load from; a hub's model and an artefact in an object store are fetched.
+    """The folder that Transformers should load from; a hub's model and an artifact in an object store are fetched.
 
     Args:
         name_or_folder: a local folder, `package:NAME/FOLDER`, or a hub name with or without `@REVISION`.
@@ -58,7 +58,7 @@ def pin_source(name_or_folder: str | Path) -> str:
     """The same model by a name that means the same in every process, later too.
 
     A hub name becomes `org/model@COMMIT` (one request a name and process), a local folder's path absolute; `package:` names
-    and artefacts in an object store stay.
+    and artifacts in an object store stay.
 
     Raises:
         ConfigError: as `resolve_model_source`.

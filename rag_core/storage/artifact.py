@@ -1,11 +1,11 @@
 """Folders that a stage publishes: written aside, described by a manifest, renamed into place last.
 
-A reader never sees half an artefact: everything is written into a hidden draft folder beside the target, flushed
+A reader never sees half an artifact: everything is written into a hidden draft folder beside the target, flushed
 to disk, described in `manifest.json` (counts, bytes and SHA-256 of every file, what it was made from), and only
-then renamed. `open_artefact` checks what it reads. Work that is made of parts goes on where a killed run stopped:
+then renamed. `open_artifact` checks what it reads. Work that is made of parts goes on where a killed run stopped:
 `publish(..., resume=True)` keeps the draft of unfinished work, `finished_file` puts only whole parts into it. One process
 at a time writes at a place (`writer_lock.py`). This module knows nothing about what the files mean: each kind
-of artefact (corpus, embeddings, index, model, predictions) has one owner module that does.
+of artifact (corpus, embeddings, index, model, predictions) has one owner module that does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.draft import (
     Draft,
     finished_file,
@@ -48,7 +48,7 @@ __all__ = [
     "local_copy",
     "local_file",
     "manifest_at",
-    "open_artefact",
+    "open_artifact",
     "publish",
     "refuse_foreign_folder",
     "sha256_of_file",
@@ -63,15 +63,15 @@ def find_finished(out: Path, kind: str, config: dict[str, Any], made_from: dict[
         if manifest_at(out, kind).key != stage_key(kind, config, made_from):
             return None  # before all its files are fetched for nothing
         return finished_folder(local_copy(out), kind, config, made_from)
-    except ArtefactError:
+    except ArtifactError:
         return None
 
 
 def manifest_at(path: Path, kind: str | None = None) -> Manifest:
-    """The manifest of an artefact, here or in an object store; the files that it names are not looked at.
+    """The manifest of an artifact, here or in an object store; the files that it names are not looked at.
 
     Raises:
-        ArtefactError: there is none, it cannot be read, or (with `kind`) it is of another kind.
+        ArtifactError: there is none, it cannot be read, or (with `kind`) it is of another kind.
     """
     place = as_place(path)
     if not isinstance(place, ObjectPath):
@@ -82,10 +82,10 @@ def manifest_at(path: Path, kind: str | None = None) -> Manifest:
 
 
 def local_copy(path: Path) -> Path:
-    """A folder to read an artefact from: `path` itself, or what was fetched from an object store into the cache.
+    """A folder to read an artifact from: `path` itself, or what was fetched from an object store into the cache.
 
     Raises:
-        ArtefactError: the store has no artefact there, or a file of it is missing or changed.
+        ArtifactError: the store has no artifact there, or a file of it is missing or changed.
     """
     place = as_place(path)
     if not isinstance(place, ObjectPath):
@@ -96,7 +96,7 @@ def local_copy(path: Path) -> Path:
 
 
 def local_file(path: Path) -> Path:
-    """A file (or a folder of files) to read that is no artefact: `path` itself, or a copy from an object store."""
+    """A file (or a folder of files) to read that is no artifact: `path` itself, or a copy from an object store."""
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return place
@@ -116,7 +116,7 @@ def finish_publishing(out: Path, kind: str, config: dict[str, Any], made_from: d
 
 
 def working_place(out: Path) -> Path:
-    """The local folder beside which drafts, locks and notes of an artefact are: its own, or one in the cache."""
+    """The local folder beside which drafts, locks and notes of an artifact are: its own, or one in the cache."""
     place = as_place(out)
     if not isinstance(place, ObjectPath):
         return place
@@ -135,14 +135,14 @@ def publish(
     resume: bool = False,
     wait_seconds: float | None = None,
 ) -> Iterator[Draft]:
-    """Write an artefact: yields a `Draft`; on a clean exit the folder appears at `out`, whole, replacing an older one.
+    """Write an artifact: yields a `Draft`; on a clean exit the folder appears at `out`, whole, replacing an older one.
 
-    After an exception (Ctrl-C included) an artefact that stood at `out` still stands, and nothing else is left behind,
+    After an exception (Ctrl-C included) an artifact that stood at `out` still stands, and nothing else is left behind,
     unless `resume` is set: then the draft stays, and the next call for the same kind, config and made_from goes on with
-    it. A draft of other work for `out` is deleted. Where `out` is a link to a folder, the artefact is written there.
+    it. A draft of other work for `out` is deleted. Where `out` is a link to a folder, the artifact is written there.
 
     Args:
-        out: folder of the artefact, or `s3://bucket/prefix`.
+        out: folder of the artifact, or `s3://bucket/prefix`.
         kind: what it is.
         config: settings that decide the content; part of the key.
         made_from: fingerprints of the inputs; part of the key.
@@ -150,7 +150,7 @@ def publish(
         wait_seconds: how long to wait for another writer; default: `RAG_WAIT_SECONDS`, else 0.
 
     Raises:
-        ArtefactError: `out` is a file, or a folder with content that no stage of ours published; another process
+        ArtifactError: `out` is a file, or a folder with content that no stage of ours published; another process
             is writing there; the disk is full or refuses; or a link in the draft leads out of it.
     """
     place = as_place(out)
@@ -165,15 +165,15 @@ def publish(
             yield draft
 
 
-def open_artefact(path: Path, kind: str, *, check_content: bool = True) -> Manifest:
-    """Read and check the manifest of an artefact.
+def open_artifact(path: Path, kind: str, *, check_content: bool = True) -> Manifest:
+    """Read and check the manifest of an artifact.
 
     Args:
-        path: the artefact's folder, or its place in an object store.
+        path: the artifact's folder, or its place in an object store.
         kind: what it must be ("corpus", "embeddings", "index", "generator", "rag-model", "predictions").
         check_content: compare the SHA-256 of every file (default), or only presence and size.
 
     Raises:
-        ArtefactError: nothing there, another kind or schema version, or a file missing, cut or changed.
+        ArtifactError: nothing there, another kind or schema version, or a file missing, cut or changed.
     """
     return open_folder(local_copy(path), kind, check_content=check_content)

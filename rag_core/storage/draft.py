@@ -1,7 +1,7 @@
 """A folder while it is written: parts that are whole or absent, a description of all files, the swap into place.
 
 What a killed run leaves beside its target is put right by the next one. Where the disk refuses (full, quota, read-only,
-no permission), that is an `ArtefactError` which says so, and what stood at the target still stands.
+no permission), that is an `ArtifactError` which says so, and what stood at the target still stands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.errors import ArtefactError, RagError
+from rag_core.errors import ArtifactError, RagError
 from rag_core.storage.manifest import FileEntry, Manifest, fingerprint_of_content, sha256_of_file, stage_key
 
 # How names of parts begin while they are written.
@@ -39,7 +39,7 @@ class Draft:
 
 
 def draft_folder(out: Path, key: str) -> Path:
-    """Where the artefact for `out` is written by the work with this key."""
+    """Where the artifact for `out` is written by the work with this key."""
     return out.parent / f".{out.name}.draft-{key[:16]}"
 
 
@@ -60,15 +60,15 @@ def describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[st
     """The manifest of what lies in the draft; every file is flushed to disk.
 
     Raises:
-        ArtefactError: a link in the draft leads out of it, so the artefact would depend on a file that is not its own.
+        ArtifactError: a link in the draft leads out of it, so the artifact would depend on a file that is not its own.
     """
     files: dict[str, FileEntry] = {}
     inside = draft.folder.resolve()
     for file in sorted(draft.folder.rglob("*")):
         name = file.relative_to(draft.folder).as_posix()
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
-            raise ArtefactError(
-                f"{file} is a link to {file.resolve()}, outside the artefact that is written; nothing was published. "
+            raise ArtifactError(
+                f"{file} is a link to {file.resolve()}, outside the artifact that is written; nothing was published. "
                 "Put the file itself there, or remove the link."
             )
         if file.is_file():
@@ -116,7 +116,7 @@ def _remove(path: Path) -> None:
 
 
 def swap_into_place(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older artefact there is moved aside first and deleted after."""
+    """Rename `folder` to `out`; an older artifact there is moved aside first and deleted after."""
     old = out.parent / f".{out.name}.old-{uuid.uuid4().hex[:8]}"
     if out.exists():
         out.rename(old)
@@ -148,7 +148,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors_named(out: Path, *, resume: bool = False) -> Iterator[None]:
-    """Turn a disk's refusal while `out` is written into an ArtefactError; other errors pass as they are.
+    """Turn a disk's refusal while `out` is written into an ArtifactError; other errors pass as they are.
 
     Args:
         out: the place that is written.
@@ -162,9 +162,9 @@ def disk_errors_named(out: Path, *, resume: bool = False) -> Iterator[None]:
         reason = _full(error) or _refused(error, out)
         if reason is None:
             raise
-        stands = "the artefact that was there still stands" if out.exists() else "nothing was published"
+        stands = "the artifact that was there still stands" if out.exists() else "nothing was published"
         kept = "; finished parts are kept, and the same command goes on from them" if resume else ""
-        raise ArtefactError(f"{out} could not be written: {reason} (so far {stands}{kept})") from error
+        raise ArtifactError(f"{out} could not be written: {reason} (so far {stands}{kept})") from error
 
 
 def _full(error: Exception) -> str | None:

@@ -1,6 +1,6 @@
-"""Where the inputs of an artefact are found again: named by the user, by its manifest's details, or standing beside it.
+"""Where the inputs of an artifact are found again: named by the user, by its manifest's details, or standing beside it.
 
-An artefact knows its inputs by fingerprint; the paths in `details.inputs` only say where they lay when it was made, and
+An artifact knows its inputs by fingerprint; the paths in `details.inputs` only say where they lay when it was made, and
 are no part of its key. An input is used only if its fingerprint is the right one.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.storage.artifact import manifest_at
 from rag_core.storage.manifest import Manifest
 from rag_core.storage.places import absolute
@@ -25,7 +25,7 @@ class GivenInputs:
     sources: tuple[Path, ...] = ()
     corpus: Path | None = None
     embeddings: Path | None = None
-    beside: Path | None = None  # where neighbours of the artefact are looked for; None: in its parent folder
+    beside: Path | None = None  # where neighbours of the artifact are looked for; None: in its parent folder
 
 
 def input_paths(**paths: object) -> dict[str, Any]:
@@ -37,24 +37,24 @@ def input_paths(**paths: object) -> dict[str, Any]:
 
 
 def find_input(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) -> Path | None:
-    """The corpus or embeddings that the artefact at `folder` was made from; None where it is not found.
+    """The corpus or embeddings that the artifact at `folder` was made from; None where it is not found.
 
     Raises:
-        ArtefactError: the path that was given holds another one.
+        ArtifactError: the path that was given holds another one.
     """
     wanted = manifest.made_from.get(kind)
     named = getattr(given, kind)
     for place in _places(folder, manifest, kind, given):
         try:
             found = manifest_at(place, kind).fingerprint
-        except (ArtefactError, ConfigError):
+        except (ArtifactError, ConfigError):
             if place == named:
                 raise
             continue
         if found == wanted:
             return place
         if place == named:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{place} is not the {kind} that {folder} was made from: its fingerprint is {found[:16]}…, "
                 f"{str(wanted)[:16]}… was expected. Give the one that it was made from, or make {folder} again."
             )
@@ -73,7 +73,7 @@ def _places(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) -> 
 
 
 def command_for(folder: Path, manifest: Manifest) -> str:
-    """The command that makes the artefact again; what the manifest does not tell stands in capital letters."""
+    """The command that makes the artifact again; what the manifest does not tell stands in capital letters."""
     inputs, config = manifest.details.get("inputs", {}), manifest.config
     sources = inputs.get("sources") or ["SOURCE"]
     details = manifest.details

@@ -1,4 +1,4 @@
-"""Publishing and opening an artefact as a local folder: written aside, described by a manifest, renamed into place last.
+"""Publishing and opening an artifact as a local folder: written aside, described by a manifest, renamed into place last.
 
 `artifact.py` calls this for local places, `stored_artifact.py` for the folder from which it uploads.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.draft import (
     Draft,
     clear_up,
@@ -62,10 +62,10 @@ def publish_folder(
 
 
 def open_folder(path: Path, kind: str, *, check_content: bool = True) -> Manifest:
-    """`artifact.open_artefact` for a local folder: the same arguments and errors."""
+    """`artifact.open_artifact` for a local folder: the same arguments and errors."""
     manifest = read_manifest(path, kind)
     for finding in examine_files(path, manifest, check_content=check_content):
-        raise ArtefactError(f"{finding.sentence(path)} {remedy(path, kind, finding)}")
+        raise ArtifactError(f"{finding.sentence(path)} {remedy(path, kind, finding)}")
     return manifest
 
 
@@ -75,16 +75,16 @@ def finished_folder(out: Path, kind: str, config: dict[str, Any], made_from: dic
         if read_manifest(out, kind).key != stage_key(kind, config, made_from):
             return None  # before all its files are read for nothing
         return open_folder(out, kind)
-    except ArtefactError:
+    except ArtifactError:
         return None
 
 
 def refuse_foreign_folder(out: Path) -> None:
-    """Raise ArtefactError if publishing at `out` would destroy something that is not an artefact of ours."""
+    """Raise ArtifactError if publishing at `out` would destroy something that is not an artifact of ours."""
     if out.is_file():
-        raise ArtefactError(f"{out} is a file; the output must be a folder. Give another --out.")
+        raise ArtifactError(f"{out} is a file; the output must be a folder. Give another --out.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out} already holds files and no {MANIFEST}, so it was not made by this program and is left alone. "
             "Give an empty or new folder as --out."
         )

@@ -1,7 +1,7 @@
-"""What an artefact's `manifest.json` says, and whether the files beside it are those that it describes.
+"""What an artifact's `manifest.json` says, and whether the files beside it are those that it describes.
 
 The manifest names every file with its size and SHA-256, so a reader can tell a missing, cut, changed or foreign file from
-a good one without knowing what the files mean. This module only looks; who writes is `artefact.py`.
+a good one without knowing what the files mean. This module only looks; who writes is `artifact.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -24,7 +24,7 @@ REPAIRABLE = ("corpus", "embeddings", "index", "predictions")
 
 
 class FileEntry(BaseModel):
-    """Size and SHA-256 of one file of an artefact."""
+    """Size and SHA-256 of one file of an artifact."""
 
     bytes: int
     sha256: str
@@ -64,7 +64,7 @@ State = Literal["missing", "size", "content", "outside", "foreign", "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong with an artefact: which file, what was expected of it, and what was found instead."""
+    """One thing that is wrong with an artifact: which file, what was expected of it, and what was found instead."""
 
     file: str
     state: State
@@ -80,8 +80,8 @@ class Finding:
             "content": f"{file} was changed since it was published: its SHA-256 is {self.found}, the manifest says "
             f"{self.expected}.",
             "outside": f"{file} lies outside the folder ({self.found}); {self.expected} was expected. Do not trust this "
-            "artefact.",
-            "foreign": f"{file} is no part of the artefact: {self.found}, {self.expected} was expected.",
+            "artifact.",
+            "foreign": f"{file} is no part of the artifact: {self.found}, {self.expected} was expected.",
         }.get(self.state, f"{file}: {self.found}; {self.expected} was expected.")
 
 
@@ -105,7 +105,7 @@ def fingerprint_of_json(value: Any) -> str:
 
 
 def fingerprint_of_content(files: dict[str, FileEntry]) -> str:
-    """Identity of an artefact's content, from the files' names and checksums."""
+    """Identity of an artifact's content, from the files' names and checksums."""
     return fingerprint_of_json({name: entry.sha256 for name, entry in files.items()})
 
 
@@ -118,42 +118,42 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
     """A manifest from the bytes of its file; `place` is how messages call it.
 
     Raises:
-        ArtefactError: not JSON, not a manifest, of another schema version, or changed since it was written.
+        ArtifactError: not JSON, not a manifest, of another schema version, or changed since it was written.
     """
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         reason = f"{'.'.join(str(part)[:60] for part in first['loc'])}: {first['msg']}".removeprefix(": ")
-        raise ArtefactError(
+        raise ArtifactError(
             f"{place} cannot be read ({reason}); a JSON object with schema_version {SCHEMA_VERSION} "
-            "was expected. Make the artefact again."
+            "was expected. Make the artifact again."
         ) from error
     if manifest.schema_version != SCHEMA_VERSION:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{place} has schema version {manifest.schema_version}; this program reads version "
-            f"{SCHEMA_VERSION}. Use the release that wrote it, or make the artefact again."
+            f"{SCHEMA_VERSION}. Use the release that wrote it, or make the artifact again."
         )
     return manifest
 
 
 def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
-    """The manifest of an artefact's folder; the files that it names are not looked at.
+    """The manifest of an artifact's folder; the files that it names are not looked at.
 
     Raises:
-        ArtefactError: no such folder, no manifest, one that cannot be read, or (with `kind`) of another kind.
+        ArtifactError: no such folder, no manifest, one that cannot be read, or (with `kind`) of another kind.
     """
     file = folder / MANIFEST
     if not file.is_file():
         found = f"it has no {MANIFEST}" if folder.exists() else "no such folder"
-        raise ArtefactError(f"{folder} is not {_a(kind)} artefact: {found}. Make one first, or correct the path.")
+        raise ArtifactError(f"{folder} is not {_a(kind)} artifact: {found}. Make one first, or correct the path.")
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ArtefactError(f"{file} cannot be read ({error.strerror}). Check the permissions and the disk.") from error
+        raise ArtifactError(f"{file} cannot be read ({error.strerror}). Check the permissions and the disk.") from error
     manifest = parse_manifest(content, str(file))
     if kind is not None and manifest.kind != kind:
-        raise ArtefactError(f"{folder} holds {manifest.kind!r}, but {kind!r} was expected here. Correct the path.")
+        raise ArtifactError(f"{folder} holds {manifest.kind!r}, but {kind!r} was expected here. Correct the path.")
     return manifest
 
 
@@ -176,7 +176,7 @@ def examine_files(folder: Path, manifest: Manifest, *, check_content: bool) -> I
 
 
 def examine_file(folder: Path, name: str, entry: FileEntry, *, check_content: bool) -> Finding | None:
-    """What is wrong with one file of an artefact; None if it is as the manifest says."""
+    """What is wrong with one file of an artifact; None if it is as the manifest says."""
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         return Finding(name, "outside", "a file within the folder", f"it leads to {file.resolve()}")
@@ -207,5 +207,5 @@ def remedy(folder: Path, kind: str, finding: Finding) -> str:
     if finding.state == "foreign":
         return "Move it elsewhere."
     if kind in REPAIRABLE and finding.state not in ("outside", "manifest"):
-        return f"Run `rag verify --repair {folder}`, or make the artefact again."
-    return f"Make the artefact again; `rag verify {folder}` tells all that is wrong with it."
+        return f"Run `rag verify --repair {folder}`, or make the artifact again."
+    return f"Make the artifact again; `rag verify {folder}` tells all that is wrong with it."

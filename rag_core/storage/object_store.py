@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.draft import finished_file
 from rag_core.storage.manifest import FileEntry, sha256_of_file
 from rag_core.storage.places import ObjectPath
@@ -30,29 +30,29 @@ class ManifestChangedError(Exception):
 
 @contextlib.contextmanager
 def store_errors_named(place: ObjectPath) -> Iterator[None]:
-    """Turn what the SDK raises into an ArtefactError that names the place; a missing object stays FileNotFoundError."""
+    """Turn what the SDK raises into an ArtifactError that names the place; a missing object stays FileNotFoundError."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError) as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{place}: no AWS credentials were found ({' '.join(str(error).split())}). Set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; the same command then goes on."
         ) from error
     except FileNotFoundError as error:
         if _code(error) != "NoSuchBucket":
             raise
-        raise ArtefactError(f"{place}: there is no bucket {place.bucket!r}. Make it, or correct the place.") from error
+        raise ArtifactError(f"{place}: there is no bucket {place.bucket!r}. Make it, or correct the place.") from error
     except PermissionError as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{place}: the store refuses access ({error}). Check the AWS credentials in use and what they may do."
         ) from error
     except (BotoCoreError, ClientError, OSError) as error:
         # Full disks and the like are not the store's.
         if isinstance(error, OSError) and not isinstance(error.__cause__, ClientError):
             raise
-        raise ArtefactError(
+        raise ArtifactError(
             f"{place}: the store does not answer as expected ({' '.join(str(error).split())}). Check the network, "
             "AWS_ENDPOINT_URL and AWS_REGION; the same command then goes on."
         ) from error
@@ -88,7 +88,7 @@ def download(place: ObjectPath, file: Path, entry: FileEntry) -> None:
 
     Raises:
         FileNotFoundError: there is no such object.
-        ArtefactError: it has another size or content than `entry` says.
+        ArtifactError: it has another size or content than `entry` says.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with finished_file(file) as unfinished:
@@ -96,10 +96,10 @@ def download(place: ObjectPath, file: Path, entry: FileEntry) -> None:
             _filesystem().get_file(f"{place.bucket}/{place.prefix}", str(unfinished))
         size = unfinished.stat().st_size
         if size != entry.bytes:
-            raise ArtefactError(f"{place} has {size} bytes, the manifest says {entry.bytes} bytes.")
+            raise ArtifactError(f"{place} has {size} bytes, the manifest says {entry.bytes} bytes.")
         found = sha256_of_file(unfinished)
         if found != entry.sha256:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{place} was changed since it was published: its SHA-256 is {found}, the manifest says {entry.sha256}."
             )
 

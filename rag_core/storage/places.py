@@ -1,7 +1,7 @@
-"""Where artefacts and files lie: a local path, or `s3://bucket/prefix` in an object store.
+"""Where artifacts and files lie: a local path, or `s3://bucket/prefix` in an object store.
 
 Both are `Path`s, so that flows, tasks and configurations name places in one type. `Path("s3://b/x")` forgets a slash;
-`as_place` gives it back, and `ArtefactPath` does so wherever pydantic reads a parameter or a setting.
+`as_place` gives it back, and `ArtifactPath` does so wherever pydantic reads a parameter or a setting.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def absolute(path: str | Path) -> str:
 
 
 # A parameter or setting that may be in an object store.
-ArtefactPath = Annotated[Path, AfterValidator(as_place)]
+ArtifactPath = Annotated[Path, AfterValidator(as_place)]

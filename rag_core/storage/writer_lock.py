@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.storage.draft import disk_errors_named
 
 WAIT_SETTING = "RAG_WAIT_SECONDS"
@@ -56,7 +56,7 @@ def only_writer(out: Path, wait_seconds: float | None = None) -> Iterator[None]:
         wait_seconds: how long to wait for another writer, who is named on standard error meanwhile; default: the setting.
 
     Raises:
-        ArtefactError: another run still writes there; the message names it and says since when.
+        ArtifactError: another run still writes there; the message names it and says since when.
     """
     lock = lock_file(out)
     mine = _reserved.get()
@@ -112,7 +112,7 @@ def _held(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
             except BlockingIOError as error:
                 waited = time.monotonic() - began
                 if waited >= wait_seconds:
-                    raise ArtefactError(_refusal(out, _owner(file), wait_seconds)) from error
+                    raise ArtifactError(_refusal(out, _owner(file), wait_seconds)) from error
                 if waited - said >= REMIND_SECONDS:
                     said = waited
                     limit = "" if math.isinf(wait_seconds) else f" of at most {wait_seconds:.0f} s"

@@ -5,7 +5,7 @@ A training folder holds the last two checkpoints and the best weights that one o
     step-00000120/   state.json, and, unless training is over, model.safetensors and optimizer.safetensors
     best-00000100/   the model as its owner saves it
 
-Each is published as artefacts are (`artefact.py`): written aside, flushed, described with checksums, renamed. So a kill
+Each is published as artifacts are (`artifact.py`): written aside, flushed, described with checksums, renamed. So a kill
 or a full disk in the middle of one leaves those before it whole, and one that is damaged is recognised and passed over.
 Nothing in them is a pickle. Neither the order of the data nor a random state is in them: both follow from seed and step.
 """
@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from rag_core.errors import ArtefactError
-from rag_core.storage.artifact import open_artefact, publish
+from rag_core.errors import ArtifactError
+from rag_core.storage.artifact import open_artifact, publish
 from rag_core.storage.writer_lock import lock_file, only_writer
 
 CHECKPOINT, BEST = "training-checkpoint", "training-best"
@@ -74,7 +74,7 @@ class Checkpoints:
             try:
                 found.newest = self._described(folder, check_content=True)
                 return found
-            except ArtefactError as error:
+            except ArtifactError as error:
                 found.damaged[folder] = str(error)
         return found
 
@@ -104,7 +104,7 @@ class Checkpoints:
         """This process alone writes here; waits until a former one, which may not know yet that it is lost, has ended.
 
         Raises:
-            ArtefactError: it does not end.
+            ArtifactError: it does not end.
         """
         with contextlib.ExitStack() as held:
             with self._room_for("checkpoints"):
@@ -157,10 +157,10 @@ class Checkpoints:
         return state
 
     def _described(self, folder: Path, *, check_content: bool) -> Checkpoint:
-        manifest = open_artefact(folder, CHECKPOINT, check_content=check_content)
+        manifest = open_artifact(folder, CHECKPOINT, check_content=check_content)
         counts = manifest.counts
         if counts["best_step"]:
-            open_artefact(self.folder / f"best-{counts['best_step']:08d}", BEST, check_content=check_content)
+            open_artifact(self.folder / f"best-{counts['best_step']:08d}", BEST, check_content=check_content)
         return Checkpoint(folder, counts["step"], manifest.created_at, counts["workers"], counts["best_step"])
 
     def _clear_up(self) -> None:
@@ -168,7 +168,7 @@ class Checkpoints:
         folders = sorted(self.folder.glob("step-*"))
         for old in folders[:-KEPT]:
             shutil.rmtree(old)
-        spoken_of = {open_artefact(one, CHECKPOINT, check_content=False).counts["best_step"] for one in folders[-KEPT:]}
+        spoken_of = {open_artifact(one, CHECKPOINT, check_content=False).counts["best_step"] for one in folders[-KEPT:]}
         for best in self.folder.glob("best-*"):
             if best != self.best() and best.name not in {f"best-{step:08d}" for step in spoken_of}:
                 shutil.rmtree(best)
@@ -177,14 +177,14 @@ class Checkpoints:
     def _room_for(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError, ArtefactError) as error:
+        except (OSError, SafetensorError, ArtifactError) as error:
             if not (_is_full(error) or _is_full(error.__cause__)):
                 raise
             standing = self.find().newest
             stands = (
                 f"The checkpoint of step {standing.step} stands" if standing else "There is no checkpoint before it"
             )
-            raise ArtefactError(
+            raise ArtifactError(
                 f"No space left in {self.folder} for {what}. {stands}. Free space, and run the same command again"
                 f"{': it goes on from there' if standing else ''}."
             ) from error

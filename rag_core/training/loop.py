@@ -27,7 +27,7 @@ from rag_core.training.checkpoint import Checkpoints
 from rag_core.training.divergence import FiniteChecks
 from rag_core.training.own_draws import own_draws, recomputes_activations
 
-# Settings that do not decide what is trained, so they are no part of an artefact's key.
+# Settings that do not decide what is trained, so they are no part of an artifact's key.
 NOT_IN_KEY = {"log_every", "checkpoint_every"}
 # After the seed in a key of `own_draws`, so that a run's two uses of it differ.
 DROPOUT, FRESH_WEIGHTS = 2, 3
@@ -109,7 +109,7 @@ def run_training(
     Raises:
         ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0,
             loss, gradient, weights or dev scores are not finite, or the checkpoint was made by another number of workers.
-        ArtefactError: a checkpoint finds no room on the disk; the one before it stands.
+        ArtifactError: a checkpoint finds no room on the disk; the one before it stands.
     """
     part = part_size(config, place)
     if not examples:

@@ -1,7 +1,7 @@
-"""Whether what an artefact holds is what its manifest counts: every row is read, and ids are compared with the inputs'.
+"""Whether what an artifact holds is what its manifest counts: every row is read, and ids are compared with the inputs'.
 
 The checksums have been compared before (`manifest.py`); what is found here was wrong when it was published, or belongs to
-another artefact.
+another artifact.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ UNREADABLE = (RagError, pa.ArrowException, OSError, ValueError, KeyError, Runtim
 def content_findings(
     folder: Path, manifest: Manifest, corpus: Path | None, embeddings: Path | None
 ) -> Iterator[Finding]:
-    """What is wrong with the content of an artefact whose files are those of its manifest.
+    """What is wrong with the content of an artifact whose files are those of its manifest.
 
     Args:
-        folder: the artefact.
+        folder: the artifact.
         manifest: its manifest.
         corpus: the corpus that it was made from, if it is known: ids are compared with it.
         embeddings: likewise, for an index.

@@ -17,7 +17,7 @@ from rag_core.corpus.formats import read_rows
 from rag_core.corpus.formats.rows import Reject
 from rag_core.corpus.formats.sources import expand_sources
 from rag_core.embeddings.text_encoder import TextEncoder
-from rag_core.errors import ArtefactError, ConfigError, InputError, RagError
+from rag_core.errors import ArtifactError, ConfigError, InputError, RagError
 from rag_core.index.factory import empty_index, lists_of
 from rag_core.index.passage_index import IndexConfig
 from rag_core.questions.questions import Question
@@ -154,7 +154,7 @@ def check_gold(
 
 
 def check_place(out: Path) -> None:
-    """Raise ArtefactError if an artefact cannot be published at `out`: foreign files, or no permission to write.
+    """Raise ArtifactError if an artifact cannot be published at `out`: foreign files, or no permission to write.
 
     Of a place in an object store the cache beside which its files are made is checked.
     """
@@ -163,12 +163,12 @@ def check_place(out: Path) -> None:
     place = working_place(out)
     above = next(folder for folder in place.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise ArtefactError(f"{above} is a file, so {out} cannot be made below it. Give another --out.")
+        raise ArtifactError(f"{above} is a file, so {out} cannot be made below it. Give another --out.")
     try:
         with tempfile.TemporaryDirectory(dir=above, prefix=".rag-preflight-"):
             pass
     except OSError as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{out} cannot be written: {error.strerror} ({above}). Give an --out where you may write, or make this place "
             "writable."
         ) from error

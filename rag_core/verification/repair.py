@@ -1,8 +1,8 @@
-"""`rag verify --repair`: make the damaged files of an artefact again, from its inputs, byte for byte.
+"""`rag verify --repair`: make the damaged files of an artifact again, from its inputs, byte for byte.
 
-Files are made in a hidden folder beside the artefact. One takes its place only if its SHA-256 is the manifest's, so an
-artefact's fingerprint never changes: where another processor or library gives other bytes, the repair is refused, and
-the artefact has to be made again under its own fingerprint.
+Files are made in a hidden folder beside the artifact. One takes its place only if its SHA-256 is the manifest's, so an
+artifact's fingerprint never changes: where another processor or library gives other bytes, the repair is refused, and
+the artifact has to be made again under its own fingerprint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from rag_core.corpus.corpus import Corpus, CorpusConfig, source_fingerprint, write_corpus
 from rag_core.embeddings.embeddings import EmbedConfig, Embeddings, embed_shard, load_document_encoder, shard_name
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.evaluation.predictions import JSONL, PARQUET, write_jsonl, write_parquet
 from rag_core.index.passage_index import IndexConfig, build_index
 from rag_core.storage.artifact import local_file, sha256_of_file
@@ -30,21 +30,21 @@ from rag_core.storage.writer_lock import only_writer
 from rag_core.verification.stored import replace_damaged
 from rag_core.verification.verification import NOT_REPAIRED
 
-# Makes the wanted files again in a folder, under their names in the artefact.
+# Makes the wanted files again in a folder, under their names in the artifact.
 Rebuild = Callable[[Path, Manifest, list[str], GivenInputs, Path], None]
 
 
 def repair(path: Path, given: GivenInputs | None = None) -> list[str]:
-    """Make the damaged files of the artefact at `path` again; returns their names.
+    """Make the damaged files of the artifact at `path` again; returns their names.
 
     Args:
-        path: the artefact's folder, or its place in an object store.
+        path: the artifact's folder, or its place in an object store.
         given: inputs that are not where the manifest says.
 
     Raises:
-        ArtefactError: the manifest cannot be read, the inputs are missing or others, this kind cannot be repaired, what was
+        ArtifactError: the manifest cannot be read, the inputs are missing or others, this kind cannot be repaired, what was
             made differs from what was published, another run writes there, or the disk refuses. The message says which
-            command makes the artefact again.
+            command makes the artifact again.
     """
     place = as_place(path)
     if isinstance(place, ObjectPath):
@@ -56,12 +56,12 @@ def repair(path: Path, given: GivenInputs | None = None) -> list[str]:
         findings = list(examine_files(path, manifest, check_content=True))
         for finding in findings:
             if finding.state in NOT_REPAIRED:
-                raise ArtefactError(f"{finding.sentence(path)} {_again(path, manifest)}")
+                raise ArtifactError(f"{finding.sentence(path)} {_again(path, manifest)}")
         damaged = [finding.file for finding in findings]
         if not damaged:
             return []
         if manifest.kind not in REPAIRABLE:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"{path}: {', '.join(damaged)} cannot be repaired, because training cannot be repeated in parts. "
                 f"{_again(path, manifest)}"
             )
@@ -89,14 +89,14 @@ def _put_in_place(path: Path, manifest: Manifest, names: list[str], made: Path) 
         os.replace(file, path / name)
         sync((path / name).parent)
     if refused:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {', '.join(refused)} could be made again, but not byte for byte (another processor, precision or "
             f"library version), so nothing of it was put there. {_again(path, manifest)}"
         )
 
 
 def _again(path: Path, manifest: Manifest) -> str:
-    return f"Make the artefact again: {command_for(path, manifest)}"
+    return f"Make the artifact again: {command_for(path, manifest)}"
 
 
 def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs, made: Path) -> None:
@@ -105,16 +105,16 @@ def _corpus(path: Path, manifest: Manifest, names: list[str], given: GivenInputs
     try:
         config = CorpusConfig.model_validate(manifest.config | {"max_rejects_share": 1.0})
     except ValidationError as error:
-        raise ArtefactError(f"{path} was not made from files, so it cannot be repaired from them.") from error
+        raise ArtifactError(f"{path} was not made from files, so it cannot be repaired from them.") from error
     absent = [str(source) for source in sources if not source.exists()]
     if not sources or absent:
         found = f"{', '.join(absent)} is not there" if absent else "the manifest does not say where they lie"
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: repairing {', '.join(names)} needs the sources; {found}. Give them: --source PATH."
         )
     fingerprint = source_fingerprint(sources, config.format)
     if fingerprint != manifest.made_from.get("sources"):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: the sources {', '.join(map(str, sources))} have changed since (fingerprint {fingerprint[:16]}…, "
             f"{manifest.made_from.get('sources', '')[:16]}… was expected). Give the former ones as --source, or make the "
             "corpus and all that follows again."
@@ -128,7 +128,7 @@ def _embeddings(path: Path, manifest: Manifest, names: list[str], given: GivenIn
     config = EmbedConfig(encoder=manifest.details["encoder"], **manifest.config)
     encoder = load_document_encoder(config)
     if encoder.fingerprint() != manifest.made_from["encoder"]:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: {config.encoder} is not the encoder that made these embeddings (fingerprint "
             f"{encoder.fingerprint()[:16]}…, {manifest.made_from['encoder'][:16]}… was expected), so its vectors would not "
             f"fit the others. Put the former weights there. Or: {_again(path, manifest)}"
@@ -150,7 +150,7 @@ def _index(path: Path, manifest: Manifest, names: list[str], given: GivenInputs,
 
 def _predictions(path: Path, manifest: Manifest, names: list[str], given: GivenInputs, made: Path) -> None:
     if {JSONL, PARQUET} <= set(names):
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: both {JSONL} and {PARQUET} are damaged, and either is made from the other. {_again(path, manifest)}"
         )
     if JSONL in names:
@@ -170,7 +170,7 @@ _REBUILD: dict[str, Rebuild] = {
 
 
 def _take(names: list[str], source: Path, made: Path) -> None:
-    """Move files of an artefact that was made as a whole to where single ones are expected."""
+    """Move files of an artifact that was made as a whole to where single ones are expected."""
     for name in names:
         if (source / name).is_file():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def _needed(path: Path, manifest: Manifest, kind: str, names: list[str], given: 
     found = find_input(path, manifest, kind, given)
     if found is None:
         expected = manifest.made_from.get(kind, "unknown")
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path}: repairing {', '.join(names)} needs the {kind} that it was made from (fingerprint {expected[:16]}…), "
             f"and it was not found. Give its folder: --{kind} PATH. Or: {_again(path, manifest)}"
         )

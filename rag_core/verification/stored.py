@@ -1,11 +1,11 @@
-"""What `rag verify` asks of an artefact in an object store: every object read and compared, and damaged ones replaced."""
+"""What `rag verify` asks of an artifact in an object store: every object read and compared, and damaged ones replaced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.draft import finished_file
 from rag_core.storage.manifest import MANIFEST, Finding, Manifest, examine_file, sha256_of_file
 from rag_core.storage.object_store import download, download_plain, list_objects, upload
@@ -13,7 +13,7 @@ from rag_core.storage.places import ObjectPath
 from rag_core.storage.stored_artifact import cache_folder, copy_folder, files_place, needed_manifest
 
 
-def stored_artefacts_below(place: ObjectPath) -> list[ObjectPath]:
+def stored_artifacts_below(place: ObjectPath) -> list[ObjectPath]:
     """The places at or below `place` that have a manifest."""
     found = [PurePosixPath(name).parent for name in list_objects(place) if PurePosixPath(name).name == MANIFEST]
     return [place / one for one in sorted(found) if not any(part.startswith("files-") for part in one.parts)]
@@ -46,8 +46,8 @@ def replace_damaged(place: ObjectPath, make_again: Callable[[Path], list[str]]) 
     """Upload damaged objects again, from the local copy or made again there; returns their names.
 
     Args:
-        place: the artefact.
-        make_again: makes the damaged or missing files of a local artefact again.
+        place: the artifact.
+        make_again: makes the damaged or missing files of a local artifact again.
     """
     stored = needed_manifest(place)
     manifest, files = stored.manifest, files_place(place, stored.manifest)
@@ -65,6 +65,6 @@ def replace_damaged(place: ObjectPath, make_again: Callable[[Path], list[str]]) 
     make_again(copy)
     for name in damaged:
         if examine_file(copy, name, manifest.files[name], check_content=True):
-            raise ArtefactError(f"{files / name} could not be made again. Make the artefact again.")
+            raise ArtifactError(f"{files / name} could not be made again. Make the artifact again.")
         upload(copy / name, files / name, manifest.files[name])
     return damaged

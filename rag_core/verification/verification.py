@@ -1,4 +1,4 @@
-"""`rag verify`: all that is wrong with an artefact, or with every artefact below a folder."""
+"""`rag verify`: all that is wrong with an artifact, or with every artifact below a folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.artifact import local_copy, manifest_at
 from rag_core.storage.inputs import GivenInputs, command_for, find_input
 from rag_core.storage.manifest import MANIFEST, REPAIRABLE, Finding, Manifest, examine_files, foreign_files
 from rag_core.storage.places import ObjectPath, as_place
 from rag_core.verification.contents import content_findings
-from rag_core.verification.stored import stored_artefacts_below, stored_findings
+from rag_core.verification.stored import stored_artifacts_below, stored_findings
 
 # In the order in which they are made: what is repaired first may be needed for what follows.
 ORDER = ("corpus", "embeddings", "index", "generator", "rag-model", "predictions")
@@ -21,7 +21,7 @@ NOT_REPAIRED = ("outside", "foreign", "manifest")
 
 @dataclass
 class Report:
-    """What was found out about one artefact; `manifest` is None where it cannot be read."""
+    """What was found out about one artifact; `manifest` is None where it cannot be read."""
 
     path: Path
     manifest: Manifest | None
@@ -42,22 +42,22 @@ class Report:
         return again[0].upper() + again[1:]
 
 
-def artefacts_below(path: Path) -> list[Path]:
-    """The artefact at `path`, or all those below it, in the order in which they are made.
+def artifacts_below(path: Path) -> list[Path]:
+    """The artifact at `path`, or all those below it, in the order in which they are made.
 
     A folder that a stage has made, and that has lost its manifest, counts as one.
 
     Raises:
-        ArtefactError: there is none.
+        ArtifactError: there is none.
     """
     place = as_place(path)
     if isinstance(place, ObjectPath):
-        stored = stored_artefacts_below(place)
+        stored = stored_artifacts_below(place)
         if not stored:
-            raise ArtefactError(f"{place} holds no artefact: no {MANIFEST} there or below. Correct the place.")
+            raise ArtifactError(f"{place} holds no artifact: no {MANIFEST} there or below. Correct the place.")
         return sorted(stored, key=_stage)
     if not path.is_dir():
-        raise ArtefactError(f"There is no folder {path}. Give an artefact's folder, or one that holds artefacts.")
+        raise ArtifactError(f"There is no folder {path}. Give an artifact's folder, or one that holds artifacts.")
     found: list[Path] = []
     for folder, folders, files in os.walk(path):
         place = Path(folder)
@@ -66,8 +66,8 @@ def artefacts_below(path: Path) -> list[Path]:
             folders.clear()
         folders[:] = sorted(one for one in folders if not one.startswith("."))
     if not found:
-        raise ArtefactError(
-            f"{path} holds no artefact: no {MANIFEST} in it or below. Correct the path, or run the command that makes it."
+        raise ArtifactError(
+            f"{path} holds no artifact: no {MANIFEST} in it or below. Correct the path, or run the command that makes it."
         )
     return sorted(found, key=_stage)
 
@@ -75,22 +75,22 @@ def artefacts_below(path: Path) -> list[Path]:
 def _stage(path: Path) -> int:
     try:
         return ORDER.index(manifest_at(path).kind)
-    except (ArtefactError, ValueError):
+    except (ArtifactError, ValueError):
         return len(ORDER)
 
 
 def verify(path: Path, given: GivenInputs | None = None) -> Report:
-    """Check one artefact completely: manifest, every file's presence, size and SHA-256, foreign files, and content.
+    """Check one artifact completely: manifest, every file's presence, size and SHA-256, foreign files, and content.
 
     Content is read only where the files are right. Ids are compared with the corpus's where that is found.
 
     Raises:
-        ArtefactError: `given` names a corpus or embeddings that the artefact was not made from.
+        ArtifactError: `given` names a corpus or embeddings that the artifact was not made from.
     """
     place = as_place(path)
     try:
         manifest = manifest_at(place)
-    except ArtefactError as error:
+    except ArtifactError as error:
         return Report(path, None, [Finding(MANIFEST, "manifest", "a manifest of schema version 1", str(error))])
     if isinstance(place, ObjectPath):
         found = list(stored_findings(place, manifest))

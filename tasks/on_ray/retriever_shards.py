@@ -24,10 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError, ConfigError, RagError
+from rag_core.errors import ArtifactError, ConfigError, RagError
 from rag_core.index.retriever import Retrieved, Retriever, shard_ranges
 from rag_core.index.shard import IndexShard
-from rag_core.storage.artifact import Manifest, local_copy, open_artefact
+from rag_core.storage.artifact import Manifest, local_copy, open_artifact
 from rag_core.storage.places import as_place
 from tasks.on_ray.runtime import ensure_ray
 
@@ -76,7 +76,7 @@ class RetrieverShard:
             self._refusal = error
 
     def ready(self) -> None:
-        """Raises the ArtefactError for which this replica cannot answer."""
+        """Raises the ArtifactError for which this replica cannot answer."""
         self._opened()
 
     def search(self, queries_BD: np.ndarray, k: int) -> Retrieved:
@@ -100,13 +100,13 @@ def open_shard(path: Path, number: int, fingerprint: str) -> IndexShard:
     """Map one shard of the index at `path` (or of its copy here, if it is in an object store).
 
     Raises:
-        ArtefactError: the index is missing, a file of it has another size than its manifest says, or it is not the one
+        ArtifactError: the index is missing, a file of it has another size than its manifest says, or it is not the one
             with this fingerprint.
     """
     folder = local_copy(path)
-    manifest = open_artefact(folder, "index", check_content=False)
+    manifest = open_artifact(folder, "index", check_content=False)
     if manifest.fingerprint != fingerprint:
-        raise ArtefactError(
+        raise ArtifactError(
             f"{path} holds another index ({manifest.fingerprint[:12]}…) than the one that this stage began with "
             f"({fingerprint[:12]}…). Leave an index alone while it is used, and let every machine see the same one."
         )
@@ -215,7 +215,7 @@ def retrieval(index: str, manifest: Manifest, config: RetrievalConfig) -> Iterat
 
     Raises:
         ConfigError: not all actors could be placed and started within `config.start_seconds`.
-        ArtefactError: an actor found a damaged shard, or another index.
+        ArtifactError: an actor found a damaged shard, or another index.
     """
     path = as_place(index)
     if config.mode == "local":

@@ -1,6 +1,6 @@
 """Ray Train: runs one training function on every worker, again from its last checkpoint where a worker was lost.
 
-Checkpoints lie in a hidden folder beside the artefact that is trained, named after the work's key, so that the same
+Checkpoints lie in a hidden folder beside the artifact that is trained, named after the work's key, so that the same
 command finds them again (`rag_core/training/checkpoint.py` owns what is in it). The loop itself (`rag_core/training/loop.py`) knows
 neither Ray nor MLflow; it talks to a `Reporter` (`reporter.py`).
 """
@@ -46,7 +46,7 @@ class TrainedModel:
     contexts: ContextCount
 
     def counts(self) -> dict[str, int]:
-        """For the artefact's manifest."""
+        """For the artifact's manifest."""
         return {"best_step": self.best_step, **asdict(self.contexts)}
 
     def best_scores(self) -> dict[str, float]:
@@ -55,7 +55,7 @@ class TrainedModel:
         return {name: value for point in at_best for name, value in point.items() if name != "step"}
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the weights' files into an artefact's draft, which gets a manifest of its own."""
+        """Copy the weights' files into an artifact's draft, which gets a manifest of its own."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
@@ -80,7 +80,7 @@ def this_place(cpus: int, meter: Any) -> Place:
 
 
 def training_folder(out: Path, key: str) -> Path:
-    """Where unfinished training of the artefact `out` lies, for the work of that key."""
+    """Where unfinished training of the artifact `out` lies, for the work of that key."""
     out = Path(out).resolve()
     return out.parent / f".{out.name}.training-{key[:16]}"
 
@@ -112,8 +112,8 @@ def train_on_ray(
             reporter's `result`.
         steps: length of the bar.
         num_workers: 0 means one for each GPU, or one for each machine.
-        folder: `training_folder` of the artefact, held by `publish` against other writers; that of other work for the same
-            artefact is deleted. On a cluster it must be on shared storage.
+        folder: `training_folder` of the artifact, held by `publish` against other writers; that of other work for the same
+            artifact is deleted. On a cluster it must be on shared storage.
 
     Raises:
         RagError: a worker met bad input; its own message. Other failures of workers come as Ray raises them.

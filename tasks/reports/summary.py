@@ -52,7 +52,7 @@ def stages_markdown(stages: Sequence[StageResult]) -> str:
         for one in stages
     ]
     notes = [f"\n{text_cell(note)}" for note in map(cut_note, stages) if note]
-    return "\n".join([table(["stage", "seconds", "", "artefact"], rows), *notes])
+    return "\n".join([table(["stage", "seconds", "", "artifact"], rows), *notes])
 
 
 def cut_note(result: StageResult) -> str:

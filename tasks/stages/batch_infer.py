@@ -20,7 +20,7 @@ from rag_core.reading.contexts import check_questions
 from rag_core.storage.artifact import (
     Manifest,
     fingerprint_of_files,
-    open_artefact,
+    open_artifact,
     publish,
 )
 from rag_core.storage.inputs import input_paths
@@ -84,7 +84,7 @@ def batch_infer(
                 "shard_questions": config.shard_questions,
                 "inputs": input_paths(index=index, questions=questions),
             }
-        return open_artefact(out, KIND, check_content=False)
+        return open_artifact(out, KIND, check_content=False)
 
     inputs = {"index": Input(index, made_from["index"]), "questions": Input(questions, made_from["questions"])}
     if not isinstance(model, ModelConfig):

@@ -9,9 +9,9 @@ from prefect import task
 
 from rag_core.corpus.corpus import Corpus
 from rag_core.embeddings.embeddings import KIND, EmbedConfig, load_document_encoder, shard_name
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.pretrained.model_source import pin_source, recorded_source
-from rag_core.storage.artifact import Manifest, open_artefact, publish
+from rag_core.storage.artifact import Manifest, open_artifact, publish
 from rag_core.storage.inputs import input_paths
 from tasks.on_ray.embedding import embed_on_ray
 from tasks.results import StageResult
@@ -43,7 +43,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
         with publish(out, KIND, config=settings, made_from=made_from, resume=True) as draft:
             rows = embed_on_ray(opened, draft.folder, config)
             if rows != len(opened):
-                raise ArtefactError(f"{rows} of {len(opened)} passages of {corpus} were embedded. Run the stage again.")
+                raise ArtifactError(f"{rows} of {len(opened)} passages of {corpus} were embedded. Run the stage again.")
             refuse_unseen_parts(draft.folder, [shard_name(number) for number in range(len(opened.shards))], out)
             draft.counts["passages"] = rows
             draft.details = {
@@ -54,7 +54,7 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
                 "dtype": config.dtype,
                 "inputs": input_paths(corpus=corpus),
             }
-        return open_artefact(out, KIND, check_content=False)
+        return open_artifact(out, KIND, check_content=False)
 
     return run_stage(
         "embed-corpus",

@@ -13,7 +13,7 @@ from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.predictions import KIND as PREDICTIONS
 from rag_core.evaluation.scores import Evaluation
 from rag_core.questions.questions import AnswersAre, files_of_questions, read_question_file
-from rag_core.storage.artifact import fingerprint_of_files, open_artefact
+from rag_core.storage.artifact import fingerprint_of_files, open_artifact
 from rag_core.storage.places import as_place
 from rag_core.verification.question_checks import check_answers
 from tasks.notices import warn_once
@@ -36,9 +36,9 @@ def evaluate(
     match: Match = "words",
     answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, Evaluation]:
-    """EM, F1 and recall@k, overall and by question type. It is quick and writes no artefact, so it always runs."""
+    """EM, F1 and recall@k, overall and by question type. It is quick and writes no artifact, so it always runs."""
     started = time.monotonic()
-    manifest = open_artefact(predictions, PREDICTIONS)
+    manifest = open_artifact(predictions, PREDICTIONS)
     file = read_question_file(questions, answers_are)
     check_answers(file)
     with open_run(stage, parent_run_id) as run:

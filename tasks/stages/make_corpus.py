@@ -1,4 +1,4 @@
-"""Stage 1: source files to a corpus artefact."""
+"""Stage 1: source files to a corpus artifact."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from rag_core.reading.contexts import check_questions
 from rag_core.storage.artifact import (
     Manifest,
     fingerprint_of_files,
-    open_artefact,
+    open_artifact,
     publish,
     stage_key,
     working_place,
@@ -105,7 +105,7 @@ def pretrain_generator(
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
             draft.details |= {"encoder": recorded, "inputs": input_paths(**paths)}
-        return open_artefact(out, KIND, check_content=False)
+        return open_artifact(out, KIND, check_content=False)
 
     return run_stage(
         "pretrain-generator",

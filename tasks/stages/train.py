@@ -26,7 +26,7 @@ from rag_core.reading.likelihood import Variant
 from rag_core.storage.artifact import (
     Manifest,
     fingerprint_of_files,
-    open_artefact,
+    open_artifact,
     publish,
     stage_key,
     working_place,
@@ -126,7 +126,7 @@ def train(
             trained.copy_to(draft.folder)
             draft.counts |= trained.counts()
             draft.details |= {**recorded, "inputs": input_paths(index=index, questions=questions, dev=dev)}
-        return open_artefact(out, KIND, check_content=False)
+        return open_artifact(out, KIND, check_content=False)
 
     return run_stage(
         stage,

@@ -20,7 +20,7 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from tasks.tracking.client import PROMPT_SECONDS, reaching
 from tasks.tracking.journal import Entry, UnreachableError, now
 
@@ -93,7 +93,7 @@ def _deliver_one(client: MlflowClient, uri: str, run_id: str, entry: Entry) -> N
         case "end":
             client.set_terminated(run_id, entry["status"], entry["time"])
         case other:
-            raise ArtefactError(
+            raise ArtifactError(
                 f"An entry says {other!r}, which this release does not know. Use the one that wrote it."
             )
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.draft import sync
 
 SUFFIX = ".jsonl"
@@ -107,7 +107,7 @@ class Journal:
                 return BUSY if self.file.exists() else ""
             try:
                 header, entries = read_journal(self.file)
-            except ArtefactError as error:
+            except ArtifactError as error:
                 self._refused = True
                 return str(error)
             sent, why, end = 0, "", time.monotonic() + seconds
@@ -216,14 +216,14 @@ def read_journal(file: Path) -> tuple[Entry, list[Entry]]:
     """Header and entries of a journal. A last line that was cut off is left out: its write never returned.
 
     Raises:
-        ArtefactError: a line is damaged.
+        ArtifactError: a line is damaged.
     """
     lines = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
             lines.append(json.loads(line))
         except ValueError as error:
-            raise ArtefactError(f"{file}, line {number} is no JSON ({error}). Mend or delete the line.") from error
+            raise ArtifactError(f"{file}, line {number} is no JSON ({error}). Mend or delete the line.") from error
     return (lines[0], lines[1:]) if lines else ({}, [])
 
 

@@ -13,16 +13,16 @@ from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.model.settings import KIND
-from rag_core.storage.artifact import local_copy, open_artefact
+from rag_core.storage.artifact import local_copy, open_artifact
 from rag_core.storage.places import absolute, as_place
 from tasks.tracking.client import reaching
 from tasks.tracking.journal import Entry
 
 # A server may answer an upload only when it has stored it.
 UPLOAD_SECONDS = 120
-# Tag of a registered version: the fingerprint of the model's artefact.
+# Tag of a registered version: the fingerprint of the model's artifact.
 FINGERPRINT = "fingerprint"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "question")]),
@@ -36,7 +36,7 @@ def model_entry(model: Path, index: Path, variant: str, *, unless_known: bool = 
     Args:
         unless_known: do nothing if a model with these very weights is registered, by whatever run.
     """
-    manifest = open_artefact(model, KIND, check_content=False)
+    manifest = open_artifact(model, KIND, check_content=False)
     return {
         "do": "model",
         "name": f"rag-{variant}",
@@ -51,10 +51,10 @@ def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
     """Log and register the model of a `model_entry`, unless this run has registered its model already.
 
     Raises:
-        ArtefactError: another model lies there by now.
+        ArtifactError: another model lies there by now.
     """
-    if open_artefact(as_place(entry["model"]), KIND, check_content=False).fingerprint != entry["fingerprint"]:
-        raise ArtefactError(
+    if open_artifact(as_place(entry["model"]), KIND, check_content=False).fingerprint != entry["fingerprint"]:
+        raise ArtifactError(
             f"{entry['model']} holds another model than the one that MLflow run {run_id} trained, so it is not "
             f"registered as {entry['name']}. Train again, or delete the line."
         )

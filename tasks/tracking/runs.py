@@ -139,7 +139,7 @@ class StageRun:
         self.write({"do": "tags", "tags": dict(tags)})
 
     def log_input(self, name: str, path: Path, fingerprint: str) -> None:
-        """Lineage: this stage read the artefact or file `path`, whose content is `fingerprint`."""
+        """Lineage: this stage read the artifact or file `path`, whose content is `fingerprint`."""
         # MLflow keeps 36 characters of a digest.
         self.write({"do": "input", "name": name, "path": absolute(path), "digest": fingerprint[:36]})
 

@@ -1,6 +1,7 @@
 """The code that MLflow stores beside a registered RAG model ("models from code": no pickle).
 
-MLflow runs this file to load the model; nothing of ours imports it. The RAG model's folder travels with the registered
+MLflow runs this file to load the model; nothing of ours imports it. The copy beside a model outlives this release, so it
+imports public names only. The RAG model's folder travels with the registered
 model, the index stays where it is and is named in the model's configuration.
 """
 
@@ -13,8 +14,7 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel
 
-from rag_core.index.passage_index import PassageIndex
-from rag_core.model.rag_model import RagModel
+from rag_core import PassageIndex, RagModel
 
 # A server of this model has imported MLflow before this file, and with it the client that reports usage: rag_core has
 # switched reports off meanwhile, unless somebody wants them, and this looks again.

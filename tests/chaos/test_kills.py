@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rag_core.corpus.corpus import CorpusConfig, write_corpus
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from tasks.on_ray.workers import REPLACEMENTS
 from tests.conftest import MINILM
 from tests.stages.test_resume import EMBED, INFER, WAIT_SECONDS, draft_files
@@ -135,7 +135,7 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
     found = pa.concat_tables([pq.read_table(out / name) for name in names])
     assert found["id"].to_pylist() == [row["id"] for row in rows], "no row twice, none missing, in order"
     assert found.equals(pa.concat_tables([pq.read_table(undisturbed / name) for name in names]))
-    assert open_artefact(out, "embeddings").fingerprint == open_artefact(undisturbed, "embeddings").fingerprint
+    assert open_artifact(out, "embeddings").fingerprint == open_artifact(undisturbed, "embeddings").fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in killer.finished} == killer.finished
     assert killer.killed == KILLS
     figure(f"embedding: killed {dict(killer.killed)}, {len(rows)} rows equal, no finished shard made again")
@@ -164,6 +164,6 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
     answered = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert answered == [one["id"] for one in asked]
-    assert open_artefact(out, "predictions").counts == open_artefact(undisturbed, "predictions").counts
+    assert open_artifact(out, "predictions").counts == open_artifact(undisturbed, "predictions").counts
     assert killer.killed == KILLS
     figure(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal, no finished shard made again")

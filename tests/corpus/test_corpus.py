@@ -1,4 +1,4 @@
-"""The corpus artefact: what is written, what is left out and counted, and what makes two corpora the same."""
+"""The corpus artifact: what is written, what is left out and counted, and what makes two corpora the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rag_core.corpus.corpus import (
 )
 from rag_core.corpus.formats.squad import paragraph_id
 from rag_core.corpus.passages import Passage
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtifactError, InputError
 from rag_core.storage.artifact import stage_key
 
 XQUAD = Path(__file__).resolve().parents[3] / "shared/data/xquad.en.json"
@@ -204,17 +204,17 @@ def test_a_damaged_shard_is_named_on_opening(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ArtefactError, match=r"passages-00000\.parquet was changed"):
+    with pytest.raises(ArtifactError, match=r"passages-00000\.parquet was changed"):
         Corpus.open(tmp_path / "out")
     assert len(Corpus.open(tmp_path / "out", check_content=False)) == 1
 
 
 def test_a_shard_with_other_columns_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(ArtefactError, match=r"x\.parquet has the columns \['id'\]"):
+    with pytest.raises(ArtifactError, match=r"x\.parquet has the columns \['id'\]"):
         read_shard(tmp_path / "x.parquet")
     (tmp_path / "y.parquet").write_text("nothing")
-    with pytest.raises(ArtefactError, match=r"y\.parquet cannot be read"):
+    with pytest.raises(ArtifactError, match=r"y\.parquet cannot be read"):
         read_shard(tmp_path / "y.parquet")
 
 

@@ -21,7 +21,7 @@ from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelConfig
 from rag_core.reading.contexts import PromptConfig
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from rag_core.training.pretraining import PretrainConfig, build_generator
 from tests.conftest import MINILM
 from tests.support.servers.processes import MemoryWatch, Peak, environment_in, kill_tree
@@ -77,9 +77,9 @@ def measure(folder: Path, passages: int) -> dict[tuple[str, str], Peak]:
     for command in COMMANDS:
         for role, peak in run(place, command, *words[command]).items():
             found[command, role] = peak
-    assert open_artefact(embeddings, "embeddings").counts["passages"] == passages
+    assert open_artifact(embeddings, "embeddings").counts["passages"] == passages
     if "infer" in COMMANDS:
-        assert open_artefact(place / "answers", "predictions").counts["questions"] == QUESTIONS
+        assert open_artifact(place / "answers", "predictions").counts["questions"] == QUESTIONS
     return found
 
 

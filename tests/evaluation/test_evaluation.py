@@ -13,7 +13,7 @@ import pytest
 
 from rag_core.corpus.passages import NO_PASSAGE, Passage
 from rag_core.embeddings.text_encoder import TextEncoder
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtifactError, InputError
 from rag_core.evaluation.evaluation import (
     answer_scores,
     evaluate_predictions,
@@ -182,7 +182,7 @@ def test_predictions_of_other_questions_under_the_same_ids_are_refused(tmp_path:
 
 def test_two_predictions_for_one_question_are_refused(tmp_path: Path) -> None:
     folder = _published(tmp_path / "out", [CASES[0], (CASES[0][0], _answer("Norway", OSLO))], cut=1)
-    with pytest.raises(ArtefactError, match=r"two predictions for the question 'a'"):
+    with pytest.raises(ArtifactError, match=r"two predictions for the question 'a'"):
         evaluate_predictions(folder, [CASES[0][0]], ks=(1,))
 
 
@@ -272,7 +272,7 @@ def test_a_damaged_file_of_predictions_is_refused_by_name(tmp_path: Path) -> Non
     damaged = bytearray((folder / JSONL).read_bytes())
     damaged[damaged.index(b"france")] ^= 1
     (folder / JSONL).write_bytes(damaged)
-    with pytest.raises(ArtefactError, match=r"predictions\.jsonl"):
+    with pytest.raises(ArtifactError, match=r"predictions\.jsonl"):
         list(read_predictions(folder))
 
 
@@ -280,5 +280,5 @@ def test_a_line_that_is_no_prediction_is_named(tmp_path: Path) -> None:
     with publish(tmp_path / "out", "predictions") as draft:
         good = json.dumps(prediction_row(*CASES[0]))
         (draft.folder / JSONL).write_text(good + '\n{"id": "b", "answer": "x"}\n')
-    with pytest.raises(ArtefactError, match="line 2 is not a prediction"):
+    with pytest.raises(ArtifactError, match="line 2 is not a prediction"):
         list(read_predictions(tmp_path / "out"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from tests.support.servers.processes import end
 from tests.support.small_corpus import (
     make_encoder,
@@ -80,7 +80,7 @@ def test_a_deployed_flow_is_run_by_a_worker(services: Path, tmp_path: Path) -> N
         # Prefect's worker may wait long for its last heartbeat; its work is done.
         end(worker, patience=20)
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-4000:]
-    assert open_artefact(tmp_path / "rag-token", "rag-model").config["variant"] == "token"
+    assert open_artifact(tmp_path / "rag-token", "rag-model").config["variant"] == "token"
 
 
 def wait_for_flow_run(deployment: str, seconds: float) -> str:

@@ -12,27 +12,27 @@ import pytest
 
 from rag_core.corpus.corpus import CorpusConfig
 from rag_core.errors import InputError
-from rag_core.storage.artifact import Manifest, open_artefact, publish
+from rag_core.storage.artifact import Manifest, open_artifact, publish
 from tests.support.small_corpus import write_passages_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def copy_stage(corpus: Path, out: Path, marker: Path, parent: str | None):  # type: ignore[no-untyped-def]
-    """A stage that asks a Ray actor for something, and publishes an artefact after."""
+    """A stage that asks a Ray actor for something, and publishes an artifact after."""
     import ray
 
     from tasks.stage import Input, run_stage
 
     die_once = worker_that_dies_once(str(marker))
-    fingerprint = open_artefact(corpus, "corpus").fingerprint
+    fingerprint = open_artifact(corpus, "corpus").fingerprint
 
     def work(run) -> Manifest:  # type: ignore[no-untyped-def]
         ray.get(die_once())
         with publish(out, "thing", made_from={"corpus": fingerprint}) as draft:
             (draft.folder / "data.txt").write_text(fingerprint)
             draft.counts["things"] = 1
-        return open_artefact(out, "thing")
+        return open_artifact(out, "thing")
 
     inputs = {"corpus": Input(corpus, fingerprint)}
     return run_stage("thing", "thing", out, config={}, inputs=inputs, parent_run_id=parent, work=work)
@@ -61,7 +61,7 @@ def skipped_runs(stage: str, out: Path) -> list[bool]:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    query = f"tags.stage = '{stage}' and tags.artefact = '{out.resolve()}'"
+    query = f"tags.stage = '{stage}' and tags.artifact = '{out.resolve()}'"
     found = client.search_runs(
         [client.get_experiment_by_name("rag").experiment_id], query, order_by=["attributes.start_time ASC"]
     )
@@ -126,7 +126,7 @@ def test_what_a_killed_run_published_but_did_not_announce_is_announced_by_the_ne
     def work(run) -> Manifest:  # type: ignore[no-untyped-def]
         with publish(out, "thing") as draft:
             (draft.folder / "data.txt").write_text("whole")
-        return open_artefact(out, "thing")
+        return open_artifact(out, "thing")
 
     @flow
     def stage(announce):  # type: ignore[no-untyped-def]

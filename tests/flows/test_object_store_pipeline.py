@@ -1,4 +1,4 @@
-"""The whole pipeline from and to s3://, on Ray, with a real S3 server: the same artefacts as on a local disk."""
+"""The whole pipeline from and to s3://, on Ray, with a real S3 server: the same artifacts as on a local disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from rag_core.storage.artifact import manifest_at
 from rag_core.storage.places import ObjectPath
-from rag_core.verification.verification import artefacts_below, verify
+from rag_core.verification.verification import artifacts_below, verify
 from tests.stages.test_resume import finish
 from tests.support.servers.s3_server import BUCKET, CREDENTIALS, s3_server
 from tests.support.small_corpus import (
@@ -72,10 +72,10 @@ def test_every_stage_reads_from_and_publishes_to_a_store(tmp_path: Path, monkeyp
         said = finish(PIPELINE, tmp_path, config, out)
         assert f"'s3://{BUCKET}/run/rag-token', False" in said
         kinds = ["corpus", "embeddings", "index", "generator", "rag-token", "predictions/rag-token"]
-        assert [str(path) for path in artefacts_below(out)] == [str(out / kind) for kind in kinds]
+        assert [str(path) for path in artifacts_below(out)] == [str(out / kind) for kind in kinds]
         # What another machine reads, which has nothing of it yet.
         monkeypatch.setenv("RAG_CACHE", str(tmp_path / "elsewhere"))
-        for path in artefacts_below(out):
+        for path in artifacts_below(out):
             assert verify(path).findings == [], path
         assert manifest_at(out / "index").details["inputs"]["corpus"] == f"s3://{BUCKET}/run/corpus"
         if os.environ.get("CHAOS") != "smoke":

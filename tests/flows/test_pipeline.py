@@ -10,11 +10,11 @@ import pytest
 
 from rag_core.corpus.corpus import Corpus, CorpusConfig
 from rag_core.embeddings.embeddings import EmbedConfig, Embeddings
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from rag_core.training.pretraining import PretrainConfig
 from tests.support.small_corpus import (
     FACTS,
@@ -77,7 +77,7 @@ def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
     return config, folder / "out", pipeline(config, folder / "out")
 
 
-def test_every_stage_leaves_a_checked_artefact(ran) -> None:  # type: ignore[no-untyped-def]
+def test_every_stage_leaves_a_checked_artifact(ran) -> None:  # type: ignore[no-untyped-def]
     _, out, result = ran
     kinds = {
         "corpus": "corpus",
@@ -92,7 +92,7 @@ def test_every_stage_leaves_a_checked_artefact(ran) -> None:  # type: ignore[no-
         "predictions/closed-book": "predictions",
     }
     for name, kind in kinds.items():
-        assert open_artefact(out / name, kind).counts
+        assert open_artifact(out / name, kind).counts
     assert not any(stage.skipped for stage in result.stages)
     assert not list(out.glob(".*draft*")) + list(out.glob(".*training*")), "work folders were left behind"
 
@@ -235,8 +235,8 @@ def test_prefect_shows_the_flow_runs_with_readable_summaries(ran) -> None:  # ty
     with get_client(sync_client=True) as client:
         names = {flow.name for flow in client.read_flows()}
         assert {"pipeline", "corpus", "embed-corpus", "build-index", "train-sequence", "train-token"} <= names
-        artefacts = client.read_artifacts(artifact_filter=ArtifactFilter())
-    summaries = {one.key: str(one.data) for one in artefacts}
+        artifacts = client.read_artifacts(artifact_filter=ArtifactFilter())
+    summaries = {one.key: str(one.data) for one in artifacts}
     assert "MLflow run" in summaries["train-token"]
     assert "| RAG-Token |" in summaries["pipeline-summary"]
 
@@ -296,9 +296,9 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
 
 def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  # type: ignore[no-untyped-def]
     _, out, _ = ran
-    from rag_core.verification.verification import artefacts_below, verify
+    from rag_core.verification.verification import artifacts_below, verify
 
-    reports = [verify(path) for path in artefacts_below(out)]
+    reports = [verify(path) for path in artifacts_below(out)]
     assert [one for report in reports for one in (*report.findings, *report.notes)] == []
     kinds = {report.manifest.kind for report in reports if report.manifest}
     assert kinds == {"corpus", "embeddings", "index", "generator", "rag-model", "predictions"}
@@ -322,7 +322,7 @@ def test_damaged_files_of_every_stage_are_made_again_byte_for_byte(ran) -> None:
         assert file.read_bytes() == whole
 
 
-def test_parts_that_workers_wrote_out_of_sight_are_an_error_and_not_a_shorter_artefact(  # type: ignore[no-untyped-def]
+def test_parts_that_workers_wrote_out_of_sight_are_an_error_and_not_a_shorter_artifact(  # type: ignore[no-untyped-def]
     ran, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from flows.stages.batch_infer import batch_infer
@@ -331,8 +331,8 @@ def test_parts_that_workers_wrote_out_of_sight_are_an_error_and_not_a_shorter_ar
 
     config, out, _ = ran
     monkeypatch.setattr("tasks.stages.embed_corpus.embed_on_ray", lambda corpus, folder, config: len(corpus))
-    with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
+    with pytest.raises(ArtifactError, match=r"3 of 3 finished parts .* every machine mounts"):
         embed_corpus(out / "corpus", tmp_path / "embeddings", config.embed)
     monkeypatch.setattr("tasks.stages.batch_infer.answer_on_ray", lambda *arguments: ContextCount())
-    with pytest.raises(ArtefactError, match=r"3 of 3 finished parts .* every machine mounts"):
+    with pytest.raises(ArtifactError, match=r"3 of 3 finished parts .* every machine mounts"):
         batch_infer(out / "rag-token", out / "index", config.questions.test, tmp_path / "predictions", config.infer)

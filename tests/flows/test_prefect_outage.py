@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from tests.conftest import _wait_until_healthy
 from tests.support.servers.processes import environment_in, free_port
 
@@ -126,7 +126,7 @@ def test_a_lost_temporary_server_is_replaced_and_the_flow_goes_on(tmp_path: Path
     assert process.wait(SECONDS) == 0, (tmp_path / "log").read_text()
     assert "skipped: [False, False]" in (tmp_path / "log").read_text()
     for name in ("first", "second"):
-        assert open_artefact(tmp_path / name, "corpus").counts["passages"] == 10
+        assert open_artifact(tmp_path / name, "corpus").counts["passages"] == 10
 
 
 @pytest.mark.chaos(short=False)
@@ -151,7 +151,7 @@ def test_a_server_that_is_lost_for_good_ends_the_flow_with_a_paragraph_and_costs
     said = " ".join((tmp_path / "log").read_text().split())
     assert f"Error: Prefect's server at {url} does not answer any more" in said
     assert "run the same command to go on" in said
-    assert open_artefact(tmp_path / "first", "corpus").counts["passages"] == 10
+    assert open_artifact(tmp_path / "first", "corpus").counts["passages"] == 10
     assert not (tmp_path / "second").exists()
     again = start(tmp_path)
     wait_for(tmp_path / "waiting", again)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from rag_core.corpus.formats import CorpusFormat, Reject, read_rows
 from rag_core.errors import RagError
-from rag_core.storage.artifact import fingerprint_of_json, open_artefact, publish
+from rag_core.storage.artifact import fingerprint_of_json, open_artifact, publish
 
 Feed = Callable[[bytes], None]
 PASSAGES = [("a", "Lyon", "Lyon is a city."), ("b", "", 'Grüße, "quoted"\tand 😀.'), ("c", "T", "two\nlines")]
@@ -212,7 +212,7 @@ def _judgements(folder: Path) -> Target:
     return _questions("test.tsv", QRELS, folder)
 
 
-def _small_artefact(folder: Path, kind: str, files: dict[str, bytes], **described: Any) -> None:
+def _small_artifact(folder: Path, kind: str, files: dict[str, bytes], **described: Any) -> None:
     with publish(folder, kind, config={"a": 1}, made_from={"b": "c" * 64}) as draft:
         for name, content in files.items():
             (draft.folder / name).write_bytes(content)
@@ -232,12 +232,12 @@ def _manifest(folder: Path) -> Target:
     from rag_core.corpus.corpus import Corpus
 
     home = folder / "corpus"
-    _small_artefact(home, "corpus", {"passages-00000.parquet": b"xy", "rejects.jsonl": b""}, counts={"passages": 2})
+    _small_artifact(home, "corpus", {"passages-00000.parquet": b"xy", "rejects.jsonl": b""}, counts={"passages": 2})
     sample = (home / "manifest.json").read_bytes()
 
     def feed(data: bytes) -> None:
         (home / "manifest.json").write_bytes(data)
-        open_artefact(home, "corpus")
+        open_artifact(home, "corpus")
         len(Corpus.open(home))
 
     return Target([sample, json.dumps(json.loads(sample)).encode()], feed)
@@ -260,7 +260,7 @@ def _predictions(folder: Path) -> Target:
     ]
     sample = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     home = folder / "predictions"
-    _small_artefact(home, "predictions", {"predictions.jsonl": sample})
+    _small_artifact(home, "predictions", {"predictions.jsonl": sample})
     manifest = json.loads((home / "manifest.json").read_bytes())
 
     def feed(data: bytes) -> None:
@@ -323,7 +323,7 @@ def _embeddings(folder: Path) -> Target:
     sample, name = (folder / "sample.parquet").read_bytes(), "embeddings-00000.parquet"
     home = folder / "embeddings"
     described = {"counts": {"passages": 3}, "details": {"dim": 4, "dtype": "float32"}}
-    _small_artefact(home, "embeddings", {name: sample}, **described)
+    _small_artifact(home, "embeddings", {name: sample}, **described)
     manifest = json.loads((home / "manifest.json").read_bytes())
 
     def feed(data: bytes) -> None:
@@ -355,7 +355,7 @@ def _index(name: str, factory: str, folder: Path) -> Target:
     files = {one: (folder / one).read_bytes() for one in ("index.faiss", "vectors.npy", "passages.arrow")}
     home = folder / "index"
     details = {"dim": 8, "encoder_fingerprint": "f", "factory": factory, "search_parameter": "", "search_value": 0}
-    _small_artefact(home, "index", files, counts={"passages": 300}, details=details)
+    _small_artifact(home, "index", files, counts={"passages": 300}, details=details)
     manifest = json.loads((home / "manifest.json").read_bytes())
 
     def feed(data: bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli.commands.inspection import ask, retrieve
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.model.rag_model import RagModel
 from tests.support.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 
@@ -29,9 +29,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_neither_answers_nor_recall_are_given_from_another_encoders_index(parts: Path) -> None:
     message = "was made by another document encoder"
-    with pytest.raises(ArtefactError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         ask("which country is Lyon in?", parts / "model", parts / "other" / "index")
-    with pytest.raises(ArtefactError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         retrieve(parts / "other" / "index", parts / "questions.jsonl", "1", parts / "model")
 
 
@@ -39,5 +39,5 @@ def test_recall_is_not_measured_with_an_encoder_that_was_replaced_after_indexing
     retrieve(parts / "own" / "index", parts / "questions.jsonl", "1", None, None, as_json=True)
     shutil.rmtree(parts / "encoder")
     shutil.copytree(parts / "other-encoder", parts / "encoder")
-    with pytest.raises(ArtefactError, match=r"is not the encoder that made the index .* any more"):
+    with pytest.raises(ArtifactError, match=r"is not the encoder that made the index .* any more"):
         retrieve(parts / "own" / "index", parts / "questions.jsonl", "1", None, None)

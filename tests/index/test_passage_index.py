@@ -12,7 +12,7 @@ import pytest
 
 from rag_core.corpus.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.embeddings.embeddings import Embeddings, shard_name
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.factory import choose_factory, make_faiss_index, tune_recall
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index
 from rag_core.storage.artifact import publish
@@ -235,7 +235,7 @@ def test_rows_lead_to_the_passages_that_were_embedded(embeddings: Embeddings, co
 
 
 def test_embeddings_of_another_corpus_are_refused(tmp_path: Path, embeddings: Embeddings) -> None:
-    with pytest.raises(ArtefactError, match="made from another corpus"):
+    with pytest.raises(ArtifactError, match="made from another corpus"):
         build_index(embeddings, _corpus(tmp_path, n=20), tmp_path / "index", IndexConfig())
     assert not (tmp_path / "index").exists()
 
@@ -247,5 +247,5 @@ def test_embeddings_that_miss_rows_are_refused(tmp_path: Path, corpus: Corpus) -
             (draft.folder / shard.name).write_bytes(shard.read_bytes())
         draft.counts["passages"] = 2800
         draft.details = short.manifest.details
-    with pytest.raises(ArtefactError, match=r"3000 passages, .* 2800"):
+    with pytest.raises(ArtifactError, match=r"3000 passages, .* 2800"):
         build_index(Embeddings.open(tmp_path / "short"), corpus, tmp_path / "index", IndexConfig())

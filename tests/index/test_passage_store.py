@@ -13,7 +13,7 @@ import torch
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.embeddings import EmbedConfig, embed_shard
 from rag_core.embeddings.text_encoder import TextEncoder
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.index.passage_store import BATCH_ROWS, PassageStore, write_passage_store
 from tests.support.small_corpus import make_encoder
 
@@ -81,7 +81,7 @@ def test_a_vector_that_is_not_finite_is_refused_with_file_row_and_id(tmp_path: P
         return vectors_ND
 
     encoder.encode = encode  # type: ignore[method-assign]
-    with pytest.raises(ArtefactError, match=rf"corpus-00003\.parquet row 5 \(id 'p4'\).*not finite as {dtype}"):
+    with pytest.raises(ArtifactError, match=rf"corpus-00003\.parquet row 5 \(id 'p4'\).*not finite as {dtype}"):
         embed_shard(encoder, _shard(tmp_path), tmp_path / "out.parquet", EmbedConfig(encoder="e", dtype=dtype))
     assert not (tmp_path / "out.parquet").exists()
 
@@ -109,5 +109,5 @@ def test_damaged_weights_are_noticed_while_embedding(tmp_path: Path) -> None:
     encoder = TextEncoder.from_pretrained(make_encoder(tmp_path / "encoder"))
     with torch.no_grad():
         encoder.model.encoder.layer[0].output.dense.bias[0] = float("nan")
-    with pytest.raises(ArtefactError, match="row 1 "):
+    with pytest.raises(ArtifactError, match="row 1 "):
         embed_shard(encoder, _shard(tmp_path), tmp_path / "out.parquet", EmbedConfig(encoder="e"))

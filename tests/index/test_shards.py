@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from rag_core.corpus.corpus import Corpus
 from rag_core.embeddings.embeddings import Embeddings
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index, index_inputs
 from rag_core.index.passage_store import write_passage_store
 from rag_core.index.retriever import Retrieved
-from rag_core.storage.artifact import Manifest, open_artefact, stage_key
+from rag_core.storage.artifact import Manifest, open_artifact, stage_key
 from rag_core.verification.repair import repair
 from rag_core.verification.verification import verify
 from tests.index.test_passage_index import QUERIES_BD, D, N, _brute_force, _corpus, _embeddings, _vectors
@@ -187,14 +187,14 @@ def test_a_shard_whose_file_was_changed_is_refused_with_its_name(
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1
     file.write_bytes(whole)
-    with pytest.raises(ArtefactError, match=r"shard-00001/vectors\.npy was changed since it was published"):
+    with pytest.raises(ArtifactError, match=r"shard-00001/vectors\.npy was changed since it was published"):
         PassageIndex.open(tmp_path / "index")
     file.write_bytes(whole[:-D])
-    with pytest.raises(ArtefactError, match=r"shard-00001/vectors\.npy has \d+ bytes"):
+    with pytest.raises(ArtifactError, match=r"shard-00001/vectors\.npy has \d+ bytes"):
         PassageIndex.open(tmp_path / "index", check_content=False)
     file.unlink()
-    with pytest.raises(ArtefactError, match=r"shard-00001/vectors\.npy is missing"):
-        open_artefact(tmp_path / "index", "index", check_content=False)
+    with pytest.raises(ArtifactError, match=r"shard-00001/vectors\.npy is missing"):
+        open_artifact(tmp_path / "index", "index", check_content=False)
 
 
 def test_damaged_files_of_shards_are_found_and_made_again_byte_for_byte(

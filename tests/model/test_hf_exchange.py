@@ -28,7 +28,7 @@ from transformers import (
 
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.encoder_settings import EncoderSettings
-from rag_core.errors import ArtefactError, ConfigError, ModelNotice
+from rag_core.errors import ArtifactError, ConfigError, ModelNotice
 from rag_core.model.hf_rag import ExchangeWarning, separators_of, template_of
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelSettings
@@ -430,7 +430,7 @@ def test_an_export_appears_whole_or_not_at_all_and_overwrites_nothing(
     model = make_model()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("ten years of work")
-    with pytest.raises(ArtefactError, match="full"):
+    with pytest.raises(ArtifactError, match="full"):
         model.to_hf_rag(tmp_path / "full")
     (tmp_path / "empty").mkdir()
     model.to_hf_rag(tmp_path / "empty")
@@ -473,7 +473,7 @@ def test_the_command_line_imports_and_exports(tmp_path: Path) -> None:
     loss_B = their_loss(load_hf(tmp_path / "again", "RagTokenForGeneration"))
     torch.testing.assert_close(loss_B, our_loss(imported, "token"), atol=1e-5, rtol=1e-5)
     refused = rag("export-hf", tmp_path / "ours", tmp_path / "again")
-    assert isinstance(refused.exception, ArtefactError)
+    assert isinstance(refused.exception, ArtifactError)
     unknown = rag("export-hf", tmp_path / "ours", tmp_path / "other", "--variant", "both")
     assert isinstance(unknown.exception, ConfigError)
     pooled = rag("import-hf", tmp_path / "hf", tmp_path / "third", "--pooling", "most")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import Answer, DecodingConfig
@@ -200,9 +200,9 @@ def test_an_index_by_another_document_encoder_is_refused(
     try:
         model.settings = kept.model_copy(update={"document_encoder_fingerprint": parts[2].encoder_fingerprint})
         model.check_index(parts[2])
-        with pytest.raises(ArtefactError, match="another document encoder"):
+        with pytest.raises(ArtifactError, match="another document encoder"):
             model.answer(TEXTS, other, variant="sequence")
-        with pytest.raises(ArtefactError, match="another document encoder"):
+        with pytest.raises(ArtifactError, match="another document encoder"):
             EndToEnd(model, other, "sequence", EndToEndRates())
     finally:
         model.settings = kept
@@ -235,13 +235,13 @@ def test_a_flipped_byte_in_the_weights_is_refused_by_name(tmp_path: Path, model:
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ArtefactError, match=rf"{part}/model\.safetensors"):
+    with pytest.raises(ArtifactError, match=rf"{part}/model\.safetensors"):
         RagModel.from_pretrained(tmp_path / "model")
 
 
 def test_a_folder_that_is_no_rag_model_is_refused(parts: tuple[Path, Path, PassageIndex]) -> None:
     for folder in (parts[0], parts[2].path, parts[0] / "nowhere"):
-        with pytest.raises(ArtefactError, match=folder.name):
+        with pytest.raises(ArtifactError, match=folder.name):
             RagModel.from_pretrained(folder)
 
 

@@ -7,6 +7,6 @@ Each mutant replaces one piece of source in a copy of the project, runs the test
 from __future__ import annotations
 
 from tests.mutants.reading_and_decoding import READING_AND_DECODING
-from tests.mutants.training_and_artifacts import TRAINING_AND_ARTEFACTS
+from tests.mutants.training_and_artifacts import TRAINING_AND_ARTIFACTS
 
-MUTANTS = READING_AND_DECODING + TRAINING_AND_ARTEFACTS
+MUTANTS = READING_AND_DECODING + TRAINING_AND_ARTIFACTS

@@ -1,4 +1,4 @@
-"""Faults in what must not be lost: training that goes on, artefacts, shards, and what is checked of them."""
+"""Faults in what must not be lost: training that goes on, artifacts, shards, and what is checked of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from tests.mutants.mutant import Mutant
 
 TRAINING = "rag_core/training/loop.py"
 CHECKPOINT = "rag_core/training/checkpoint.py"
-ARTEFACT = "rag_core/storage/artifact.py"
+ARTIFACT = "rag_core/storage/artifact.py"
 MANIFEST = "rag_core/storage/manifest.py"
 RESUMED = "tests/training/test_checkpoint.py"
 DAMAGED = "tests/storage/test_artifact.py tests/verification/test_verification.py"
 
-TRAINING_AND_ARTEFACTS = (
+TRAINING_AND_ARTIFACTS = (
     # Training that goes on
     Mutant(
         "moments not restored",
@@ -58,7 +58,7 @@ TRAINING_AND_ARTEFACTS = (
         "True",
         RESUMED,
     ),
-    # Artefacts
+    # Artifacts
     Mutant(
         "content not compared", MANIFEST, "(found := sha256_of_file(file)) != entry.sha256", "(found := '')", DAMAGED
     ),
@@ -79,7 +79,7 @@ TRAINING_AND_ARTEFACTS = (
     ),
     Mutant(
         "halves of parts published",
-        ARTEFACT,
+        ARTIFACT,
         "            drop_unfinished(draft.folder)\n",
         "",
         "tests/stages/test_resume.py::test_what_a_killed_worker_left_half_written_is_not_published",

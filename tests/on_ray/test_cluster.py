@@ -20,7 +20,7 @@ import yaml
 
 from rag_core.corpus.corpus import CorpusConfig, write_corpus
 from rag_core.model.rag_model import RagModel
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from tests.support.prepared import RAG, Command, Prepared
 from tests.support.servers.ray_cluster import LocalCluster
 from tests.support.small_corpus import FACTS, QUESTIONS, make_encoder, make_generator, model_config, optimizer
@@ -94,7 +94,7 @@ class Site:
     def end(self, process: Command, out: str) -> str:
         assert process.wait(WAIT_SECONDS) == 0, self.said()
         kind = json.loads((self.folder / out / "manifest.json").read_text())["kind"]
-        return open_artefact(self.folder / out, kind).fingerprint
+        return open_artifact(self.folder / out, kind).fingerprint
 
     def disturbed(self, *words: object, out: str, when: Callable[[], bool], rejoin: bool = True) -> str:
         """As `finish`; when `when` says so, one node is killed, and if `rejoin`, a new one joins the cluster."""
@@ -114,7 +114,7 @@ class Site:
         return (self.folder / "log").read_text()[-6000:]
 
     def parts_of(self, out: str, pattern: str) -> int:
-        """Finished parts of an artefact that is being written."""
+        """Finished parts of an artifact that is being written."""
         return sum(1 for draft in self.folder.glob(f".{out}.draft-*") for _ in draft.rglob(pattern))
 
 

@@ -17,7 +17,7 @@ import ray
 
 from rag_core.corpus.corpus import Corpus
 from rag_core.embeddings.embeddings import Embeddings
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index
 from rag_core.index.retriever import Retriever
 from rag_core.model.rag_model import RagModel
@@ -200,7 +200,7 @@ def test_an_actor_refuses_a_damaged_shard_and_another_index_and_ends_with_its_st
             build_index(embeddings, corpus, path, IndexConfig(shards=2, factory="HNSW8"))
             os.kill(processes[0], signal.SIGKILL)
             with pytest.raises(
-                ArtefactError, match=r"holds another index \(\w{12}…\) than the one that this stage began"
+                ArtifactError, match=r"holds another index \(\w{12}…\) than the one that this stage began"
             ):
                 retriever.search(queries(index), 5)
             raise KeyboardInterrupt
@@ -211,7 +211,7 @@ def test_an_actor_refuses_a_damaged_shard_and_another_index_and_ends_with_its_st
     file = path / "shard-00001" / "index.faiss"
     file.write_bytes(file.read_bytes()[:-1])
     with (
-        pytest.raises(ArtefactError, match=r"shard-00001/index\.faiss has \d+ bytes, the manifest says"),
+        pytest.raises(ArtifactError, match=r"shard-00001/index\.faiss has \d+ bytes, the manifest says"),
         served(PassageIndex(path, manifest_at(path))),
     ):
         pass

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from rag_core.errors import ConfigError
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from rag_core.training.objectives import EndToEndRates
 from tests.support.prepared import WORK, Command, Prepared
 from tests.support.servers.processes import environment_in, processes_below
@@ -158,7 +158,7 @@ def test_a_model_that_was_published_but_not_registered_is_registered_by_the_next
 
     training.undisturbed()
     out, client = training.folder / "undisturbed-1", MlflowClient()
-    fingerprint = open_artefact(out, "rag-model").fingerprint
+    fingerprint = open_artifact(out, "rag-model").fingerprint
 
     def versions() -> list[Any]:
         found = client.search_model_versions("name = 'rag-token'")
@@ -255,7 +255,7 @@ def outcome(commands: Prepared, folder: Path, out: Path) -> tuple[str, Any]:
         if name not in ("seconds", "examples_per_second")
     }
     assert not list(out.parent.glob(f".{out.name}.*training*"))
-    return open_artefact(out, "rag-model").fingerprint, curves
+    return open_artifact(out, "rag-model").fingerprint, curves
 
 
 def wait_for_checkpoint(folder: Path, out: Path, process: Command, beyond: int) -> None:

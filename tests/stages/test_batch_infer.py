@@ -12,7 +12,7 @@ from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig
 from rag_core.questions.questions import read_questions
-from rag_core.storage.artifact import open_artefact
+from rag_core.storage.artifact import open_artifact
 from tasks.markdown import text_cell
 from tasks.on_ray.answering import InferConfig, answer_questions
 from tasks.reports.summary import cut_note, stages_markdown
@@ -152,7 +152,7 @@ def test_the_manifest_counts_the_contexts_of_all_shards_and_those_that_were_cut(
     by_hand = sum(length > 18 for length in lengths)
     assert 0 < by_hand < len(lengths)
     counts = {"questions": len(QUESTIONS), "contexts": 3 * len(QUESTIONS), "contexts_cut": by_hand}
-    assert result.counts == open_artefact(tmp_path / "out", "predictions").counts == counts
+    assert result.counts == open_artifact(tmp_path / "out", "predictions").counts == counts
     metrics = MlflowClient().get_run(result.run_id).data.metrics
     assert metrics["contexts_cut_share"] == pytest.approx(by_hand / len(lengths))
     assert metrics["count_contexts_cut"] == by_hand

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rag_core.corpus.corpus import CorpusConfig, write_corpus
-from rag_core.errors import ArtefactError
-from rag_core.storage.artifact import open_artefact, publish
+from rag_core.errors import ArtifactError
+from rag_core.storage.artifact import open_artifact, publish
 from tests.conftest import MINILM
 from tests.support.servers.processes import environment_in, processes_below
 from tests.support.small_corpus import QUESTIONS, make_encoder, make_generator, make_index, model_config
@@ -85,7 +85,7 @@ def kill_when_finished(parts: int, out: Path, pattern: str, process: subprocess.
 
 
 def draft_files(out: Path, pattern: str) -> dict[str, int]:
-    """Finished parts of an unfinished artefact, and when each was written."""
+    """Finished parts of an unfinished artifact, and when each was written."""
     drafts = list(out.parent.glob(f".{out.name}.draft-*"))
     return {file.name: file.stat().st_mtime_ns for draft in drafts for file in draft.rglob(pattern)}
 
@@ -116,7 +116,7 @@ def test_embedding_goes_on_after_its_process_group_was_killed_twice(tmp_path: Pa
     for name in names:
         assert pq.read_table(out / name).equals(pq.read_table(tmp_path / "undisturbed" / name))
     assert not list(tmp_path.glob(".out.*draft*")) + list(out.glob(".unfinished*"))
-    assert open_artefact(out, "embeddings").counts == {"passages": 1500}
+    assert open_artifact(out, "embeddings").counts == {"passages": 1500}
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_answering_goes_on_after_its_process_group_was_killed(tmp_path: Path) ->
     finish(INFER, tmp_path, *arguments, tmp_path / "undisturbed")
     for name in ("predictions.jsonl", "predictions.parquet"):
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    ours, theirs = (open_artefact(folder, "predictions").counts for folder in (out, tmp_path / "undisturbed"))
+    ours, theirs = (open_artifact(folder, "predictions").counts for folder in (out, tmp_path / "undisturbed"))
     assert ours == theirs
     assert ours["questions"] == 1600
 
@@ -149,7 +149,7 @@ def test_only_one_run_writes_at_a_place_and_the_other_is_told_who_does(tmp_path:
     with publish(tmp_path / "out", "thing") as draft:
         (draft.folder / "data.txt").write_text("first")
         with (
-            pytest.raises(ArtefactError, match=rf"being written by another run \(process {os.getpid()} on .*since 2"),
+            pytest.raises(ArtifactError, match=rf"being written by another run \(process {os.getpid()} on .*since 2"),
             publish(tmp_path / "out", "thing"),
         ):
             pass
@@ -177,15 +177,15 @@ def test_what_a_killed_worker_left_half_written_is_not_published(tmp_path: Path)
     with publish(tmp_path / "out", "thing", resume=True) as draft:
         (draft.folder / "part-0").write_text("whole")
         (draft.folder / ".unfinished-1").write_text("half")
-    assert list(open_artefact(tmp_path / "out", "thing").files) == ["part-0"]
+    assert list(open_artifact(tmp_path / "out", "thing").files) == ["part-0"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["manifest.json", "part-0"]
 
 
-def test_an_artefact_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+def test_an_artifact_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     with publish(tmp_path / "out", "thing") as draft:
         (draft.folder / "data.txt").write_text("first")
     (tmp_path / "out").rename(tmp_path / ".out.old-1234")
     with pytest.raises(RuntimeError, match="stop"), publish(tmp_path / "out", "thing"):
         raise RuntimeError("stop")
     assert (tmp_path / "out" / "data.txt").read_text() == "first"
-    assert open_artefact(tmp_path / "out", "thing")
+    assert open_artifact(tmp_path / "out", "thing")

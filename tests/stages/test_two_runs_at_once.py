@@ -39,7 +39,7 @@ WAIT_SECONDS = 240
 HELD = "is being written by another run"
 
 
-def test_of_flow_runs_at_once_one_makes_the_artefact_one_waits_and_one_fails(tmp_path: Path, prefect_url: str) -> None:
+def test_of_flow_runs_at_once_one_makes_the_artifact_one_waits_and_one_fails(tmp_path: Path, prefect_url: str) -> None:
     source = tmp_path / "passages.jsonl"
     rows = [{"id": str(n), "text": f"Place {n} lies {n % 97} km from Lyon."} for n in range(200)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

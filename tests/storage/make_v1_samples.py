@@ -1,4 +1,4 @@
-"""Make tests/samples/v1: one artefact of each kind with schema version 1, small enough for the repository.
+"""Make tests/samples/v1: one artifact of each kind with schema version 1, small enough for the repository.
 
     python -m tests.storage.make_v1_samples FOLDER
 

@@ -1,4 +1,4 @@
-"""Publishing and opening artefacts: what a reader may rely on, whatever happens to the writer or the disk."""
+"""Publishing and opening artifacts: what a reader may rely on, whatever happens to the writer or the disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rag_core.errors import ArtefactError
-from rag_core.storage.artifact import MANIFEST, Manifest, find_finished, fingerprint_of_files, open_artefact, publish
+from rag_core.errors import ArtifactError
+from rag_core.storage.artifact import MANIFEST, Manifest, find_finished, fingerprint_of_files, open_artifact, publish
 
 
 def make(out: Path, text: str = "one", kind: str = "thing", **settings: dict[str, str]) -> Manifest:
@@ -17,7 +17,7 @@ def make(out: Path, text: str = "one", kind: str = "thing", **settings: dict[str
         (draft.folder / "part" / "data.txt").write_text(text)
         draft.counts["rows"] = 3
         draft.details["note"] = ["x"]
-    return open_artefact(out, kind)
+    return open_artifact(out, kind)
 
 
 def test_what_is_published_can_be_opened_with_its_counts_and_files(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_publishing_is_atomic_nothing_stands_at_the_target_before_the_end(tmp_pa
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_the_older_artefact_and_no_rubbish(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_leaves_the_older_artifact_and_no_rubbish(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(out: Path) -> None:
         with publish(out, "thing") as draft:
             (draft.folder / "data.txt").write_text("half")
@@ -47,7 +47,7 @@ def test_an_exception_leaves_the_older_artefact_and_no_rubbish(tmp_path: Path, e
     before = make(tmp_path / "out")
     with pytest.raises(error):
         fail(tmp_path / "out")
-    assert open_artefact(tmp_path / "out", "thing") == before
+    assert open_artifact(tmp_path / "out", "thing") == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -57,7 +57,7 @@ def test_an_exception_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_newer_artefact_replaces_the_older_with_all_its_files(tmp_path: Path) -> None:
+def test_a_newer_artifact_replaces_the_older_with_all_its_files(tmp_path: Path) -> None:
     make(tmp_path / "out", "old")
     with publish(tmp_path / "out", "thing") as draft:
         (draft.folder / "new.txt").write_text("new")
@@ -67,14 +67,14 @@ def test_a_newer_artefact_replaces_the_older_with_all_its_files(tmp_path: Path) 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("precious")
-    with pytest.raises(ArtefactError, match="not made by this program"):
+    with pytest.raises(ArtifactError, match="not made by this program"):
         make(tmp_path)
     assert (tmp_path / "holiday.jpg").read_text() == "precious"
 
 
 def test_a_file_as_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    with pytest.raises(ArtefactError, match="is a file"):
+    with pytest.raises(ArtifactError, match="is a file"):
         make(tmp_path / "out")
 
 
@@ -86,22 +86,22 @@ def test_an_empty_folder_as_target_is_used(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     make(tmp_path / "out")
     (tmp_path / "out/part/data.txt").unlink()
-    with pytest.raises(ArtefactError, match=r"part/data\.txt is missing"):
-        open_artefact(tmp_path / "out", "thing")
+    with pytest.raises(ArtifactError, match=r"part/data\.txt is missing"):
+        open_artifact(tmp_path / "out", "thing")
 
 
 def test_a_cut_file_is_named_even_without_the_content_check(tmp_path: Path) -> None:
     make(tmp_path / "out")
     (tmp_path / "out/part/data.txt").write_text("on")
-    with pytest.raises(ArtefactError, match=r"part/data\.txt has 2 bytes, the manifest says 3"):
-        open_artefact(tmp_path / "out", "thing", check_content=False)
+    with pytest.raises(ArtifactError, match=r"part/data\.txt has 2 bytes, the manifest says 3"):
+        open_artifact(tmp_path / "out", "thing", check_content=False)
 
 
 def test_a_changed_file_of_the_same_size_is_named_by_the_content_check(tmp_path: Path) -> None:
     make(tmp_path / "out")
     (tmp_path / "out/part/data.txt").write_text("two")
-    with pytest.raises(ArtefactError, match=r"part/data\.txt was changed"):
-        open_artefact(tmp_path / "out", "thing")
+    with pytest.raises(ArtifactError, match=r"part/data\.txt was changed"):
+        open_artifact(tmp_path / "out", "thing")
 
 
 def test_a_path_outside_the_folder_is_refused(tmp_path: Path) -> None:
@@ -109,32 +109,32 @@ def test_a_path_outside_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("one")
     manifest = tmp_path / "out" / MANIFEST
     manifest.write_text(manifest.read_text().replace("part/data.txt", "../secret.txt"))
-    with pytest.raises(ArtefactError, match="outside the folder"):
-        open_artefact(tmp_path / "out", "thing")
+    with pytest.raises(ArtifactError, match="outside the folder"):
+        open_artifact(tmp_path / "out", "thing")
 
 
-def test_an_artefact_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "out", kind="index")
-    with pytest.raises(ArtefactError, match="holds 'index', but 'corpus' was expected"):
-        open_artefact(tmp_path / "out", "corpus")
+    with pytest.raises(ArtifactError, match="holds 'index', but 'corpus' was expected"):
+        open_artifact(tmp_path / "out", "corpus")
 
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "out")
     manifest = tmp_path / "out" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ArtefactError, match="schema version 99"):
-        open_artefact(tmp_path / "out", "thing")
+    with pytest.raises(ArtifactError, match="schema version 99"):
+        open_artifact(tmp_path / "out", "thing")
 
 
 def test_no_folder_no_manifest_and_a_broken_manifest_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="no such folder"):
-        open_artefact(tmp_path / "nowhere", "thing")
-    with pytest.raises(ArtefactError, match=f"it has no {MANIFEST}"):
-        open_artefact(tmp_path, "thing")
+    with pytest.raises(ArtifactError, match="no such folder"):
+        open_artifact(tmp_path / "nowhere", "thing")
+    with pytest.raises(ArtifactError, match=f"it has no {MANIFEST}"):
+        open_artifact(tmp_path, "thing")
     (tmp_path / MANIFEST).write_text('{"kind": ')
-    with pytest.raises(ArtefactError, match="cannot be read"):
-        open_artefact(tmp_path, "thing")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        open_artifact(tmp_path, "thing")
 
 
 def test_the_key_finds_the_same_work_and_no_other(tmp_path: Path) -> None:

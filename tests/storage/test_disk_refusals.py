@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rag_core.errors import ArtefactError
-from rag_core.storage.artifact import MANIFEST, finished_file, open_artefact, publish
+from rag_core.errors import ArtifactError
+from rag_core.storage.artifact import MANIFEST, finished_file, open_artifact, publish
 
 MEBIBYTE = 2**20
 
@@ -63,15 +63,15 @@ def write_safetensors(file: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_parquet, write_faiss, write_safetensors])
-def test_a_full_disk_is_named_and_the_former_artefact_stands(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_is_named_and_the_former_artifact_stands(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with mounted(tmp_path / "small") as small:
         make(small / "out")
         with (
-            pytest.raises(ArtefactError, match=r"No space left on device.*Free some.*still stands"),
+            pytest.raises(ArtifactError, match=r"No space left on device.*Free some.*still stands"),
             publish(small / "out", "thing") as draft,
         ):
             write(draft.folder / "data.npy")
-        assert open_artefact(small / "out", "thing")
+        assert open_artifact(small / "out", "thing")
         assert (small / "out" / "data").read_bytes() == b"first"
         assert [path.name for path in small.iterdir()] == ["out"]
         make(small / "out", b"when there is room again")
@@ -86,20 +86,20 @@ def test_finished_parts_outlive_a_full_disk(tmp_path: Path) -> None:
                     with finished_file(draft.folder / f"part-{number}") as part:
                         part.write_bytes(bytes(size))
 
-        with pytest.raises(ArtefactError, match="finished parts are kept"):
+        with pytest.raises(ArtifactError, match="finished parts are kept"):
             write_parts([10, 2 * MEBIBYTE])
         with publish(small / "out", "thing", resume=True) as draft:
             assert [path.name for path in draft.folder.iterdir()] == ["part-0"]
 
 
-def test_a_read_only_place_is_named_and_the_former_artefact_stands(tmp_path: Path) -> None:
+def test_a_read_only_place_is_named_and_the_former_artifact_stands(tmp_path: Path) -> None:
     with mounted(tmp_path / "small") as small:
         make(small / "out")
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
         for out in (small / "out", small / "deep" / "new"):
-            with pytest.raises(ArtefactError, match=r"Read-only file system.*Give an --out where you may write"):
+            with pytest.raises(ArtifactError, match=r"Read-only file system.*Give an --out where you may write"):
                 make(out)
-        assert open_artefact(small / "out", "thing")
+        assert open_artifact(small / "out", "thing")
 
 
 def test_an_input_that_may_not_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None:
@@ -107,17 +107,17 @@ def test_an_input_that_may_not_be_read_is_not_blamed_on_the_output(tmp_path: Pat
         raise PermissionError(13, "Permission denied", "/elsewhere/input")
 
 
-def test_a_link_out_of_the_artefact_is_refused_in_writing_and_in_reading(tmp_path: Path) -> None:
+def test_a_link_out_of_the_artifact_is_refused_in_writing_and_in_reading(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    with pytest.raises(ArtefactError, match=r"is a link to .*secret, outside the artefact"):  # noqa: SIM117
+    with pytest.raises(ArtifactError, match=r"is a link to .*secret, outside the artifact"):  # noqa: SIM117
         with publish(tmp_path / "out", "thing") as draft:
             (draft.folder / "data").symlink_to(tmp_path / "secret")
     assert not (tmp_path / "out").exists()
     make(tmp_path / "out", b"secret")
     (tmp_path / "out" / "data").unlink()
     (tmp_path / "out" / "data").symlink_to(tmp_path / "secret")
-    with pytest.raises(ArtefactError, match="lies outside the folder"):
-        open_artefact(tmp_path / "out", "thing")
+    with pytest.raises(ArtifactError, match="lies outside the folder"):
+        open_artifact(tmp_path / "out", "thing")
 
 
 def test_a_draft_that_is_a_link_is_replaced_and_nothing_is_written_through_it(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_draft_that_is_a_link_is_replaced_and_nothing_is_written_through_it(tm
     draft.folder.symlink_to(tmp_path / "victim")
     make(tmp_path / "out", resume=True)
     assert list((tmp_path / "victim").iterdir()) == []
-    assert open_artefact(tmp_path / "out", "thing")
+    assert open_artifact(tmp_path / "out", "thing")
 
 
 def test_a_place_that_is_a_link_is_written_where_it_leads_and_stays_a_link(tmp_path: Path) -> None:
@@ -137,6 +137,6 @@ def test_a_place_that_is_a_link_is_written_where_it_leads_and_stays_a_link(tmp_p
     for content in (b"first", b"second"):
         make(tmp_path / "out", content)
         assert (tmp_path / "out").is_symlink()
-        assert open_artefact(tmp_path / "out", "thing")
+        assert open_artifact(tmp_path / "out", "thing")
     assert {path.name for path in (tmp_path / "large disk" / "out").iterdir()} == {"data", MANIFEST}
     assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["out"]

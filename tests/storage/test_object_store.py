@@ -1,4 +1,4 @@
-"""Artefacts at s3://: as whole, as checked and as exclusive as local ones. Against a real server process."""
+"""Artifacts at s3://: as whole, as checked and as exclusive as local ones. Against a real server process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import pytest
 from pydantic import BaseModel
 
 from rag_core.corpus.corpus import Corpus, CorpusConfig, write_corpus
-from rag_core.errors import ArtefactError, ConfigError, InputError
+from rag_core.errors import ArtifactError, ConfigError, InputError
 from rag_core.questions.questions import files_of_questions, read_questions
 from rag_core.storage import object_store
-from rag_core.storage import stored_artifact as stored_artefact
-from rag_core.storage.artifact import find_finished, finish_publishing, local_file, open_artefact, publish
-from rag_core.storage.places import ArtefactPath, ObjectPath, absolute, as_place
+from rag_core.storage import stored_artifact as stored_artifact
+from rag_core.storage.artifact import find_finished, finish_publishing, local_file, open_artifact, publish
+from rag_core.storage.places import ArtifactPath, ObjectPath, absolute, as_place
 from rag_core.storage.stored_artifact import work_folder
 from tests.support.servers.processes import free_port
 from tests.support.servers.s3_server import BUCKET, CREDENTIALS, s3_server
@@ -72,7 +72,7 @@ def contents(place: Path) -> dict[str, str]:
     from rag_core.storage.artifact import local_copy
 
     folder = local_copy(place)
-    names = open_artefact(folder, "thing").files
+    names = open_artifact(folder, "thing").files
     return {name: (folder / name).read_text() for name in names}
 
 
@@ -82,7 +82,7 @@ def another_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_a_place_keeps_its_two_slashes_through_paths_settings_and_workers() -> None:
     class Settings(BaseModel):
-        out: ArtefactPath
+        out: ArtifactPath
 
     for spelt in ("s3://bucket/a/b", Path("s3://bucket/a/b"), Path("s3:/bucket/a/b"), ObjectPath("s3://bucket/a/b")):
         found = Settings.model_validate({"out": spelt}).out
@@ -98,7 +98,7 @@ def test_what_is_published_is_read_on_another_machine(
     place: ObjectPath, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(place, {"data.txt": "one", "part/more.txt": "two"}, config={"a": 1})
-    fingerprint = open_artefact(place, "thing").fingerprint[:16]
+    fingerprint = open_artifact(place, "thing").fingerprint[:16]
     assert keys(s3, place) == [f"files-{fingerprint}/data.txt", f"files-{fingerprint}/part/more.txt", "manifest.json"]
     another_machine(monkeypatch, tmp_path / "elsewhere")
     assert contents(place) == {"data.txt": "one", "part/more.txt": "two"}
@@ -106,7 +106,7 @@ def test_what_is_published_is_read_on_another_machine(
     assert find_finished(place, "thing", {"a": 2}, {}) is None
 
 
-def test_a_newer_artefact_replaces_the_older_and_its_files(place: ObjectPath, s3: Any) -> None:
+def test_a_newer_artifact_replaces_the_older_and_its_files(place: ObjectPath, s3: Any) -> None:
     make(place, {"data.txt": "one"})
     make(place, {"data.txt": "two"})
     assert contents(place) == {"data.txt": "two"}
@@ -119,11 +119,11 @@ def test_files_are_fetched_once_and_the_copy_is_shared(
     make(place, {"data.txt": "one"})
     another_machine(monkeypatch, tmp_path / "elsewhere")
     contents(place)
-    monkeypatch.setattr(stored_artefact, "download", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(stored_artifact, "download", lambda *_: pytest.fail("fetched again"))
     assert contents(place) == {"data.txt": "one"}
 
 
-def test_an_exception_leaves_the_older_artefact(place: ObjectPath, s3: Any) -> None:
+def test_an_exception_leaves_the_older_artifact(place: ObjectPath, s3: Any) -> None:
     make(place, {"data.txt": "one"})
     before = keys(s3, place)
     with pytest.raises(KeyboardInterrupt), publish(place, "thing"):
@@ -133,7 +133,7 @@ def test_an_exception_leaves_the_older_artefact(place: ObjectPath, s3: Any) -> N
 
 def test_a_place_with_somebody_elses_objects_is_refused(place: ObjectPath, s3: Any) -> None:
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/holiday.jpg", Body=b"precious")
-    with pytest.raises(ArtefactError, match=r"already holds 'holiday\.jpg' and no manifest"):
+    with pytest.raises(ArtifactError, match=r"already holds 'holiday\.jpg' and no manifest"):
         make(place, {"data.txt": "one"})
     assert keys(s3, place) == ["holiday.jpg"]
 
@@ -147,11 +147,11 @@ def test_a_cut_and_a_missing_object_are_named(
         another_machine(monkeypatch, tmp_path / "elsewhere")
     (key,) = [f"{place.prefix}/{one}" for one in keys(s3, place) if one != "manifest.json"]
     s3.put_object(Bucket=place.bucket, Key=key, Body=b"on")
-    with pytest.raises(ArtefactError, match=rf"s3://{BUCKET}/.*data\.txt has 2 bytes, the manifest says 3.*rag verify"):
-        open_artefact(place, "thing")
+    with pytest.raises(ArtifactError, match=rf"s3://{BUCKET}/.*data\.txt has 2 bytes, the manifest says 3.*rag verify"):
+        open_artifact(place, "thing")
     s3.delete_object(Bucket=place.bucket, Key=key)
-    with pytest.raises(ArtefactError, match=rf"s3://{BUCKET}/.*data\.txt is missing"):
-        open_artefact(place, "thing")
+    with pytest.raises(ArtifactError, match=rf"s3://{BUCKET}/.*data\.txt is missing"):
+        open_artifact(place, "thing")
     assert find_finished(place, "thing", {}, {}) is None
 
 
@@ -162,21 +162,21 @@ def test_a_changed_object_of_the_same_size_is_named(
     another_machine(monkeypatch, tmp_path / "elsewhere")
     (key,) = [f"{place.prefix}/{one}" for one in keys(s3, place) if one != "manifest.json"]
     s3.put_object(Bucket=place.bucket, Key=key, Body=b"two")
-    with pytest.raises(ArtefactError, match=r"data\.txt was changed since it was published"):
-        open_artefact(place, "thing")
+    with pytest.raises(ArtifactError, match=r"data\.txt was changed since it was published"):
+        open_artifact(place, "thing")
     make(place, {"data.txt": "one"})
     assert contents(place) == {"data.txt": "one"}, "publishing the same again mends it"
 
 
-def test_a_reader_that_meets_a_replaced_artefact_looks_once_more(
+def test_a_reader_that_meets_a_replaced_artifact_looks_once_more(
     place: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(place, {"data.txt": "one"})
-    old = stored_artefact.read_stored_manifest(place)
+    old = stored_artifact.read_stored_manifest(place)
     make(place, {"data.txt": "two"})
     another_machine(monkeypatch, tmp_path / "elsewhere")
-    answers = [old, stored_artefact.read_stored_manifest(place)]
-    monkeypatch.setattr(stored_artefact, "read_stored_manifest", lambda _: answers.pop(0))
+    answers = [old, stored_artifact.read_stored_manifest(place)]
+    monkeypatch.setattr(stored_artifact, "read_stored_manifest", lambda _: answers.pop(0))
     assert contents(place) == {"data.txt": "two"}
 
 
@@ -184,10 +184,10 @@ PUBLISHER = """
 import os, signal, sys, time
 from pathlib import Path
 from rag_core.storage.artifact import find_finished, finish_publishing, publish
-from rag_core.errors import ArtefactError
-from rag_core.storage import stored_artifact as stored_artefact
+from rag_core.errors import ArtifactError
+from rag_core.storage import stored_artifact as stored_artifact
 place, text, go, files, last = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-upload = stored_artefact.upload
+upload = stored_artifact.upload
 
 def upload_the_last_one(*given):
     global last
@@ -196,7 +196,7 @@ def upload_the_last_one(*given):
     if not last:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stored_artefact.upload = upload_the_last_one
+stored_artifact.upload = upload_the_last_one
 try:
     if not (find_finished(place, "thing", {}, {}) or finish_publishing(place, "thing", {}, {})):
         with publish(place, "thing", resume=True) as draft:
@@ -206,7 +206,7 @@ try:
             for number in range(files):
                 (draft.folder / f"part-{number:03}").write_text(text * 1000)
         print("made")
-except ArtefactError as error:
+except ArtifactError as error:
     print(error)
     sys.exit(2)
 """
@@ -243,8 +243,8 @@ def test_of_two_publishers_at_once_exactly_one_wins_and_the_other_names_it(
     (winner,) = [text for one, text in zip(both, ("left", "right"), strict=True) if one.returncode == 0]
     (refusal,) = [text for one, text in zip(both, said, strict=True) if one.returncode == 2]
     assert contents(place) == {f"part-{number:03}": winner * 1000 for number in range(3)}
-    fingerprint = open_artefact(place, "thing").fingerprint[:16]
-    assert f"{place} was published by another run in the meantime (the artefact there is {fingerprint}" in refusal
+    fingerprint = open_artifact(place, "thing").fingerprint[:16]
+    assert f"{place} was published by another run in the meantime (the artifact there is {fingerprint}" in refusal
     # The loser's command, run again, finds the same work done.
     assert find_finished(place, "thing", {}, {}) is not None
 
@@ -258,8 +258,8 @@ def test_an_upload_that_was_killed_goes_on_with_what_is_missing(place: ObjectPat
     stored = s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix)["Contents"]
     assert len(stored) == 5
     assert "manifest.json" not in keys(s3, place)
-    with pytest.raises(ArtefactError, match="has no manifest"):
-        open_artefact(place, "thing")
+    with pytest.raises(ArtifactError, match="has no manifest"):
+        open_artifact(place, "thing")
     assert work_folder(place).is_dir(), "what was made is kept"
     assert finish_publishing(place, "thing", {}, {}) is not None, "nothing is made again"
     later = {one["Key"]: one for one in s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix)["Contents"]}
@@ -294,7 +294,7 @@ def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewher
     folder = local_file(place)
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.txt")} == {"a.txt", "deep/b.txt"}
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/../../../evil.txt", Body=b"evil")
-    with pytest.raises(ArtefactError, match="whose name leads elsewhere"):
+    with pytest.raises(ArtifactError, match="whose name leads elsewhere"):
         local_file(place)
     assert not list(tmp_path.rglob("evil.txt"))
 
@@ -316,14 +316,14 @@ def test_corpus_files_are_recognised_in_a_store_as_they_are_here(place: ObjectPa
 def test_a_missing_bucket_and_a_store_that_is_down_are_named_without_any_secret(
     place: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ArtefactError, match="there is no bucket 'nowhere'"):
-        open_artefact(Path("s3://nowhere/out"), "thing")
+    with pytest.raises(ArtifactError, match="there is no bucket 'nowhere'"):
+        open_artifact(Path("s3://nowhere/out"), "thing")
     address = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     object_store._filesystem_of.cache_clear()
     with pytest.raises(ConfigError, match=rf"{address} \(AWS_ENDPOINT_URL\) does not answer") as refusal:
-        open_artefact(place, "thing")
+        open_artifact(place, "thing")
     assert not any(secret in str(refusal.value) for secret in CREDENTIALS.values())
     object_store._filesystem_of.cache_clear()
 
@@ -332,12 +332,12 @@ def test_verify_reads_every_object_and_repair_replaces_the_damaged_ones(
     place: ObjectPath, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rag_core.verification.repair import repair
-    from rag_core.verification.verification import artefacts_below, verify
+    from rag_core.verification.verification import artifacts_below, verify
     from tests.support.small_corpus import write_passages_jsonl
 
     source = write_passages_jsonl(tmp_path / "passages.jsonl")
     write_corpus([source], place, CorpusConfig(format="jsonl", shard_rows=4))
-    assert artefacts_below(place.parent) == [place]
+    assert artifacts_below(place.parent) == [place]
     assert verify(place).findings == []
     stored = {
         one: s3.get_object(Bucket=place.bucket, Key=f"{place.prefix}/{one}")["Body"].read() for one in keys(s3, place)

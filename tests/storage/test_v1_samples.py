@@ -1,4 +1,4 @@
-"""Artefacts with schema version 1 are read for ever: the stored ones hold what they held on the day they were made.
+"""Artifacts with schema version 1 are read for ever: the stored ones hold what they held on the day they were made.
 
 Numbers stand here as they were written then (`tests/storage/make_v1_samples.py`); they do not come from today's code.
 """
@@ -18,7 +18,7 @@ from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig, load_generator
 from rag_core.storage.manifest import read_manifest
-from rag_core.verification.verification import artefacts_below, verify
+from rag_core.verification.verification import artifacts_below, verify
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "v1"
 FINGERPRINTS = {
@@ -30,6 +30,7 @@ FINGERPRINTS = {
     "predictions": "2fed674eae9bb4240c95be32093090487f29a620c7308eaec5a5d00c1245bdd2",
 }
 IDS = [f"{city}:{fact}" for city in ("lyon", "oslo", "cork") for fact in ("country", "people", "river")]
+ANSWER_OF_THE_REGISTERED_MODEL = "country 000 flows///flows/the river///000 000 oslo oslo//people has/city has."
 FIRST_VECTOR = [0.148364, -0.211084, 1.109668, -0.190283, -0.084668, 0.063574, -0.294238, -0.540332]
 
 
@@ -37,7 +38,7 @@ def test_every_sample_is_whole_and_has_the_fingerprint_that_it_had(tmp_path: Pat
     # Away from here nothing but the samples themselves can be found.
     shutil.copytree(SAMPLES, tmp_path / "v1")
     found = {}
-    for path in artefacts_below(tmp_path / "v1"):
+    for path in artifacts_below(tmp_path / "v1"):
         report = verify(path)
         assert report.findings == []
         manifest = read_manifest(path)
@@ -93,3 +94,19 @@ def test_the_predictions_hold_their_rows() -> None:
     assert rows[0]["question"] == "which country is Lyon in?"
     assert rows[0]["candidates"][1] == {"answer": "country 000 flows///", "log_prob": -21.637250900268555}
     assert rows[0]["passages"][0]["prior"] == 0.3989976212868236
+
+
+def test_a_model_that_mlflow_registered_before_modules_moved_still_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It holds a copy of the code that loads it, as it was when it was registered; the weights are those of the other sample.
+    import mlflow
+
+    shutil.copytree(SAMPLES / "registered-model", tmp_path / "model")
+    shutil.copytree(SAMPLES / "rag-model", tmp_path / "model" / "artifacts" / "rag-model")
+    config = {"index": str(SAMPLES / "index")}
+    answers = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config=config).predict(
+        [{"question": "which country is Lyon in?"}]
+    )
+    assert answers["answer"].tolist() == [ANSWER_OF_THE_REGISTERED_MODEL]
+    assert answers["log_prob"].tolist() == pytest.approx([-115.164360], abs=1e-2)

@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.storage import writer_lock
-from rag_core.storage.artifact import open_artefact, publish
+from rag_core.storage.artifact import open_artifact, publish
 from rag_core.storage.writer_lock import lock_file, only_writer, reserved, wait_setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ STAGE = """
 import os, sys, time
 from pathlib import Path
 from rag_core.storage.artifact import find_finished, publish
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.storage.writer_lock import reserved
 
 out, end = Path(sys.argv[1]), Path(sys.argv[2])
@@ -41,7 +41,7 @@ try:
             print("made")
         else:
             print("skipped")
-except ArtefactError as error:
+except ArtifactError as error:
     print(error)
     sys.exit(2)
 """
@@ -66,7 +66,7 @@ def two_at_once(folder: Path, wait: str) -> list[tuple[int, str, str]]:
 
 
 def writers_of(out: Path) -> set[str]:
-    open_artefact(out, "thing")
+    open_artifact(out, "thing")
     return {(out / f"part-{number}").read_text() for number in range(10)}
 
 
@@ -104,7 +104,7 @@ def test_a_writer_that_has_not_yet_said_who_it_is_is_named_as_soon_as_it_has(
 
         later = threading.Timer(0.3, say)
         later.start()
-        with pytest.raises(ArtefactError, match=r"another run \(process 7 on a-host"), only_writer(tmp_path / "out", 0):
+        with pytest.raises(ArtifactError, match=r"another run \(process 7 on a-host"), only_writer(tmp_path / "out", 0):
             pass
         later.join()
 
@@ -113,7 +113,7 @@ def test_waiting_ends_when_its_time_is_over(tmp_path: Path) -> None:
     began = time.monotonic()
     with (
         only_writer(tmp_path / "out"),
-        pytest.raises(ArtefactError, match="still after 0 s of waiting"),
+        pytest.raises(ArtifactError, match="still after 0 s of waiting"),
         only_writer(tmp_path / "out", wait_seconds=0.3),
     ):
         pass
@@ -126,7 +126,7 @@ def test_one_publish_at_a_time_uses_a_stages_hold(tmp_path: Path) -> None:
         for text in ("one", "two"):
             with publish(out, "thing") as draft:
                 (draft.folder / "data.txt").write_text(text)
-                with pytest.raises(ArtefactError, match="being written"), publish(out, "thing"):
+                with pytest.raises(ArtifactError, match="being written"), publish(out, "thing"):
                     pass
         assert lock_file(out).exists(), "the stage holds it still"
     assert not lock_file(out).exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from tasks.tracking import journal as tracking_journal
 from tasks.tracking.journal import Journal, UnreachableError, read_journal
 from tests.support.clock import Clock
@@ -94,7 +94,7 @@ def test_a_damaged_line_is_named_and_nothing_is_sent_past_it(tmp_path: Path) -> 
     server.up = True
     assert f"{journal.file}, line 3 is no JSON" in journal.send(60)
     assert server.got == []
-    with pytest.raises(ArtefactError, match="line 3"):
+    with pytest.raises(ArtifactError, match="line 3"):
         read_journal(journal.file)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from tests.support.servers.mlflow_server import MlflowServer
 from tests.support.servers.processes import content_of
 
@@ -220,7 +220,7 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     assert [entry["do"] for entry in entries] == ["metrics"] * 2 + ["end"]
     assert [entry["step"] for entry in entries[:2]] == [0, 1]
     said = CliRunner().invoke(app, ["sync-mlflow", str(file)])
-    assert isinstance(said.exception, ArtefactError)
+    assert isinstance(said.exception, ArtifactError)
     assert str(file) in str(said.exception)
     assert file.exists()
 

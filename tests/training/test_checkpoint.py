@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from rag_core.errors import ArtefactError, ConfigError
+from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel
 from rag_core.questions.questions import Question
@@ -409,7 +409,7 @@ def test_a_full_disk_fails_the_step_and_the_checkpoint_before_stands(
         "Free space, and run the same command again: it goes on from there"
     )
     for _ in range(2):
-        with pytest.raises(ArtefactError, match=wanted):
+        with pytest.raises(ArtifactError, match=wanted):
             _run(None, folder, monkeypatch, make=make)
     assert not list(folder.glob(".*draft*"))
     (small_disk / "other").unlink()
@@ -421,7 +421,7 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(rag_core.training.checkpoint, "WAIT_SECONDS", 0.3)
     first, second = Checkpoints(tmp_path / "training"), Checkpoints(tmp_path / "training")
-    with first.sole_writer(), pytest.raises(ArtefactError, match="being written by another run"), second.sole_writer():
+    with first.sole_writer(), pytest.raises(ArtifactError, match="being written by another run"), second.sole_writer():
         pass
     with second.sole_writer():
         pass

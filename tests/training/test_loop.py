@@ -18,7 +18,7 @@ from rag_core.model.rag_model import RagModel
 from rag_core.questions.questions import Question
 from rag_core.reading.contexts import ContextCount
 from rag_core.reading.likelihood import Variant
-from rag_core.storage.artifact import fingerprint_of_files, open_artefact
+from rag_core.storage.artifact import fingerprint_of_files, open_artifact
 from rag_core.training.checkpoint import Checkpoints
 from rag_core.training.loop import Hooks, OptimizerConfig, Place, global_batches, run_training
 from rag_core.training.objectives import EndToEnd, EndToEndRates, Reading, ReadingExample
@@ -383,7 +383,7 @@ def test_two_workers_add_up_the_contexts_they_cut_and_the_curves_go_on_after_the
     config = tasks.stages.train.TrainConfig(optimizer=settings, rates=rates, best_by="nll", num_workers=2)
     result = train_token(parts[2].path, questions, questions, tmp_path / "out", model, config)
     steps = [sum(cut[example.id] for example in batch) for batch in islice(global_batches(EXAMPLES, settings), 6)]
-    counts = open_artefact(tmp_path / "out", "rag-model").counts
+    counts = open_artifact(tmp_path / "out", "rag-model").counts
     assert result.counts == counts
     assert (counts["contexts"], counts["contexts_cut"]) == (6 * 4 * 3, sum(steps))
     history, dev = curves[0]

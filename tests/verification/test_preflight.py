@@ -310,16 +310,16 @@ def test_a_place_that_cannot_be_written_is_told(place: str) -> None:
 
 
 def test_the_same_problem_of_two_parts_is_told_once_and_one_alone_keeps_its_kind() -> None:
-    from rag_core.errors import ArtefactError
+    from rag_core.errors import ArtifactError
 
     def fail(message: str) -> None:
-        raise ArtefactError(message)
+        raise ArtifactError(message)
 
     problems = Problems()
     for part in ("a", "b", "a"):
         with problems.of(part):
             fail("one")
-    with pytest.raises(ArtefactError, match=r"^one$"):
+    with pytest.raises(ArtifactError, match=r"^one$"):
         problems.raise_any("early")
     with problems.of("c"):
         fail("two")

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from rag_core.errors import ArtefactError
+from rag_core.errors import ArtifactError
 from rag_core.evaluation.predictions import join_parts, write_part
-from rag_core.storage.artifact import MANIFEST, Draft, open_artefact, publish
+from rag_core.storage.artifact import MANIFEST, Draft, open_artifact, publish
 from rag_core.storage.inputs import GivenInputs
 from rag_core.verification.repair import repair
-from rag_core.verification.verification import artefacts_below, verify
+from rag_core.verification.verification import artifacts_below, verify
 from tests.support.small_corpus import make_encoder, make_index
 
 KINDS = ("corpus", "embeddings", "index", "predictions")
@@ -48,7 +48,7 @@ def write_predictions(draft: Draft) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one artefact of each kind that can be repaired, as a pipeline leaves them."""
+    """A folder with one artifact of each kind that can be repaired, as a pipeline leaves them."""
     folder = tmp_path_factory.mktemp("made")
     make_index(folder, make_encoder(folder / "encoder"))
     # As `rag embed` publishes them, with the key's settings.
@@ -83,15 +83,15 @@ DAMAGES = {"missing": Path.unlink, "size": cut, "content": flip}
 
 
 def files_of(folder: Path, kind: str) -> list[str]:
-    return sorted(open_artefact(folder / kind, kind).files)
+    return sorted(open_artifact(folder / kind, kind).files)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_whole_artefacts_have_no_findings_and_all_below_a_folder_are_found(folder: Path) -> None:
-    paths = artefacts_below(folder)
+def test_whole_artifacts_have_no_findings_and_all_below_a_folder_are_found(folder: Path) -> None:
+    paths = artifacts_below(folder)
     assert [path.name for path in paths] == list(KINDS), "in the order in which they are made"
     for path in paths:
         assert verify(path).findings == []
@@ -106,8 +106,8 @@ def test_every_damaged_file_is_found_and_made_again_with_the_same_bytes(folder: 
         DAMAGES[state](path / name)
         (finding,) = verify(path).findings
         assert (finding.file, finding.state) == (name, state)
-        with pytest.raises(ArtefactError, match=f"{re.escape(name)} .*rag verify --repair"):
-            open_artefact(path, kind)
+        with pytest.raises(ArtifactError, match=f"{re.escape(name)} .*rag verify --repair"):
+            open_artifact(path, kind)
         assert repair(path) == [name]
         assert bytes_of(path) == whole
     assert verify(path).findings == []
@@ -153,15 +153,15 @@ def test_a_damaged_manifest_is_a_finding_and_is_never_rewritten(folder: Path) ->
     for content, state in ((text[:-40], "manifest"), (changed, "manifest")):
         manifest.write_text(content)
         assert [one.state for one in verify(folder / "embeddings").findings] == [state]
-        with pytest.raises(ArtefactError):
+        with pytest.raises(ArtifactError):
             repair(folder / "embeddings")
         assert manifest.read_text() == content
 
 
-def test_a_published_artefact_that_lost_its_manifest_is_found_below_a_folder(folder: Path) -> None:
+def test_a_published_artifact_that_lost_its_manifest_is_found_below_a_folder(folder: Path) -> None:
     (folder / "index" / MANIFEST).unlink()
     (folder / ".index.mlflow-run").write_text("run")
-    assert folder / "index" in artefacts_below(folder)
+    assert folder / "index" in artifacts_below(folder)
     (finding,) = verify(folder / "index").findings
     assert "has no manifest.json" in finding.found
 
@@ -185,7 +185,7 @@ def test_content_that_does_not_fit_the_counts_is_found_though_every_checksum_is_
 def test_vectors_in_another_order_than_the_corpus_are_found(folder: Path) -> None:
     shards = [folder / "embeddings" / f"embeddings-0000{number}.parquet" for number in (0, 1)]
     first, second = (pq.read_table(shard) for shard in shards)
-    made_from = open_artefact(folder / "embeddings", "embeddings")
+    made_from = open_artifact(folder / "embeddings", "embeddings")
     with publish(folder / "embeddings", "embeddings", made_from=made_from.made_from) as draft:
         for number, table in enumerate((second, first, pq.read_table(folder / "embeddings/embeddings-00002.parquet"))):
             pq.write_table(table, draft.folder / f"embeddings-0000{number}.parquet")
@@ -230,7 +230,7 @@ def other_bytes(folder: Path) -> tuple[str, GivenInputs, str]:
     # As another processor would: the same rows, other bytes.
     path = folder / "predictions"
     rows = pq.read_table(path / "predictions.parquet")
-    manifest = open_artefact(path, "predictions")
+    manifest = open_artifact(path, "predictions")
     with publish(path, "predictions") as draft:
         (draft.folder / "predictions.jsonl").write_bytes((path / "predictions.jsonl").read_bytes())
         pq.write_table(rows, draft.folder / "predictions.parquet", compression="zstd")
@@ -253,7 +253,7 @@ def test_a_repair_that_would_make_something_else_is_refused_and_changes_nothing(
 ) -> None:
     kind, given, message = case(folder)
     before = bytes_of(folder / kind)
-    with pytest.raises(ArtefactError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         repair(folder / kind, given)
     assert bytes_of(folder / kind) == before
     assert not list(folder.glob(".*draft*"))
@@ -268,13 +268,13 @@ def test_the_command_tells_all_findings_repairs_them_and_ends_with_the_right_cod
     assert told.exit_code == 2
     found = json.loads(told.stdout)
     assert not found["ok"]
-    assert {one["kind"]: [each["file"] for each in one["findings"]] for one in found["artefacts"]} == {
+    assert {one["kind"]: [each["file"] for each in one["findings"]] for one in found["artifacts"]} == {
         "corpus": ["passages-00001.parquet"],
         "embeddings": [],
         "index": ["vectors.npy"],
         "predictions": [],
     }
-    assert "rag verify --repair" in found["artefacts"][0]["findings"][0]["remedy"]
+    assert "rag verify --repair" in found["artifacts"][0]["findings"][0]["remedy"]
     table = run(app, ["verify", str(folder)])
     assert table.exit_code == 2
     assert "1 findings" in table.stdout
@@ -289,14 +289,14 @@ def test_a_model_that_is_damaged_is_not_repaired_and_the_command_that_makes_it_i
         draft.details["inputs"] = {"index": "/runs/index", "questions": "/q.jsonl", "dev": "/d.jsonl"}
     flip(tmp_path / "rag-token" / "weights")
     command = "rag train --variant token --index /runs/index --questions /q.jsonl --dev /d.jsonl --config FILE --out "
-    with pytest.raises(ArtefactError, match=command):
+    with pytest.raises(ArtifactError, match=command):
         repair(tmp_path / "rag-token")
     report = verify(tmp_path / "rag-token")
     assert command in report.remedy(report.findings[0])
 
 
-def test_a_folder_without_artefacts_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="holds no artefact"):
-        artefacts_below(tmp_path)
-    with pytest.raises(ArtefactError, match="There is no folder"):
-        artefacts_below(tmp_path / "nowhere")
+def test_a_folder_without_artifacts_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds no artifact"):
+        artifacts_below(tmp_path)
+    with pytest.raises(ArtifactError, match="There is no folder"):
+        artifacts_below(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""`rag verify`: check artefacts on disk, and repair what is damaged, without Prefect, Ray or MLflow."""
+"""`rag verify`: check artifacts on disk, and repair what is damaged, without Prefect, Ray or MLflow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    paths: Annotated[list[Path], typer.Argument(help="Artefacts, or folders that hold some.", metavar="PATH…")],
+    paths: Annotated[list[Path], typer.Argument(help="Artifacts, or folders that hold some.", metavar="PATH…")],
     repair: Annotated[
         bool, typer.Option("--repair", help="Make damaged files again from the inputs, byte for byte.")
     ] = False,
@@ -36,17 +36,17 @@ def verify(
     embeddings: Annotated[Path | None, typer.Option(help="The embeddings, where they are not where they were.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check artefacts completely: manifest, every file, foreign files, content. Exit code 2 if anything is wrong.
+    """Check artifacts completely: manifest, every file, foreign files, content. Exit code 2 if anything is wrong.
 
     --repair makes only the damaged files again: shards of a corpus, of
     embeddings and of an index, and either file of predictions. A file takes
     its place only if it is byte for byte what was published.
     """
     from rag_core.storage.inputs import GivenInputs
-    from rag_core.verification.verification import artefacts_below
+    from rag_core.verification.verification import artifacts_below
 
     given = GivenInputs(tuple(source or ()), corpus, embeddings)
-    found = list(dict.fromkeys(artefact for path in paths for artefact in artefacts_below(path)))
+    found = list(dict.fromkeys(artifact for path in paths for artifact in artifacts_below(path)))
     reports = [_examine(path, given, repair) for path in found]
     if as_json:
         typer.echo(json.dumps(as_json_object(reports), ensure_ascii=False))
@@ -78,7 +78,7 @@ def _examine(path: Path, given: GivenInputs, repair: bool) -> Report:
 
 def as_json_object(reports: list[Report]) -> dict[str, Any]:
     """All findings, as `--json` prints them."""
-    artefacts = [
+    artifacts = [
         {
             "path": str(report.path),
             "kind": report.manifest.kind if report.manifest else None,
@@ -99,11 +99,11 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
         }
         for report in reports
     ]
-    return {"ok": not any(report.findings for report in reports), "artefacts": artefacts}
+    return {"ok": not any(report.findings for report in reports), "artifacts": artifacts}
 
 
 def _models(report: Report) -> dict[str, str]:
-    """The models that an artefact was made with, by role: a hub's with its commit."""
+    """The models that an artifact was made with, by role: a hub's with its commit."""
     details = report.manifest.details if report.manifest else {}
     roles = {"encoder": "encoder", "hf_rag": "checkpoint", "model": "model"}
     roles |= {"question_encoder": "question encoder", "generator": "generator"}

@@ -20,7 +20,7 @@ def sync_mlflow(
     ] = None,
 ) -> None:
     """Send to MLflow what was kept while it did not answer (every command does so when it starts)."""
-    from rag_core.errors import ArtefactError, InputError
+    from rag_core.errors import ArtifactError, InputError
     from tasks.environment.variables import FOR_STAGES, check_variables
     from tasks.tracking.runs import send_unsent, unsent_files, unsent_folder
 
@@ -32,7 +32,7 @@ def sync_mlflow(
     left = send_unsent(waiting, anywhere=True, seconds=float("inf"))
     if left:
         reasons = " ".join(f"{file}: {why}" for file, why in left.items())
-        raise ArtefactError(
+        raise ArtifactError(
             f"{len(left)} of {len(waiting)} files were not sent. {reasons} They stay; run `rag sync-mlflow` again when "
             "MLflow answers, or delete a line that it refuses."
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rag_core.corpus.formats.rows import id_as_text
-from rag_core.errors import ArtefactError, InputError
+from rag_core.errors import ArtifactError, InputError
 from rag_core.questions.formats.records import Record, number, text
 from rag_core.storage.artifact import local_file
 from rag_core.storage.places import ObjectPath, as_place
@@ -40,7 +40,7 @@ def queries_of(place: Path) -> Path:
         elif candidate.prefix and candidate.parent.bucket:
             try:
                 found = local_file(candidate)
-            except ArtefactError as error:
+            except ArtifactError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
                 continue

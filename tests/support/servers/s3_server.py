@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.servers.processes import end, free_port
 
-BUCKET = "rag-artefacts"
+BUCKET = "rag-artifacts"
 # Random words that may appear in no log, manifest or message.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "CANARYKEYID7Q", "AWS_SECRET_ACCESS_KEY": "canary-secret-81f2"}
 
