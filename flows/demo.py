@@ -8,7 +8,8 @@ from prefect import flow
 from pydantic import Field
 
 from demo_data.config import GeonamesConfig
-from flows.pipeline import PipelineConfig, PipelineResult, QuestionFiles, pipeline
+from flows.config import PipelineConfig, QuestionFiles
+from flows.pipeline import PipelineResult, pipeline
 from rag_core.errors import ConfigError
 from rag_core.storage.places import ObjectPath, as_place
 from tasks.stages.make_demo_data import make_demo_data

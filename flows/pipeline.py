@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import flow
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel
 
+from flows.config import PipelineConfig
 from flows.preflight import check_corpus, checked
 from flows.stages.batch_infer import batch_infer
 from flows.stages.build_index import build_index
@@ -18,59 +19,15 @@ from flows.stages.evaluate import evaluate
 from flows.stages.make_corpus import make_corpus
 from flows.stages.pretrain_generator import pretrain_generator
 from flows.stages.train import train_sequence, train_token
-from rag_core.corpus.corpus import CorpusConfig
-from rag_core.embeddings.embeddings import EmbedConfig
-from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.scores import Evaluation
-from rag_core.index.passage_index import IndexConfig
 from rag_core.model.settings import ModelConfig
-from rag_core.questions.questions import AnswersAre
-from rag_core.reading.likelihood import Variant
 from rag_core.storage.places import ArtifactPath
-from rag_core.training.pretraining import PretrainConfig
 from tasks.on_ray.answering import InferConfig
 from tasks.reports.summary import pipeline_run, publish_summary
 from tasks.results import StageResult
-from tasks.stages.train import TrainConfig
 
 TRAIN_FLOWS = {"sequence": train_sequence, "token": train_token}
 NAMES = {"sequence": "RAG-Sequence", "token": "RAG-Token"}
-
-
-class QuestionFiles(BaseModel):
-    """Question files of the three splits, in any format that `rag infer` reads."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    train: ArtifactPath
-    dev: ArtifactPath
-    test: ArtifactPath
-    test_answers_are: AnswersAre | None = Field(
-        None, description="regex: answers of the test file that do not say what they are are regular expressions"
-    )
-
-
-class PipelineConfig(BaseModel):
-    """A whole run. Each part is owned by the stage that reads it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field("pipeline", description="name of the parent MLflow run")
-    sources: list[ArtifactPath] = Field(min_length=1, description="files or folders that the corpus is read from")
-    corpus: CorpusConfig = CorpusConfig()
-    questions: QuestionFiles
-    embed: EmbedConfig
-    index: IndexConfig = Field(default_factory=IndexConfig)
-    pretrain: PretrainConfig | None = Field(None, description="make a generator first; it replaces model.generator")
-    model: ModelConfig
-    variants: list[Variant] = Field(default=["sequence", "token"], min_length=1)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    infer: InferConfig = Field(default_factory=InferConfig)
-    baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")
-    ks: list[PositiveInt] = Field(default_factory=lambda: [1, 5], min_length=1, description="k of recall@k")
-    match: Match = Field(
-        "words", description="how answers are compared, of dev questions, too: words (published rule) or characters"
-    )
 
 
 class PipelineResult(BaseModel):

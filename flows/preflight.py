@@ -15,10 +15,10 @@ from rag_core.embeddings.embeddings import load_document_encoder
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.model.rag_model import load_question_encoder
 from rag_core.model.reader import GeneratorReader, load_generator
-from rag_core.pretrained.generator_limits import refuse_long_search
 from rag_core.pretrained.model_source import recorded_source
 from rag_core.questions.questions import Question, read_question_file
 from rag_core.reading.contexts import check_questions
+from rag_core.reading.generator_limits import refuse_long_search
 from rag_core.training.pretraining import build_generator
 from rag_core.verification.preflight import (
     NO_CHOICE,
@@ -38,7 +38,7 @@ from tasks.preflight import check_optimizer, check_resources
 from tasks.stages.train import check_rates, scored_of_dev
 
 if TYPE_CHECKING:
-    from flows.pipeline import PipelineConfig
+    from flows.config import PipelineConfig
 
 
 def checked(config: PipelineConfig, out: Path) -> PipelineConfig:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rag_core.model.rag_model import RagModel
     from rag_core.model.reader import Answer, DecodingConfig
     from rag_core.model.settings import ModelConfig
-    from rag_core.reading.contexts import PromptConfig
     from rag_core.reading.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
+    from rag_core.reading.prompt import PromptConfig
 
 # Loaded on first use: `rag --help` must not wait seconds for PyTorch.
 _HOME = {
@@ -31,7 +31,7 @@ _HOME = {
     "InputError": "rag_core.errors",
     "ModelConfig": "rag_core.model.settings",
     "PassageIndex": "rag_core.index.passage_index",
-    "PromptConfig": "rag_core.reading.contexts",
+    "PromptConfig": "rag_core.reading.prompt",
     "RagError": "rag_core.errors",
     "RagModel": "rag_core.model.rag_model",
     "TextEncoder": "rag_core.embeddings.text_encoder",

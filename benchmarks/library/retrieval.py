@@ -26,7 +26,7 @@ from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelSettings
 from rag_core.pretrained.model_source import load_tokenizer, resolve_model_source
 from rag_core.questions.questions import Question
-from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.prompt import PromptConfig
 from rag_core.training.loop import Hooks, OptimizerConfig, Place, run_training
 from rag_core.training.objectives import EndToEnd, EndToEndRates
 

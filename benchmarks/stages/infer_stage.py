@@ -37,7 +37,8 @@ from rag_core.index.passage_index import IndexConfig, build_index
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelConfig
 from rag_core.pretrained.model_source import resolve_model_source
-from rag_core.reading.contexts import PromptConfig, assemble_contexts
+from rag_core.reading.contexts import assemble_contexts
+from rag_core.reading.prompt import PromptConfig
 from rag_core.storage.artifact import publish
 from tests.support.models.hf_rag import hf_generate, hf_rag
 

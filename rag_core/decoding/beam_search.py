@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import ConfigError, NotFiniteError
-from rag_core.pretrained.generator_limits import refuse_long_search
+from rag_core.reading.generator_limits import refuse_long_search
 from rag_core.reading.likelihood import check_contexts, check_encoder_decoder
 
 EarlyStopping = bool | Literal["never"]

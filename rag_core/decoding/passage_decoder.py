@@ -23,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rag_core.cpu.packed_linears import folded_logits_bias, packed_linears
 from rag_core.decoding.shared_attention import SharedCache, can_share
-from rag_core.pretrained.generation_tokens import GenerationTokens
 from rag_core.reading.context_encoder import encode_contexts
+from rag_core.reading.generation_tokens import GenerationTokens
 
 
 class PassageDecoder:

@@ -16,7 +16,7 @@ from rag_core.decoding.candidate_scoring import CandidateScores, score_candidate
 from rag_core.decoding.hypothesis import Hypothesis
 from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
 from rag_core.errors import ConfigError
-from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.reading.generation_tokens import GenerationTokens
 from rag_core.reading.likelihood import doc_log_probs, marginalize
 
 Mode = Literal["thorough", "fast"]

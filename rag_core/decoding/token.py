@@ -12,7 +12,7 @@ from torch import Tensor
 from rag_core.decoding.beam_search import Beams, BeamSettings, EarlyStopping, beam_search, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
 from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
-from rag_core.pretrained.generation_tokens import GenerationTokens
+from rag_core.reading.generation_tokens import GenerationTokens
 from rag_core.reading.likelihood import doc_log_probs
 
 

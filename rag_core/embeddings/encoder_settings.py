@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from rag_core.errors import ConfigError
-from rag_core.pretrained.generator_limits import positions_of
+from rag_core.pretrained.model_limits import positions_of
 from rag_core.pretrained.model_source import read_json
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "dpr"]

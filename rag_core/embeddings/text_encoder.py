@@ -39,7 +39,7 @@ from rag_core.embeddings.encoder_settings import (
 )
 from rag_core.errors import ConfigError
 from rag_core.pretrained.dpr_tokenizer import with_saved_case
-from rag_core.pretrained.generator_limits import refuse_tokens_beyond
+from rag_core.pretrained.model_limits import refuse_tokens_beyond
 from rag_core.pretrained.model_source import (
     load_config,
     load_tokenizer,

@@ -38,7 +38,6 @@ from rag_core.errors import ArtifactError, ConfigError
 from rag_core.model.reader import without_unused_pooler
 from rag_core.model.settings import SETTINGS_FILE, ModelSettings
 from rag_core.pretrained.dpr_tokenizer import with_saved_case
-from rag_core.pretrained.generator_limits import within_positions
 from rag_core.pretrained.model_source import (
     load_config,
     load_from_source,
@@ -48,8 +47,9 @@ from rag_core.pretrained.model_source import (
     resolve_model_source,
     weights_options,
 )
-from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.generator_limits import within_positions
 from rag_core.reading.likelihood import Variant
+from rag_core.reading.prompt import PromptConfig
 
 QUESTION_TOKENIZER, GENERATOR_TOKENIZER = "question_encoder_tokenizer", "generator_tokenizer"
 CLASSES: dict[Variant, str] = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}

@@ -23,7 +23,7 @@ from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.retriever import Retriever
 from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader, load_generator
 from rag_core.model.settings import KIND, SETTINGS_FILE, ModelConfig, ModelSettings
-from rag_core.pretrained.generator_limits import within_positions
+from rag_core.reading.generator_limits import within_positions
 from rag_core.reading.likelihood import Variant
 from rag_core.storage.artifact import local_copy, open_artifact, publish
 

@@ -26,8 +26,6 @@ from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.embeddings.text_encoder import Precision, autocast
 from rag_core.errors import ConfigError
 from rag_core.model.surface import SurfaceReader
-from rag_core.pretrained.generation_tokens import GenerationTokens
-from rag_core.pretrained.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
 from rag_core.pretrained.model_source import (
     load_config,
     load_tokenizer,
@@ -35,8 +33,11 @@ from rag_core.pretrained.model_source import (
     quiet_transformers,
     resolve_model_source,
 )
-from rag_core.reading.contexts import ContextCount, PromptConfig, answer_labels, assemble_contexts
+from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts
+from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.reading.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
 from rag_core.reading.likelihood import Variant, rag_nll
+from rag_core.reading.prompt import PromptConfig
 
 
 class DecodingConfig(BaseModel):

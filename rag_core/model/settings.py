@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.embeddings.text_encoder import Pooling
 from rag_core.pretrained.model_source import pin_source, recorded_source
-from rag_core.reading.contexts import PromptConfig
 from rag_core.reading.likelihood import Variant
+from rag_core.reading.prompt import PromptConfig
 
 KIND = "rag-model"
 SETTINGS_FILE = "rag_model.json"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rag_core.cpu.bfloat16 import matmul_attention
-from rag_core.pretrained.generator_limits import refuse_long_contexts
+from rag_core.reading.generator_limits import refuse_long_contexts
 
 # A group is closed when the next context is an eighth shorter than its first, but not before it has so many tokens: a
 # pass over fewer costs as much in overhead as the padding that it saves.

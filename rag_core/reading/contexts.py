@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rag_core.corpus.formats.rows import excerpt
 from rag_core.corpus.passages import Passage
@@ -25,37 +24,7 @@ from rag_core.embeddings.text_encoder import pad_ids
 from rag_core.errors import ConfigError, InputError
 from rag_core.questions.questions import Question
 from rag_core.reading.likelihood import IGNORE_INDEX
-
-# "bart" is the paper's (Hugging Face's `title_sep` and `doc_sep`).
-TEMPLATES = {
-    "bart": "{title} / {text} // {question}",
-    "t5": "question: {question} context: {title} {text}",
-}
-
-
-class PromptConfig(BaseModel):
-    """How title, text and question become the generator's input; `template` always holds the whole template."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    template: str = Field(
-        TEMPLATES["bart"],
-        description=f"{' or '.join(TEMPLATES)} (short for {' or '.join(TEMPLATES.values())}), or a template of your own "
-        "that holds {text} and {question}; {title} is optional",
-    )
-    max_context_tokens: int = Field(256, ge=8, description="the passage's text is cut so that a context fits")
-    max_answer_tokens: int = Field(32, ge=2, description="longest answer in training, end token included")
-
-    @field_validator("template")
-    @classmethod
-    def _whole(cls, template: str) -> str:
-        template = TEMPLATES.get(template, template)
-        if template.count("{text}") != 1 or template.count("{question}") != 1 or template.count("{title}") > 1:
-            raise ValueError(
-                "the template must hold {text} and {question} once each, and {title} at most once, or be one of the "
-                f"names {', '.join(TEMPLATES)}"
-            )
-        return template
+from rag_core.reading.prompt import PromptConfig
 
 
 @dataclass(frozen=True, slots=True)

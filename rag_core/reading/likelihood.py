@@ -29,9 +29,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from rag_core.cpu.bfloat16 import matmul_attention
 from rag_core.cpu.packed_linears import folded_logits_bias, trainable_linears
 from rag_core.errors import ConfigError
-from rag_core.pretrained.generation_tokens import GenerationTokens
-from rag_core.pretrained.generator_limits import refuse_long_answers
 from rag_core.reading.context_encoder import encode_contexts
+from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.reading.generator_limits import refuse_long_answers
 
 Variant = Literal["sequence", "token"]
 

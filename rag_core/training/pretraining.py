@@ -28,7 +28,8 @@ from rag_core.pretrained.model_source import (
     weights_options,
 )
 from rag_core.questions.questions import Question
-from rag_core.reading.contexts import PromptConfig, end_token_id
+from rag_core.reading.contexts import end_token_id
+from rag_core.reading.prompt import PromptConfig
 from rag_core.training.loop import NOT_IN_KEY, OptimizerConfig
 from rag_core.training.objectives import Reading, ReadingExample
 

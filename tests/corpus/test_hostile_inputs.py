@@ -29,7 +29,8 @@ from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.errors import ConfigError, InputError, RagError
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index
 from rag_core.questions.questions import Question, read_questions
-from rag_core.reading.contexts import PromptConfig, check_questions
+from rag_core.reading.contexts import check_questions
+from rag_core.reading.prompt import PromptConfig
 from rag_core.storage.artifact import publish
 from tests.support.small_corpus import make_encoder
 

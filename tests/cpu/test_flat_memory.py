@@ -20,7 +20,7 @@ from rag_core.corpus.corpus import CorpusConfig, write_corpus
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelConfig
-from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.prompt import PromptConfig
 from rag_core.storage.artifact import open_artifact
 from rag_core.training.pretraining import PretrainConfig, build_generator
 from tests.conftest import MINILM

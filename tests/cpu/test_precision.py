@@ -15,8 +15,8 @@ from demo_data.dataset import make_passages, make_questions
 from rag_core.corpus.passages import Passage
 from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader
 from rag_core.questions.questions import Question
-from rag_core.reading.contexts import PromptConfig
 from rag_core.reading.likelihood import Variant
+from rag_core.reading.prompt import PromptConfig
 
 NUMBER, STEPS, BATCH = 500, 500, 25
 Asked = list[tuple[Question, list[Passage]]]

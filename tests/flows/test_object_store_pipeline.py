@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.chaos(short=False), pytest.mark.timeout(600)]
 
 PIPELINE = """
 def work(config, out):
-    from flows.pipeline import PipelineConfig, pipeline
+    from flows.pipeline import pipeline
+    from flows.config import PipelineConfig
     result = pipeline(PipelineConfig.model_validate_json(Path(config).read_text()), out)
     print("STAGES", [(stage.stage, str(stage.path), stage.skipped) for stage in result.stages])
 """

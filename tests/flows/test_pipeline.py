@@ -43,7 +43,8 @@ def _dev_questions(questions: Path) -> Path:
 @pytest.fixture(scope="module")
 def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A finished pipeline: its configuration, its folder and its result."""
-    from flows.pipeline import PipelineConfig, QuestionFiles, pipeline
+    from flows.config import PipelineConfig, QuestionFiles
+    from flows.pipeline import pipeline
     from tasks.on_ray.answering import InferConfig
     from tasks.stages.train import TrainConfig
 

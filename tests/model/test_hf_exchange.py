@@ -32,8 +32,9 @@ from rag_core.errors import ArtifactError, ConfigError, ModelNotice
 from rag_core.model.hf_rag import ExchangeWarning, separators_of, template_of
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelSettings
-from rag_core.reading.contexts import PromptConfig, assemble_contexts
+from rag_core.reading.contexts import assemble_contexts
 from rag_core.reading.likelihood import Variant
+from rag_core.reading.prompt import PromptConfig
 from tests.support.models.hf_checkpoints import (
     CLASSES,
     DPR,

@@ -15,8 +15,9 @@ from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import Answer, DecodingConfig
 from rag_core.model.settings import ModelSettings
 from rag_core.questions.questions import Question
-from rag_core.reading.contexts import ContextCount, PromptConfig
+from rag_core.reading.contexts import ContextCount
 from rag_core.reading.likelihood import Variant
+from rag_core.reading.prompt import PromptConfig
 from rag_core.training.objectives import EndToEnd, EndToEndRates
 from tests.support.small_corpus import PROMPT, QUESTIONS, make_encoder, make_generator, make_index, model_config
 

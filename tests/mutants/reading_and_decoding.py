@@ -17,7 +17,7 @@ SEQUENCE = "rag_core/decoding/sequence.py"
 SCORING = "rag_core/decoding/candidate_scoring.py"
 SHARED = "rag_core/decoding/shared_attention.py"
 GROUPS = "rag_core/reading/context_encoder.py"
-TOKENS = "rag_core/pretrained/generation_tokens.py"
+TOKENS = "rag_core/reading/generation_tokens.py"
 CONTEXTS = "rag_core/reading/contexts.py"
 ENCODER = "rag_core/embeddings/text_encoder.py"
 

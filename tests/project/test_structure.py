@@ -23,7 +23,7 @@ def test_the_demo_configuration_is_valid() -> None:
 
 def test_the_papers_configuration_is_valid() -> None:
     from flows.cli.settings import parse, read_yaml
-    from flows.pipeline import PipelineConfig
+    from flows.config import PipelineConfig
 
     config = parse(PipelineConfig, read_yaml(ROOT / "configs/nq-bart-large.yaml"), "nq")
     assert config.model.num_docs == 5

@@ -20,14 +20,8 @@ from rag_core.corpus.passages import Passage
 from rag_core.errors import ConfigError
 from rag_core.model.surface import SurfaceReader
 from rag_core.pretrained.model_source import resolve_model_source
-from rag_core.reading.contexts import (
-    TEMPLATES,
-    ContextCount,
-    PromptConfig,
-    answer_labels,
-    assemble_contexts,
-    end_token_id,
-)
+from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts, end_token_id
+from rag_core.reading.prompt import TEMPLATES, PromptConfig
 from tests.conftest import MINILM
 
 CPU = torch.device("cpu")

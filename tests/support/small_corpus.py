@@ -13,7 +13,7 @@ from rag_core.embeddings.embeddings import EmbedConfig, Embeddings, embed_shard,
 from rag_core.embeddings.text_encoder import EncoderSettings, TextEncoder
 from rag_core.index.passage_index import IndexConfig, PassageIndex, build_index
 from rag_core.model.settings import ModelConfig
-from rag_core.reading.contexts import PromptConfig
+from rag_core.reading.prompt import PromptConfig
 from rag_core.storage.artifact import publish
 from rag_core.training.loop import OptimizerConfig
 from rag_core.training.pretraining import PretrainConfig, build_generator

@@ -90,7 +90,7 @@ def pretrain(folder: Path) -> Settings:
 
 
 def check(settings: Settings, out: Path) -> Any:
-    from flows.pipeline import PipelineConfig
+    from flows.config import PipelineConfig
     from flows.preflight import checked
 
     return checked(PipelineConfig.model_validate(settings), out)
@@ -265,7 +265,7 @@ def test_a_negative_seed_is_refused(rag: Rag, settings: Settings, tmp_path: Path
 def test_what_the_corpus_is_too_small_for_is_told_before_it_is_embedded(
     settings: Settings, folder: Path, tmp_path: Path, services: Path, path: str, value: Any, words: str
 ) -> None:
-    from flows.pipeline import PipelineConfig
+    from flows.config import PipelineConfig
     from flows.preflight import check_corpus
 
     make_index(tmp_path, folder / "encoder")

@@ -25,7 +25,7 @@ def pipeline(
 ) -> None:
     """Run every stage from one file; stages whose inputs have not changed are skipped."""
     from flows.cli.settings import parse, read_yaml
-    from flows.pipeline import PipelineConfig
+    from flows.config import PipelineConfig
     from flows.pipeline import pipeline as pipeline_flow
 
     print_pipeline(pipeline_flow(parse(PipelineConfig, read_yaml(config), str(config)), out))

@@ -23,10 +23,11 @@ from rag_core.decoding import decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig, GeneratorReader, load_generator
-from rag_core.pretrained.generation_tokens import GenerationTokens
-from rag_core.pretrained.generator_limits import decoder_positions, encoder_positions, positions_of, within_positions
-from rag_core.reading.contexts import PromptConfig
+from rag_core.pretrained.model_limits import positions_of
+from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.reading.generator_limits import decoder_positions, encoder_positions, within_positions
 from rag_core.reading.likelihood import rag_nll
+from rag_core.reading.prompt import PromptConfig
 from rag_core.training.pretraining import PretrainConfig, build_generator
 from tests.support.models.tiny_models import _BART_SIZES, ALL_BUILDS, tiny_led, tiny_model
 from tests.support.small_corpus import PROMPT, make_encoder, make_generator, make_index, model_config
