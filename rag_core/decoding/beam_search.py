@@ -13,102 +13,25 @@ is not continued, and a question without others is done: those answers are the s
 The vocabulary is large, so a step passes over it as rarely as it can: the mixture is summed as probabilities, not as
 logarithms, to choose the candidates; what is kept of the few chosen ones is computed anew from their logits, exactly.
 Tokens e^−87 times less probable than likely (float32) tie in that choice, and are exact all the same once chosen.
-This module knows nothing about answers as text, or about merging the passages' beams.
+This module knows nothing about answers as text, or about merging the passages' beams. `mixture.py` passes over the
+vocabulary.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens (the prompt left out), V vocabulary,
 H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H), N contexts of those
-questions (A·K), F continuations of a question (W·V), G blocks of those.
+questions (A·K).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rag_core.decoding.beams import Beams, BeamSettings
+from rag_core.decoding.mixture import best_of, next_log_probs
 from rag_core.decoding.passage_decoder import PassageDecoder
-from rag_core.errors import ConfigError, NotFiniteError
-from rag_core.reading.generator_limits import refuse_long_search
-from rag_core.reading.likelihood import check_contexts, check_encoder_decoder
-
-EarlyStopping = bool | Literal["never"]
-
-# Continuations are searched for their best in blocks of so many: one pass finds the blocks' maxima.
-_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class BeamSettings:
-    """How a beam is searched.
-
-    Attributes:
-        num_beams: H, hypotheses kept; 1 is greedy: the first answer that ends is taken, whatever is set below.
-        max_new_tokens: generated tokens at most, end token and a forced first token included.
-        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty, the length counted like
-            max_new_tokens; 0 ranks by probability.
-        early_stopping: a question is done once H hypotheses have ended and
-            False: the best running one, as it stands, is not better than the worst of them;
-            "never": nor could it be at the full length (differs from False for a positive length_penalty);
-            True: at once.
-    """
-
-    num_beams: int
-    max_new_tokens: int
-    length_penalty: float = 0.0
-    early_stopping: EarlyStopping = False
-
-
-@dataclass(frozen=True)
-class Beams:
-    """Finished hypotheses, best first; places that no hypothesis fills have log_probs and scores −inf."""
-
-    tokens_BHT: Tensor  # int64, generated tokens with the end token; undefined after the length
-    lengths_BH: Tensor  # int64, generated tokens, end token included
-    log_probs_BH: Tensor
-    scores_BH: Tensor  # what the beam ranks by: a forced end costs nothing, and the length penalty is applied
-    doc_log_posteriors_BHTK: Tensor
-
-    def select(self, index: Tensor) -> Beams:
-        """The beams of some questions; `index` is int64 or bool."""
-        return Beams(**{name: value[index] for name, value in vars(self).items()})
-
-
-def check_decoding(
-    generator: Any,
-    input_ids_BKS: Tensor,
-    attention_mask_BKS: Tensor,
-    doc_scores_BK: Tensor,
-    settings: BeamSettings,
-    num_return_sequences: int,
-) -> None:
-    """Refuse settings and inputs that cannot be decoded.
-
-    Raises:
-        ConfigError: a setting is out of range, the generator is not an encoder-decoder, or it has no positions for
-            max_new_tokens.
-        ValueError: shapes do not fit, scores are NaN or +inf, or a question has no passage (all scores −inf).
-    """
-    check_encoder_decoder(generator)
-    for name, value in (
-        ("num_beams", settings.num_beams),
-        ("max_new_tokens", settings.max_new_tokens),
-        ("num_return_sequences", num_return_sequences),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be 1 or more.")
-    if num_return_sequences > settings.num_beams:
-        raise ConfigError(
-            f"num_return_sequences is {num_return_sequences} and num_beams {settings.num_beams}: a beam cannot return "
-            "more answers than it holds. Raise num_beams or ask for fewer answers."
-        )
-    refuse_long_search(generator, settings.max_new_tokens)
-    if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
-        raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
-    check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
-    if not doc_scores_BK.amax(dim=1).isfinite().all():
-        raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")
+from rag_core.errors import NotFiniteError
 
 
 def beam_search(
@@ -129,167 +52,203 @@ def beam_search(
     Raises:
         NotFiniteError: the generator's logits at the prompt are NaN.
     """
-    B, K = doc_log_probs_BK.shape
-    tokens, H, device = decoder.tokens, settings.num_beams, doc_log_probs_BK.device
-    forced, penalty = tokens.forced_first, settings.length_penalty
-    T = settings.max_new_tokens - forced
-    ends = torch.tensor(tokens.ends, device=device)
-    suppressed = torch.tensor(sorted(set(tokens.suppressed)), dtype=torch.long, device=device)
-    suppressed_first = torch.tensor(sorted({*tokens.suppressed, *tokens.suppressed_first}), device=device).long()
-    candidates_max = (1 + len(tokens.ends)) * H
-    wanted = min(wanted or H, H)
-    # Other rules stop a search by how many answers have ended, poor ones included.
-    prune = settings.early_stopping == "never" or (settings.early_stopping is False and penalty <= 0)
-
-    logits_AKWV = decoder.first_logits_NV.view(B, K, 1, -1)
-    V = logits_AKWV.shape[-1]
-    if logits_AKWV.isnan().any():
-        raise NotFiniteError.of("the generator's logits", "They are NaN at the first token of an answer.")
-    dtype = torch.promote_types(logits_AKWV.dtype, torch.float32)
-    neg_inf = torch.tensor(float("-inf"), dtype=dtype, device=device)
-
-    # The state of the questions still searched. `running` has an entry per hypothesis of the beam, `pool` per
-    # finished one; `questions_A` says whom the rows belong to.
-    log_docs_AK = doc_log_probs_BK.to(dtype)
-    questions_A = torch.arange(B, device=device)
-    searching_A = torch.ones(B, dtype=torch.bool, device=device)
-    running_AW = torch.zeros(B, 1, dtype=dtype, device=device)
-    tokens_AWT = torch.zeros(B, 1, T, dtype=torch.long, device=device)
-    posteriors_AWTK = torch.zeros(B, 1, T, K, dtype=dtype, device=device)
-    pool = Beams(
-        tokens_BHT=tokens_AWT.repeat(1, H, 1),
-        lengths_BH=torch.zeros(B, H, dtype=torch.long, device=device),
-        log_probs_BH=neg_inf.repeat(B, H),
-        scores_BH=neg_inf.repeat(B, H),
-        doc_log_posteriors_BHTK=posteriors_AWTK.repeat(1, H, 1, 1),
-    )
-    done: list[tuple[Tensor, Beams]] = []
-
-    for t in range(T):
-        A, W = running_AW.shape
-        last, length = t + 1 == T, t + 1 + forced
-        # 1. The best continuations of all hypotheses of a question together.
-        next_AWV, normalisers_AKW = _next_log_probs(logits_AKWV, log_docs_AK)
-        if last and tokens.forced_end is not None:
-            ranked_AWV = neg_inf.repeat(A, W, V)
-            ranked_AWV[:, :, tokens.forced_end] = running_AW
-        else:
-            ranked_AWV = next_AWV.add_(running_AW.unsqueeze(2))
-            ranked_AWV.index_fill_(2, suppressed_first if t == 0 else suppressed, float("-inf"))
-        C = min(candidates_max, W * V)
-        ranks_AC, flat_AC = _best_of(ranked_AWV.flatten(1), C)
-        beam_AC, token_AC = flat_AC // V, flat_AC % V
-        # What each passage says of a candidate (the terms of the paper's p'θ, section 2.5), and their sum.
-        rows_A1 = torch.arange(A, device=device).unsqueeze(1)
-        at_token_ACK = logits_AKWV[rows_A1, :, beam_AC, token_AC].to(dtype)
-        joint_ACK = at_token_ACK - normalisers_AKW[rows_A1, :, beam_AC] + log_docs_AK.unsqueeze(1)
-        mixture_AC = joint_ACK.logsumexp(dim=2)
-        cand_log_probs_AC = running_AW[rows_A1, beam_AC] + mixture_AC
-        if not (last and tokens.forced_end is not None):
-            order_AC = cand_log_probs_AC.where(ranks_AC > neg_inf, neg_inf).argsort(dim=1, descending=True, stable=True)
-            joint_ACK, mixture_AC = joint_ACK[rows_A1, order_AC], mixture_AC[rows_A1, order_AC]
-            cand_log_probs_AC, beam_AC = cand_log_probs_AC[rows_A1, order_AC], beam_AC[rows_A1, order_AC]
-            token_AC, allowed_AC = token_AC[rows_A1, order_AC], ranks_AC[rows_A1, order_AC] > neg_inf
-            ranks_AC = cand_log_probs_AC.where(allowed_AC, neg_inf)
-        cand_tokens_ACT = tokens_AWT[rows_A1, beam_AC]
-        cand_tokens_ACT[:, :, t] = token_AC
-        cand_posteriors_ACTK = posteriors_AWTK[rows_A1, beam_AC]
-        # Bayes' rule: this passage's share of the token's probability.
-        cand_posteriors_ACTK[:, :, t] = joint_ACK - mixture_AC.unsqueeze(2)
-
-        # 2. Ended ones compete for the pool, if among the best H. At the last step every one has ended.
-        ended_AC = torch.ones_like(token_AC, dtype=torch.bool) if last else torch.isin(token_AC, ends)
-        joins_AC = ended_AC & searching_A.unsqueeze(1)
-        joins_AC[:, H:] = False
-        ended_scores_AC = torch.where(joins_AC, ranks_AC, neg_inf) / length**penalty
-        scores_AH, kept_AH = torch.cat((pool.scores_BH, ended_scores_AC), dim=1).topk(H, dim=1)
-        pool = Beams(
-            tokens_BHT=torch.cat((pool.tokens_BHT, cand_tokens_ACT), dim=1)[rows_A1, kept_AH],
-            lengths_BH=torch.cat((pool.lengths_BH, torch.full_like(token_AC, t + 1)), dim=1)[rows_A1, kept_AH],
-            log_probs_BH=torch.cat((pool.log_probs_BH, cand_log_probs_AC), dim=1)[rows_A1, kept_AH].where(
-                scores_AH > neg_inf, neg_inf
-            ),
-            scores_BH=scores_AH,
-            doc_log_posteriors_BHTK=torch.cat((pool.doc_log_posteriors_BHTK, cand_posteriors_ACTK), dim=1)[
-                rows_A1, kept_AH
-            ],
-        )
-        if last:
+    search = _Search(decoder, doc_log_probs_BK, settings, wanted)
+    logits_AKWV = search.first_logits()
+    for t in range(search.T):
+        candidates = search.best_continuations(t, logits_AKWV)
+        ended_AC = search.finish_ended(t, candidates)
+        if search.is_last(t):
             break
-
-        # 3. The others fill the next beam.
-        running_AW, next_AW = ranks_AC.masked_fill(ended_AC, neg_inf).topk(min(H, C), dim=1)
-        parent_AW = beam_AC[rows_A1, next_AW]
-        tokens_AWT = cand_tokens_ACT[rows_A1, next_AW]
-        posteriors_AWTK = cand_posteriors_ACTK[rows_A1, next_AW]
-
-        # 4. Done: no hypothesis runs, or the pool is full and, as `early_stopping` judges it, good enough.
-        if settings.early_stopping is True or H == 1:
-            searching_A &= pool.scores_BH[:, -1] == neg_inf
-        at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
-        searching_A &= running_AW[:, 0] / at_length**penalty > pool.scores_BH[:, -1]
-        # A longer answer is not more probable: what it can still score at most, against the last that is wanted.
-        bound_AW = running_AW / (settings.max_new_tokens if penalty > 0 else length) ** penalty
-        hopeful_AW = (bound_AW >= pool.scores_BH[:, wanted - 1 : wanted]) & (running_AW > neg_inf)
-        searching_A &= hopeful_AW[:, 0]
-        most = (hopeful_AW & searching_A.unsqueeze(1)).sum(1).amax()
-        left, width = torch.stack((searching_A.sum(), most)).tolist()  # the step's one wait for the device
+        parent_AW = search.fill_beam(candidates, ended_AC)
+        left, width = search.count_hopeful(t)
         if left == 0:
             break
-        if prune:
-            running_AW, parent_AW = running_AW[:, :width], parent_AW[:, :width]
-            tokens_AWT, posteriors_AWTK = tokens_AWT[:, :width], posteriors_AWTK[:, :width]
-        if 4 * left <= 3 * A:
-            done.append((questions_A[~searching_A], pool.select(~searching_A)))
-            keep = searching_A.nonzero().squeeze(1)
-            pool = pool.select(keep)
-            running_AW, tokens_AWT, posteriors_AWTK = running_AW[keep], tokens_AWT[keep], posteriors_AWTK[keep]
-            log_docs_AK, questions_A, parent_AW = log_docs_AK[keep], questions_A[keep], parent_AW[keep]
-            searching_A = searching_A[keep]
-            decoder.select((keep.unsqueeze(1) * K + torch.arange(K, device=device)).flatten())
-
-        # 5. One decoder step: all passages of a question continue the same hypotheses.
-        tokens_NW = tokens_AWT[:, :, t].repeat_interleave(K, dim=0)
-        logits_AKWV = decoder.step(tokens_NW, parent_AW.repeat_interleave(K, dim=0)).unflatten(0, (-1, K))
-
-    done.append((questions_A, pool))
-    order_B = torch.cat([questions for questions, _ in done]).argsort()
-    merged = {name: torch.cat([getattr(beams, name) for _, beams in done])[order_B] for name in vars(pool)}
-    return Beams(**merged)
+        parent_AW = search.drop_done(parent_AW, left, width)
+        logits_AKWV = search.continue_all(t, parent_AW)
+    return search.result()
 
 
-def _next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ_z p(z|q) p(·|q,z,a_<t), shape (A, W, V), in a buffer of its own, and the logits' logsumexp, (A, K, W).
+@dataclass(frozen=True)
+class _Candidates:
+    """The best continuations of each question's hypotheses, best first."""
 
-    Float32 at least. What is less probable than the type's smallest number counts as that.
+    beam_AC: Tensor  # int64, the hypothesis that is continued
+    token_AC: Tensor  # int64
+    ranks_AC: Tensor  # log-probabilities by which they compete; −inf: must not be generated
+    log_probs_AC: Tensor
+    tokens_ACT: Tensor
+    posteriors_ACTK: Tensor  # log p(z | q, answer so far): each passage's share of a token's probability
+
+
+class _Search:
+    """The rules of one search, and the state of the questions that are still searched.
+
+    `running`, `tokens` and `posteriors` have an entry per hypothesis of the beam, `pool` per finished one; `questions_A`
+    says to which question a row belongs.
     """
-    K, dtype = log_docs_AK.shape[1], log_docs_AK.dtype
-    top_AKW = logits_AKWV.amax(dim=3).to(dtype)
-    if K == 1:
-        log_probs_AWV = torch.log_softmax(logits_AKWV.squeeze(1), dim=2, dtype=dtype)
-        normalisers_AKW = top_AKW - log_probs_AWV.amax(dim=2).unsqueeze(1)
-        return log_probs_AWV.add_(log_docs_AK.unsqueeze(2)), normalisers_AKW
-    docs_AK11 = log_docs_AK.exp()[:, :, None, None]
-    mixture_AWV, most_AKW = logits_AKWV.new_zeros(()), torch.empty_like(top_AKW)
-    for k in range(K):  # one passage at a time: what is made of its logits stays in the cache
-        probs_AWV = torch.softmax(logits_AKWV[:, k], dim=2, dtype=dtype)
-        most_AKW[:, k] = probs_AWV.amax(dim=2)
-        mixture_AWV = mixture_AWV.addcmul_(probs_AWV, docs_AK11[:, k]) if k else probs_AWV.mul_(docs_AK11[:, k])
-    return mixture_AWV.clamp_(min=torch.finfo(dtype).tiny).log_(), top_AKW - most_AKW.log_()
 
+    def __init__(
+        self, decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: BeamSettings, wanted: int | None
+    ) -> None:
+        B, K = doc_log_probs_BK.shape
+        tokens, H, device = decoder.tokens, settings.num_beams, doc_log_probs_BK.device
+        self.decoder, self.settings, self.generation = decoder, settings, tokens
+        self.H, self.K, self.T = H, K, settings.max_new_tokens - tokens.forced_first
+        self.ends = torch.tensor(tokens.ends, device=device)
+        self.suppressed = torch.tensor(sorted(set(tokens.suppressed)), dtype=torch.long, device=device)
+        self.suppressed_first = torch.tensor(
+            sorted({*tokens.suppressed, *tokens.suppressed_first}), device=device
+        ).long()
+        self.candidates_max = (1 + len(tokens.ends)) * H
+        self.wanted = min(wanted or H, H)
+        # Other rules stop a search by how many answers have ended, poor ones included.
+        early, penalty = settings.early_stopping, settings.length_penalty
+        self.prune = early == "never" or (early is False and penalty <= 0)
 
-def _best_of(ranked_AF: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """`topk`, exactly, in one pass: the best C are in the C blocks with the greatest maxima, or in what is left over."""
-    A, F = ranked_AF.shape
-    G = F // _BLOCK
-    if G <= 2 * C:
-        return ranked_AF.topk(C, dim=1)
-    blocks_AGb = ranked_AF[:, : G * _BLOCK].view(A, G, _BLOCK)
-    best_AC = blocks_AGb.amax(dim=2).topk(C, dim=1).indices
-    rows_A1 = torch.arange(A, device=best_AC.device).unsqueeze(1)
-    rest_Ar = torch.arange(G * _BLOCK, F, device=best_AC.device).expand(A, -1)
-    places_ACb = best_AC.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=best_AC.device)
-    places_AP = torch.cat((places_ACb.flatten(1), rest_Ar), dim=1)
-    values_AP = torch.cat((blocks_AGb[rows_A1, best_AC].flatten(1), ranked_AF[:, G * _BLOCK :]), dim=1)
-    values_AC, found_AC = values_AP.topk(C, dim=1)
-    return values_AC, places_AP.gather(1, found_AC)
+        dtype = torch.promote_types(decoder.first_logits_NV.dtype, torch.float32)
+        self.neg_inf = torch.tensor(float("-inf"), dtype=dtype, device=device)
+        self.log_docs_AK = doc_log_probs_BK.to(dtype)
+        self.questions_A = torch.arange(B, device=device)
+        self.searching_A = torch.ones(B, dtype=torch.bool, device=device)
+        self.running_AW = torch.zeros(B, 1, dtype=dtype, device=device)
+        self.tokens_AWT = torch.zeros(B, 1, self.T, dtype=torch.long, device=device)
+        self.posteriors_AWTK = torch.zeros(B, 1, self.T, K, dtype=dtype, device=device)
+        self.pool = Beams(
+            tokens_BHT=self.tokens_AWT.repeat(1, H, 1),
+            lengths_BH=torch.zeros(B, H, dtype=torch.long, device=device),
+            log_probs_BH=self.neg_inf.repeat(B, H),
+            scores_BH=self.neg_inf.repeat(B, H),
+            doc_log_posteriors_BHTK=self.posteriors_AWTK.repeat(1, H, 1, 1),
+        )
+        self.done: list[tuple[Tensor, Beams]] = []
+
+    def is_last(self, t: int) -> bool:
+        """Whether no token may follow the one at position t."""
+        return t + 1 == self.T
+
+    def length(self, t: int) -> int:
+        """Tokens of an answer whose last one is at position t, a forced first one included."""
+        return t + 1 + self.generation.forced_first
+
+    def first_logits(self) -> Tensor:
+        """The logits at the prompt, shape (A, K, 1, V); NotFiniteError if they are NaN."""
+        logits_AKWV = self.decoder.first_logits_NV.view(*self.log_docs_AK.shape, 1, -1)
+        if logits_AKWV.isnan().any():
+            raise NotFiniteError.of("the generator's logits", "They are NaN at the first token of an answer.")
+        return logits_AKWV
+
+    def best_continuations(self, t: int, logits_AKWV: Tensor) -> _Candidates:
+        """Step 1: the best continuations of all hypotheses of a question together."""
+        next_AWV, normalisers_AKW = next_log_probs(logits_AKWV, self.log_docs_AK)
+        A, W, V = next_AWV.shape
+        forced_end = self.generation.forced_end if self.is_last(t) else None
+        if forced_end is not None:
+            ranked_AWV = self.neg_inf.repeat(A, W, V)
+            ranked_AWV[:, :, forced_end] = self.running_AW
+        else:
+            ranked_AWV = next_AWV.add_(self.running_AW.unsqueeze(2))
+            ranked_AWV.index_fill_(2, self.suppressed_first if t == 0 else self.suppressed, float("-inf"))
+        ranks_AC, flat_AC = best_of(ranked_AWV.flatten(1), min(self.candidates_max, W * V))
+        beam_AC, token_AC = flat_AC // V, flat_AC % V
+        # What each passage says of a candidate (the terms of the paper's p'θ, section 2.5), and their sum.
+        rows_A1 = self._rows()
+        at_token_ACK = logits_AKWV[rows_A1, :, beam_AC, token_AC].to(self.neg_inf.dtype)
+        joint_ACK = at_token_ACK - normalisers_AKW[rows_A1, :, beam_AC] + self.log_docs_AK.unsqueeze(1)
+        mixture_AC = joint_ACK.logsumexp(dim=2)
+        log_probs_AC = self.running_AW[rows_A1, beam_AC] + mixture_AC
+        if forced_end is None:
+            allowed_AC = ranks_AC > self.neg_inf
+            order_AC = log_probs_AC.where(allowed_AC, self.neg_inf).argsort(dim=1, descending=True, stable=True)
+            joint_ACK, mixture_AC = joint_ACK[rows_A1, order_AC], mixture_AC[rows_A1, order_AC]
+            log_probs_AC, beam_AC = log_probs_AC[rows_A1, order_AC], beam_AC[rows_A1, order_AC]
+            token_AC, allowed_AC = token_AC[rows_A1, order_AC], allowed_AC[rows_A1, order_AC]
+            ranks_AC = log_probs_AC.where(allowed_AC, self.neg_inf)
+        tokens_ACT = self.tokens_AWT[rows_A1, beam_AC]
+        tokens_ACT[:, :, t] = token_AC
+        posteriors_ACTK = self.posteriors_AWTK[rows_A1, beam_AC]
+        # Bayes' rule: this passage's share of the token's probability.
+        posteriors_ACTK[:, :, t] = joint_ACK - mixture_AC.unsqueeze(2)
+        return _Candidates(beam_AC, token_AC, ranks_AC, log_probs_AC, tokens_ACT, posteriors_ACTK)
+
+    def finish_ended(self, t: int, candidates: _Candidates) -> Tensor:
+        """Step 2: ended candidates compete for the pool, if among the best H. Returns which have ended: at the last, all."""
+        token_AC, pool, neg_inf = candidates.token_AC, self.pool, self.neg_inf
+        ended_AC = torch.ones_like(token_AC, dtype=torch.bool) if self.is_last(t) else torch.isin(token_AC, self.ends)
+        joins_AC = ended_AC & self.searching_A.unsqueeze(1)
+        joins_AC[:, self.H :] = False
+        ended_scores_AC = torch.where(joins_AC, candidates.ranks_AC, neg_inf)
+        ended_scores_AC = ended_scores_AC / self.length(t) ** self.settings.length_penalty
+        scores_AH, kept_AH = torch.cat((pool.scores_BH, ended_scores_AC), dim=1).topk(self.H, dim=1)
+
+        def kept(finished: Tensor, new: Tensor) -> Tensor:
+            return torch.cat((finished, new), dim=1)[self._rows(), kept_AH]
+
+        self.pool = Beams(
+            tokens_BHT=kept(pool.tokens_BHT, candidates.tokens_ACT),
+            lengths_BH=kept(pool.lengths_BH, torch.full_like(token_AC, t + 1)),
+            log_probs_BH=kept(pool.log_probs_BH, candidates.log_probs_AC).where(scores_AH > neg_inf, neg_inf),
+            scores_BH=scores_AH,
+            doc_log_posteriors_BHTK=kept(pool.doc_log_posteriors_BHTK, candidates.posteriors_ACTK),
+        )
+        return ended_AC
+
+    def fill_beam(self, candidates: _Candidates, ended_AC: Tensor) -> Tensor:
+        """Step 3: the candidates that have not ended fill the next beam. Returns parent_AW, the hypotheses they continue."""
+        ranks_AC = candidates.ranks_AC.masked_fill(ended_AC, self.neg_inf)
+        self.running_AW, next_AW = ranks_AC.topk(min(self.H, ranks_AC.shape[1]), dim=1)
+        rows_A1 = self._rows()
+        self.tokens_AWT = candidates.tokens_ACT[rows_A1, next_AW]
+        self.posteriors_AWTK = candidates.posteriors_ACTK[rows_A1, next_AW]
+        return candidates.beam_AC[rows_A1, next_AW]
+
+    def count_hopeful(self, t: int) -> tuple[int, int]:
+        """Step 4: judge who is done. Returns how many questions are left, and the most hypotheses that one of them needs.
+
+        A question is done if no hypothesis runs, or if its pool is full and, as `early_stopping` judges it, good enough.
+        """
+        settings, penalty, length = self.settings, self.settings.length_penalty, self.length(t)
+        running_AW, scores_AH = self.running_AW, self.pool.scores_BH
+        if settings.early_stopping is True or self.H == 1:
+            self.searching_A &= scores_AH[:, -1] == self.neg_inf
+        at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
+        self.searching_A &= running_AW[:, 0] / at_length**penalty > scores_AH[:, -1]
+        # A longer answer is not more probable: what it can still score at most, against the last that is wanted.
+        bound_AW = running_AW / (settings.max_new_tokens if penalty > 0 else length) ** penalty
+        hopeful_AW = (bound_AW >= scores_AH[:, self.wanted - 1 : self.wanted]) & (running_AW > self.neg_inf)
+        self.searching_A &= hopeful_AW[:, 0]
+        most = (hopeful_AW & self.searching_A.unsqueeze(1)).sum(1).amax()
+        left, width = torch.stack((self.searching_A.sum(), most)).tolist()  # the step's one wait for the device
+        return left, width
+
+    def drop_done(self, parent_AW: Tensor, left: int, width: int) -> Tensor:
+        """Drop hypotheses without hope, and the questions that are done once they are a quarter; returns their parents."""
+        if self.prune:
+            self.running_AW, parent_AW = self.running_AW[:, :width], parent_AW[:, :width]
+            self.tokens_AWT, self.posteriors_AWTK = self.tokens_AWT[:, :width], self.posteriors_AWTK[:, :width]
+        if 4 * left > 3 * len(self.questions_A):
+            return parent_AW
+        self.done.append((self.questions_A[~self.searching_A], self.pool.select(~self.searching_A)))
+        keep = self.searching_A.nonzero().squeeze(1)
+        self.pool = self.pool.select(keep)
+        self.running_AW, self.tokens_AWT = self.running_AW[keep], self.tokens_AWT[keep]
+        self.posteriors_AWTK, self.log_docs_AK = self.posteriors_AWTK[keep], self.log_docs_AK[keep]
+        self.questions_A, self.searching_A = self.questions_A[keep], self.searching_A[keep]
+        self.decoder.select((keep.unsqueeze(1) * self.K + torch.arange(self.K, device=keep.device)).flatten())
+        return parent_AW[keep]
+
+    def continue_all(self, t: int, parent_AW: Tensor) -> Tensor:
+        """Step 5: one decoder step, in which all passages of a question continue the same hypotheses. Returns logits_AKWV."""
+        K = self.K
+        tokens_NW = self.tokens_AWT[:, :, t].repeat_interleave(K, dim=0)
+        return self.decoder.step(tokens_NW, parent_AW.repeat_interleave(K, dim=0)).unflatten(0, (-1, K))
+
+    def result(self) -> Beams:
+        """The pools of all questions, in the order in which the questions came."""
+        done = [*self.done, (self.questions_A, self.pool)]
+        order_B = torch.cat([questions for questions, _ in done]).argsort()
+        merged = {name: torch.cat([getattr(beams, name) for _, beams in done])[order_B] for name in vars(self.pool)}
+        return Beams(**merged)
+
+    def _rows(self) -> Tensor:
+        """Indices of the questions' rows, to go with indices of candidates."""
+        return torch.arange(len(self.questions_A), device=self.questions_A.device).unsqueeze(1)

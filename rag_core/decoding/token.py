@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rag_core.decoding.beam_search import Beams, BeamSettings, EarlyStopping, beam_search, check_decoding
+from rag_core.decoding.beam_search import beam_search
+from rag_core.decoding.beams import Beams, BeamSettings, EarlyStopping, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
 from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
 from rag_core.reading.generation_tokens import GenerationTokens

@@ -157,26 +157,34 @@ READING_AND_DECODING = (
     Mutant(
         "end token forgotten: nothing ends before the limit",
         SEARCH,
-        "else torch.isin(token_AC, ends)",
+        "else torch.isin(token_AC, self.ends)",
         "else torch.zeros_like(token_AC, dtype=torch.bool)",
         DECODING,
     ),
-    Mutant("ended ones below the best H join", SEARCH, "joins_AC[:, H:] = False", "pass", HF),
+    Mutant("ended ones below the best H join", SEARCH, "joins_AC[:, self.H :] = False", "pass", HF),
     Mutant("H candidates instead of 2·H", SEARCH, "(1 + len(tokens.ends)) * H", "H", HF),
     Mutant(
-        "length one short", SEARCH, "t + 1 == T, t + 1 + forced", "t + 1 == T, max(t, 1) + forced", f"{DECODING} {HF}"
+        "length one short",
+        SEARCH,
+        "return t + 1 + self.generation",
+        "return max(t, 1) + self.generation",
+        f"{DECODING} {HF}",
     ),
     Mutant(
-        "questions that are done go on", SEARCH, "ended_AC & searching_A.unsqueeze(1)", "ended_AC", f"{INVARIANCE} {HF}"
+        "questions that are done go on",
+        SEARCH,
+        "ended_AC & self.searching_A.unsqueeze(1)",
+        "ended_AC",
+        f"{INVARIANCE} {HF}",
     ),
     Mutant(
         "stops once the pool is full",
         SEARCH,
-        "if settings.early_stopping is True or H == 1:",
+        "if settings.early_stopping is True or self.H == 1:",
         "if True:",
         HF,
     ),
-    Mutant("early stopping ignored", SEARCH, "settings.early_stopping is True or H == 1", "False", HF),
+    Mutant("early stopping ignored", SEARCH, "settings.early_stopping is True or self.H == 1", "False", HF),
     Mutant('"never" taken for False', SEARCH, 'settings.early_stopping == "never" and penalty > 0', "False", HF),
     Mutant(
         "the bound of a longer answer ignores its length",
@@ -210,7 +218,7 @@ READING_AND_DECODING = (
     Mutant(
         "suppressed tokens generated",
         SEARCH,
-        'ranked_AWV.index_fill_(2, suppressed_first if t == 0 else suppressed, float("-inf"))',
+        'ranked_AWV.index_fill_(2, self.suppressed_first if t == 0 else self.suppressed, float("-inf"))',
         "pass",
         FAMILIES,
     ),

@@ -6,7 +6,7 @@ from tests.mutants.mutant import Mutant
 
 TRAINING = "rag_core/training/loop.py"
 CHECKPOINT = "rag_core/training/checkpoint.py"
-ARTIFACT = "rag_core/storage/artifact.py"
+LOCAL = "rag_core/storage/local.py"
 MANIFEST = "rag_core/storage/manifest.py"
 RESUMED = "tests/training/test_checkpoint.py"
 DAMAGED = "tests/storage/test_artifact.py tests/verification/test_verification.py"
@@ -79,7 +79,7 @@ TRAINING_AND_ARTIFACTS = (
     ),
     Mutant(
         "halves of parts published",
-        ARTIFACT,
+        LOCAL,
         "            drop_unfinished(draft.folder)\n",
         "",
         "tests/stages/test_resume.py::test_what_a_killed_worker_left_half_written_is_not_published",

@@ -57,7 +57,7 @@ def test_a_served_model_ends_the_usage_reports_that_its_server_had_begun() -> No
     code = (
         "import os, runpy, mlflow\n"
         "print(mlflow.telemetry.get_telemetry_client() is None)\n"
-        f"runpy.run_path({str(ROOT / 'tasks' / 'answering_model.py')!r})\n"
+        f"runpy.run_path({str(ROOT / 'tasks' / 'tracking' / 'served_model.py')!r})\n"
         "print(mlflow.telemetry.get_telemetry_client() is None)"
     )
     marks = ("PYTEST", "CI", "GITHUB_", "BUILD", "JENKINS", "TF_BUILD", "TEAMCITY")

@@ -12,7 +12,7 @@ import torch
 
 from rag_core.cpu.packed_linears import folded_logits_bias, packed_linears, trainable_linears
 from rag_core.decoding import decode_rag_sequence, decode_rag_token
-from rag_core.decoding.beam_search import _best_of
+from rag_core.decoding.mixture import best_of
 from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.decoding.shared_attention import can_share
 from rag_core.reading.context_encoder import encode_contexts, groups_by_width
@@ -90,7 +90,7 @@ def test_the_best_of_blocks_are_the_best_of_all() -> None:
     random = torch.Generator().manual_seed(0)
     for places in (5, 4096, 20_011):
         values_AF = torch.randn(3, places, generator=random)
-        values_AC, found_AC = _best_of(values_AF, 5)
+        values_AC, found_AC = best_of(values_AF, 5)
         assert torch.equal(values_AC, values_AF.topk(5, dim=1).values)
         assert torch.equal(values_AF.gather(1, found_AC), values_AC)
 

@@ -1,0 +1,89 @@
+"""A beam search's settings and its result, and the check of both before a search.
+
+Legend: B questions, K passages per question, S context tokens, T answer tokens, H hypotheses in a beam.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rag_core.errors import ConfigError
+from rag_core.reading.generator_limits import refuse_long_search
+from rag_core.reading.likelihood import check_contexts, check_encoder_decoder
+
+EarlyStopping = bool | Literal["never"]
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """How a beam is searched.
+
+    Attributes:
+        num_beams: H, hypotheses kept; 1 is greedy: the first answer that ends is taken, whatever is set below.
+        max_new_tokens: generated tokens at most, end token and a forced first token included.
+        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty, the length counted like
+            max_new_tokens; 0 ranks by probability.
+        early_stopping: a question is done once H hypotheses have ended and
+            False: the best running one, as it stands, is not better than the worst of them;
+            "never": nor could it be at the full length (differs from False for a positive length_penalty);
+            True: at once.
+    """
+
+    num_beams: int
+    max_new_tokens: int
+    length_penalty: float = 0.0
+    early_stopping: EarlyStopping = False
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Finished hypotheses, best first; places that no hypothesis fills have log_probs and scores −inf."""
+
+    tokens_BHT: Tensor  # int64, generated tokens with the end token; undefined after the length
+    lengths_BH: Tensor  # int64, generated tokens, end token included
+    log_probs_BH: Tensor
+    scores_BH: Tensor  # what the beam ranks by: a forced end costs nothing, and the length penalty is applied
+    doc_log_posteriors_BHTK: Tensor
+
+    def select(self, index: Tensor) -> Beams:
+        """The beams of some questions; `index` is int64 or bool."""
+        return Beams(**{name: value[index] for name, value in vars(self).items()})
+
+
+def check_decoding(
+    generator: Any,
+    input_ids_BKS: Tensor,
+    attention_mask_BKS: Tensor,
+    doc_scores_BK: Tensor,
+    settings: BeamSettings,
+    num_return_sequences: int,
+) -> None:
+    """Refuse settings and inputs that cannot be decoded.
+
+    Raises:
+        ConfigError: a setting is out of range, the generator is not an encoder-decoder, or it has no positions for
+            max_new_tokens.
+        ValueError: shapes do not fit, scores are NaN or +inf, or a question has no passage (all scores −inf).
+    """
+    check_encoder_decoder(generator)
+    for name, value in (
+        ("num_beams", settings.num_beams),
+        ("max_new_tokens", settings.max_new_tokens),
+        ("num_return_sequences", num_return_sequences),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be 1 or more.")
+    if num_return_sequences > settings.num_beams:
+        raise ConfigError(
+            f"num_return_sequences is {num_return_sequences} and num_beams {settings.num_beams}: a beam cannot return "
+            "more answers than it holds. Raise num_beams or ask for fewer answers."
+        )
+    refuse_long_search(generator, settings.max_new_tokens)
+    if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
+        raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
+    check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
+    if not doc_scores_BK.amax(dim=1).isfinite().all():
+        raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")
