@@ -1,17 +1,19 @@
-# Everything runs from .venv, which `make setup` makes from the lock file. `make help` lists the targets.
+# Everything runs from .venv, which `make setup` creates from the lock file. `make help` lists the targets.
 PYTHON ?= python3.11
-# Passed to pip when it installs the lock file, for example another index for torch.
+# Options for pip when it installs the lock file, for example another index for torch.
 PIP_EXTRA ?=
-# Of `make test-again`.
+# Rooms of `make test-fast`.
+FAST ?= $(addprefix tests/,corpus questions pretrained embeddings index reading decoding model training evaluation storage verification cpu)
+# Number of runs in `make test-again`.
 TIMES ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Tests at once have more threads than there are cores: one that waits for others must not keep a core meanwhile.
+# Parallel tests have more threads than there are cores: a waiting thread must not keep a core busy.
 SHARING := OMP_WAIT_POLICY=PASSIVE
 
-# No usage reports, also of the servers that are started here (rag_core/network/usage_reports.py does so for commands).
+# Switch usage reports off in the servers that are started here. For commands rag_core/network/usage_reports.py does it.
 export DO_NOT_TRACK ?= true
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -20,12 +22,12 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_USAGE_STATS_REPORT_URL ?= http://127.0.0.1:9/
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
+.PHONY: help setup demo test test-fast test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(STAMP) ## make .venv with everything in it, `rag` included
+setup: $(STAMP) ## create .venv with all packages and the command `rag`
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
@@ -43,31 +45,34 @@ demo: setup ## train and compare both variants on an embedded example (5 to 14 m
 test: setup ## run all tests (12 minutes on two cores); OPTIONS="-p randomly" shuffles them
 	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(OPTIONS)
 
-test-again: setup ## run all tests TIMES times (4), in their order and shuffled, with and without a busy core beside
+test-fast: setup ## tests of the library alone, without Ray and Prefect (3 minutes on two cores); FAST=tests/decoding for one room
+	$(SHARING) $(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not services and not slow and not chaos" $(FAST) $(OPTIONS)
+
+test-again: setup ## run all tests TIMES times (4): in order and shuffled, with and without one core kept busy
 	$(SHARING) $(BIN)/python -m tests.again --times $(TIMES)
 
-bench: setup $(VENV)/autofaiss ## ours against its peers, ratios, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"
+bench: setup $(VENV)/autofaiss ## compare speed and memory with peers, JSON in runs/bench (half an hour on two cores); OPTIONS="index --mlflow"
 	$(BIN)/python -m benchmarks $(OPTIONS)
 
-bench-smoke: setup $(VENV)/autofaiss ## every benchmark once at a tiny size: fails if one breaks, never because of a ratio
+bench-smoke: setup $(VENV)/autofaiss ## run every benchmark once at a tiny size; fails only if one crashes, never because of a ratio
 	$(BIN)/python -m benchmarks --size smoke --json runs/bench/smoke.json $(OPTIONS)
 
-# The index's peer asks for packages older than ours, so it has a place of its own.
+# The index's peer needs older packages than ours, so it has its own environment.
 $(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/autofaiss.txt
 	@touch $@
 
-mutants: setup ## put deliberate faults into copies of the code and see the tests catch them (about 8 minutes)
+mutants: setup ## put deliberate faults into copies of the code and check that the tests catch them (about 8 minutes)
 	$(BIN)/python -m tests.mutants
 
-chaos: setup ## kill, cut, fuzz and unplug: the figures of docs/reliability.md (about 20 minutes on two cores)
+chaos: setup ## run the tests that kill, truncate, fuzz and disconnect: figures of docs/reliability.md (20 minutes on two cores)
 	$(SHARING) $(BIN)/python -m pytest -m chaos --timeout 1500 -n 3 --dist loadscope --no-loadscope-reorder
 
-chaos-smoke: setup ## some of it in short (5 minutes; in CI)
+chaos-smoke: setup ## run some chaos tests in a short form (5 minutes; in CI)
 	CHAOS=smoke $(SHARING) $(BIN)/python -m pytest -m chaos --timeout 1500 -n 2 --dist loadscope --no-loadscope-reorder
 
-lint: setup ## formatting, lint, types, the direction of imports, and what is known to be unsafe
+lint: setup ## check formatting, lint, types, the direction of imports, insecure code and known vulnerabilities
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -79,15 +84,15 @@ format: setup ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock: setup ## resolve pyproject.toml anew into requirements.lock
+lock: setup ## resolve pyproject.toml again into requirements.lock
 	$(BIN)/pip-compile --quiet --strip-extras --extra demo --extra dev --allow-unsafe --no-emit-options \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --output-file requirements.lock pyproject.toml
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/; /^#/d' requirements.lock
 
-mlflow: setup ## open the MLflow pages of this folder's runs on http://127.0.0.1:5000
+mlflow: setup ## serve the MLflow pages of this folder's runs on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000
 
-prefect: setup ## open the Prefect pages on http://127.0.0.1:4200
+prefect: setup ## start the Prefect server and its pages on http://127.0.0.1:4200
 	$(BIN)/prefect server start --host 127.0.0.1 --port 4200
 
 clean: ## remove .venv and caches; runs/ and mlflow.db stay

@@ -1,7 +1,7 @@
-"""`python -m benchmarks`: every benchmark in a fresh process, one after the other, then one table, JSON and MLflow.
+"""`python -m benchmarks`: run every benchmark in a fresh process, one after the other; write a table, JSON and MLflow.
 
-A module that fails gives a line that says so, and the others go on. The exit code is 1 only for failures: a ratio short
-of its target is a finding, not an error.
+A module that fails gets a line that says so, and the others still run. The exit code is 1 only if a module failed: a
+ratio that misses its target is a finding, not an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.harness import Line, Size, matmul_rate
 
-# In the order in which they run, and the folder of each.
+# Module → its folder, in the order in which they run.
 MODULES = {
     "loss": "library",
     "training": "library",
@@ -40,7 +40,7 @@ LIBRARIES = ("torch", "transformers", "sentence-transformers", "ray", "prefect",
 
 
 class Outcome(BaseModel):
-    """What one module gave; `error` is the last line of what it wrote, if it failed."""
+    """Result of one module. If it failed, `error` is the last line of its output."""
 
     name: str
     seconds: float
@@ -49,7 +49,7 @@ class Outcome(BaseModel):
 
 
 class Results(BaseModel):
-    """Everything of one run, as written to JSON."""
+    """Results of one run of the command, as written to JSON."""
 
     size: Size
     machine: dict[str, Any]
@@ -73,25 +73,26 @@ def run_module(name: str, size: Size) -> Outcome:
         with log_file.open("wb") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         seconds = time.perf_counter() - start
-        written = log_file.read_text(encoding="utf-8", errors="replace")
+        output = log_file.read_text(encoding="utf-8", errors="replace")
         if code:
-            print(written[-8000:], file=sys.stderr)
-            said = [line for line in written.splitlines() if line.strip()]
-            return Outcome(name=name, seconds=seconds, lines=[], error=said[-1] if said else f"exit code {code}")
+            print(output[-8000:], file=sys.stderr)
+            messages = [line for line in output.splitlines() if line.strip()]
+            error = messages[-1] if messages else f"exit code {code}"
+            return Outcome(name=name, seconds=seconds, lines=[], error=error)
         stored = lines_file.read_text(encoding="utf-8").splitlines()
     return Outcome(name=name, seconds=seconds, lines=[Line.model_validate_json(line) for line in stored])
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, versions, and the rates of a large matrix product, measured now."""
+    """Processor, cores, versions, and the rates of a large matrix product, measured here."""
     file = Path("/proc/cpuinfo")
     cpuinfo = file.read_text(encoding="utf-8") if file.exists() else ""
-    facts = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
     return {
-        "processor": facts.get("model name", platform.processor()),
+        "processor": fields.get("model name", platform.processor()),
         "cores": torch.get_num_threads(),
-        "avx512_bf16": "avx512_bf16" in facts.get("flags", "").split(),
+        "avx512_bf16": "avx512_bf16" in fields.get("flags", "").split(),
         "gflops_float32": matmul_rate("float32") / 1e9,
         "gflops_bfloat16": matmul_rate("bfloat16") / 1e9,
         "python": platform.python_version(),
@@ -100,7 +101,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def render(results: Results) -> Table:
-    """The table: one row a line, and one for each module that failed."""
+    """The table: one row per line, and one per failed module."""
     table = Table(title=f"Benchmarks, {results.size}", show_lines=False)
     for heading in ("path", "against", "median (min to max)", "target", "limit", "memory", "outputs", ""):
         table.add_column(heading, overflow="fold")
@@ -127,7 +128,7 @@ def render(results: Results) -> Table:
 
 
 def log_to_mlflow(results: Results, file: Path) -> None:
-    """One run in the experiment rag-bench: the machine as parameters, every line's figures as metrics, the JSON."""
+    """Log one run to the experiment rag-bench: machine as parameters, figures of every line as metrics, JSON file."""
     import mlflow
 
     mlflow.set_experiment("rag-bench")
@@ -143,16 +144,16 @@ def log_to_mlflow(results: Results, file: Path) -> None:
 
 def run(
     names: Annotated[
-        list[str] | None, typer.Argument(help=f"which; all of them if none is named: {', '.join(MODULES)}")
+        list[str] | None, typer.Argument(help=f"benchmarks to run (default: all): {', '.join(MODULES)}")
     ] = None,
-    size: Annotated[str, typer.Option(help="full, or smoke: every module once, tiny")] = "full",
-    json_file: Annotated[Path, typer.Option("--json", help="where the results go")] = Path("runs/bench/results.json"),
-    mlflow: Annotated[bool, typer.Option("--mlflow", help="log them to MLflow, too")] = False,
+    size: Annotated[str, typer.Option(help="full, or smoke: every module once at a tiny size")] = "full",
+    json_file: Annotated[Path, typer.Option("--json", help="file for the results")] = Path("runs/bench/results.json"),
+    mlflow: Annotated[bool, typer.Option("--mlflow", help="also log the results to MLflow")] = False,
 ) -> None:
     """Run benchmarks and print one table."""
     unknown = set(names or ()) - set(MODULES)
     if unknown or size not in ("full", "smoke"):
-        raise typer.BadParameter(f"There are {', '.join(MODULES)}; sizes are full and smoke.")
+        raise typer.BadParameter(f"The benchmarks are {', '.join(MODULES)}; the sizes are full and smoke.")
     start = time.perf_counter()
     results = Results(size=size, machine=describe_machine(), outcomes=[])  # type: ignore[arg-type]
     for name in names or MODULES:
@@ -167,7 +168,7 @@ def run(
     console.print(render(results))
     for key, value in results.machine.items():
         console.print(f"{key}: {value:.0f}" if isinstance(value, float) else f"{key}: {value}", highlight=False)
-    print(f"{time.perf_counter() - start:.0f} s; everything in {json_file}")
+    print(f"{time.perf_counter() - start:.0f} s; all results in {json_file}")
     if mlflow:
         log_to_mlflow(results, json_file)
     if any(outcome.error for outcome in results.outcomes):

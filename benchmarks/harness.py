@@ -1,7 +1,8 @@
-"""How everything here is measured: two sides alternate, ratios of pairs are kept, and a line says whether it is enough.
+"""How all benchmarks measure: two sides alternate, and each pair of runs gives a ratio, compared with a target.
 
-Each side lives in a process of its own, so that its peak memory is its own, and waits while the other works. What the
-arithmetic allows is taken from a large matrix product measured in the same run. This module knows no model and no path.
+Each side has a process of its own, so that their peak memory is separate, and waits while the other works. The
+machine's limit is the rate of a large matrix product, measured in the same run. This module knows no model and no
+benchmark.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Spread(BaseModel):
-    """Median, minimum and maximum of what several pairs gave."""
+    """Median, minimum and maximum over several pairs."""
 
     median: float
     minimum: float
@@ -33,17 +34,17 @@ class Spread(BaseModel):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Spread of one value or more."""
+        """Spread of one or more values."""
         return cls(median=statistics.median(values), minimum=min(values), maximum=max(values), count=len(values))
 
 
 class Line(BaseModel):
-    """One line of the table. `value` is compared with `target`; `memory` with `memory_target`, where there is one."""
+    """One line of the table. `value` is compared with `target`, and `memory` with `memory_target` if it is set."""
 
-    path: str = Field(description="what was measured, with its precision: 'training step, RAG-Token, float32'")
-    peer: str = Field(description="against whom; '' if against nobody")
+    path: str = Field(description="what is measured, with its precision: 'training step, RAG-Token, float32'")
+    peer: str = Field(description="the implementation compared with; '' if none")
     value: Spread
-    unit: str = Field("× faster", description="what `value` counts: '× faster', '% of the step', 's', …")
+    unit: str = Field("× faster", description="unit of `value`: '× faster', '% of the step', 's', …")
     target: float
     higher_is_better: bool = True
     limit_share: float | None = Field(None, description="useful operations ÷ (our seconds × measured rate), 0 to 1")
@@ -56,14 +57,14 @@ class Line(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """The median reaches the target, memory stays within its own, and the outputs are what they must be."""
+        """Whether the median and the memory meet their targets and the outputs are as they must be."""
         reached = self.value.median >= self.target if self.higher_is_better else self.value.median <= self.target
         fits = self.memory is None or self.memory_target is None or self.memory <= self.memory_target
         return reached and fits and self.outputs_equal
 
 
 class Run(BaseModel):
-    """One call of a side: its seconds, the process's peak memory, the peak's rise over the memory before, its result."""
+    """One call of a side: seconds, the process's peak memory, the peak's rise over the memory before, the result."""
 
     seconds: float
     peak_bytes: int
@@ -72,20 +73,20 @@ class Run(BaseModel):
 
 
 class Side:
-    """A process that prepares its work once and does it when told.
+    """A process that prepares its work once and does it on each `run`.
 
     Args:
-        prepare: a function of a module that can be imported; it returns the work, a function without arguments whose
-            result can be pickled (small: NumPy arrays, numbers).
-        arguments: for `prepare`.
+        prepare: a module-level function that returns the work: a function without arguments whose result can be
+            pickled and is small (NumPy arrays, numbers).
+        arguments: arguments of `prepare`.
     """
 
     def __init__(self, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_pipe, prepare, arguments), daemon=True)
         self._process.start()
-        theirs.close()
+        child_pipe.close()
         self._receive()
 
     def __enter__(self) -> Side:
@@ -100,15 +101,15 @@ class Side:
     def run(self) -> Run:
         """Do the work once."""
         self._pipe.send("run")
-        found: Run = self._receive()
-        return found
+        run: Run = self._receive()
+        return run
 
     def _receive(self) -> Any:
         try:
-            answer = self._pipe.recv()
+            message = self._pipe.recv()
         except EOFError as error:
             raise RuntimeError("a side of the benchmark ended early; its traceback is above") from error
-        return answer
+        return message
 
 
 class Pairs(BaseModel):
@@ -120,7 +121,7 @@ class Pairs(BaseModel):
     @property
     def speedup(self) -> Spread:
         """The peer's seconds ÷ ours."""
-        return Spread.of([theirs.seconds / mine.seconds for mine, theirs in zip(self.ours, self.peer, strict=True)])
+        return Spread.of([peer.seconds / ours.seconds for ours, peer in zip(self.ours, self.peer, strict=True)])
 
     @property
     def seconds(self) -> float:
@@ -134,11 +135,11 @@ class Pairs(BaseModel):
 
     @property
     def rise_ratio(self) -> float:
-        """What our work added to the process's memory ÷ what the peer's did."""
+        """Memory added by our work ÷ memory added by the peer's."""
         return max(run.rise_bytes for run in self.ours) / max(1, max(run.rise_bytes for run in self.peer))
 
     def details(self) -> dict[str, Any]:
-        """What a line keeps of the runs beside its ratio."""
+        """Details of the runs for a line: seconds and memory of both sides."""
         return {
             name: {
                 "seconds": [round(run.seconds, 4) for run in runs],
@@ -150,12 +151,12 @@ class Pairs(BaseModel):
 
 
 def alternate(ours: Side, peer: Side, pairs: int, warmup: int = 1) -> Pairs:
-    """Run both sides in turn; the warm-up is not counted."""
+    """Run both sides in turn, `pairs` times after `warmup` uncounted rounds."""
     return in_turn({"ours": ours}, peer, pairs, warmup)["ours"]
 
 
 def in_turn(ours: Mapping[str, Side], peer: Side, rounds: int, warmup: int = 1) -> dict[str, Pairs]:
-    """Run several sides of ours and the peer in turn; each of ours is paired with the peer's run of its round."""
+    """Run several sides of ours and the peer in turn. Each run of ours is paired with the peer's of the same round."""
     sides = {**ours, "peer": peer}
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(-warmup, rounds):
@@ -167,7 +168,7 @@ def in_turn(ours: Mapping[str, Side], peer: Side, rounds: int, warmup: int = 1) 
 
 
 def matmul_rate(precision: Precision, size: int = 2048, repeats: int = 8) -> float:
-    """Floating-point operations a second of a product of two square matrices, best of `repeats`."""
+    """Floating-point operations per second of a product of two square matrices, best of `repeats`."""
     left, right = (torch.randn(size, size).to(DTYPES[precision]) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
@@ -178,12 +179,12 @@ def matmul_rate(precision: Precision, size: int = 2048, repeats: int = 8) -> flo
 
 
 def limit_share(operations: float, seconds: float, precision: Precision) -> float:
-    """Which share of the machine's matrix-product rate the useful operations were done at."""
+    """Rate of the useful operations as a share of the machine's matrix-product rate."""
     return operations / seconds / matmul_rate(precision)
 
 
 def main(measure: Callable[[Size], list[Line]]) -> None:
-    """Entry point of a benchmark module: `--size`, and where to write the lines as JSON Lines (default: print)."""
+    """Command line of a benchmark module: `--size`, and `--lines`, the JSON Lines file to write (default: print)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=["full", "smoke"], default="full")
     parser.add_argument("--lines", type=Path, default=None)
@@ -218,7 +219,7 @@ def _reset_peak() -> None:
 
 
 def _memory(name: str) -> int:
-    """Bytes of a line of /proc/self/status; 0 where there is none."""
+    """Bytes in a line of /proc/self/status; 0 on systems without it."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

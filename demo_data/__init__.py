@@ -1,1 +1,1 @@
-"""The demo's corpus: real facts about cities and countries, turned into passages and questions by our own code."""
+"""The demo's data: makes passages and questions from real facts about cities and countries."""

@@ -1,4 +1,4 @@
-"""Settings of the demo's corpus and of how its entities are split."""
+"""Settings of the demo's corpus, and of how its entities are split into train, dev and test."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class GeonamesConfig(BaseModel):
     """How many cities the corpus covers, and how many entities only dev or only test may ask about."""
 
-    # Frozen, hence hashable: the entities of one config are read once and kept.
+    # Frozen and so hashable: `load_entities` caches the entities of each config.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_cities: int = Field(
         4000,
         ge=20,
         le=20_000,
-        description="Cities in the corpus: the largest that have a name of their own. Each gives three passages; "
+        description="Cities in the corpus: the largest ones with a unique name. Each gives three passages; "
         "the countries give about 1,700 more.",
     )
     seed: int = Field(13, ge=0, description="Chooses the split of the entities and the wordings.")
@@ -24,10 +24,10 @@ class GeonamesConfig(BaseModel):
     test_countries: int = Field(40, ge=1, le=80, description="Countries that only test questions ask about.")
     dev_countries: int = Field(20, ge=1, le=40, description="Countries that only dev questions ask about.")
     train_wordings_city: int = Field(
-        1, ge=1, le=3, description="In how many wordings training asks for each fact of a city."
+        1, ge=1, le=3, description="Number of wordings in which training asks for each fact of a city."
     )
     train_wordings_country: int = Field(
-        3, ge=1, le=3, description="The same for a country; more, for there are few countries."
+        3, ge=1, le=3, description="The same for a country; more, because there are few countries."
     )
 
     @model_validator(mode="after")

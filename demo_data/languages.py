@@ -1,6 +1,6 @@
 """English names of the ISO 639 codes that geonames uses for the main languages of the countries.
 
-A code that is not here is passed over: a passage names the languages that a reader may know.
+Codes that are not here are skipped, so a passage names only languages that a reader may know.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How facts are told (passages) and asked for (questions), and the names of the types of fact.
+"""The types of facts, and the templates that state facts (passages) and ask for them (questions).
 
-The passages use other words than the questions, so that an untrained encoder finds the right entity but often the
-wrong one of its passages: which fact a question asks for is what end-to-end training has to teach. Measured with
-untrained MiniLM (docs/log.md); whoever rewords must measure again. Nothing here knows where facts come from.
+Passages use other words than questions. So an untrained encoder finds the right entity, but often the wrong passage
+of it: end-to-end training has to teach which fact a question asks for. This was measured with untrained MiniLM
+(docs/log.md); if you change a wording, measure again. This module does not know where facts come from.
 
 `{name}` stands for the entity, `{value}` for the answer as the passage states it.
 """
@@ -18,7 +18,7 @@ TYPES = CITY_TYPES + COUNTRY_TYPES
 
 @dataclass(frozen=True, slots=True)
 class Wordings:
-    """The templates of one type of fact: passages, questions, and questions that training never sees."""
+    """Templates of one type of fact: passages, questions, and questions that only test uses."""
 
     passages: tuple[str, ...]
     questions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Prefect flows, one a file; `flows.cli` is the command line above them."""
+"""Prefect flows, one per file; `flows.cli` is the command line above them."""
 
-# First of all: it switches usage reports off, and the tools look at that when they are imported.
+# Import rag_core first: it switches usage reports off, and the tools read that setting when they are imported.
 import rag_core  # noqa: F401

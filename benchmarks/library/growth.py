@@ -1,7 +1,7 @@
-"""Time a passage and the driver's memory as the corpus grows: embed on Ray, then build the index, 10,000 to 235,000.
+"""Time per passage and the driver's memory as a corpus grows from 10,000 to 235,000 passages: embed on Ray, index.
 
-The driver is a process of its own. It also builds the index, so what it holds there counts, FAISS's own part included.
-Ray's worker is warm. The corpus and the embeddings of the largest size are left where `geonames_embeddings` finds them.
+The driver has a process of its own. It also builds the index, so that memory counts, including FAISS's. Ray's worker is
+warm. The corpus and embeddings of the largest size are left where `geonames_embeddings` finds them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MEGABYTES = 300.0
 
 
 def prepare_driver(folders: Sequence[Path], scratch: Path) -> Callable[[], dict[str, Any]]:
-    """Each call does the next corpus: seconds of both halves."""
+    """Each call embeds and indexes the next corpus; returns the seconds of both."""
     from tasks.on_ray.embedding import embed_on_ray
 
     config = EmbedConfig(encoder=MINILM)
@@ -40,8 +40,8 @@ def prepare_driver(folders: Sequence[Path], scratch: Path) -> Callable[[], dict[
             draft.details = {"encoder": MINILM, "encoder_fingerprint": fingerprint, "encoder_settings": settings}
             draft.details |= {"dim": dim, "dtype": config.dtype}
 
-    def next_one() -> dict[str, Any]:
-        folder = next(waiting)
+    def next_corpus() -> dict[str, Any]:
+        folder = next(remaining)
         corpus = Corpus.open(folder / "corpus", check_content=False)
         start = time.perf_counter()
         embed(corpus, folder / KIND)
@@ -49,13 +49,13 @@ def prepare_driver(folders: Sequence[Path], scratch: Path) -> Callable[[], dict[
         build_index(Embeddings.open(folder / KIND, check_content=False), corpus, scratch / "index", IndexConfig())
         return {"embed": embedded - start, "index": time.perf_counter() - embedded}
 
-    waiting = iter(folders)
-    next_one()
-    return next_one
+    remaining = iter(folders)
+    next_corpus()
+    return next_corpus
 
 
 def measure(size: Size) -> list[Line]:
-    """Two lines: how much slower a passage becomes, and how much more memory the driver takes."""
+    """Two lines: how much more time a passage takes, and how much more memory the driver."""
     sizes = [200, 600] if size == "smoke" else [10_000, ALL]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -70,8 +70,8 @@ def measure(size: Size) -> list[Line]:
     path = f"growth, {sizes[0]} to {sizes[1]} passages, embed and index"
     seconds = [sum(run.result.values()) / passages for run, passages in zip((small, large), sizes, strict=True)]
     details = {
-        str(one): run.result | {"peak_mb": run.peak_bytes // 2**20}
-        for one, run in zip(sizes, (small, large), strict=True)
+        str(passages): run.result | {"peak_mb": run.peak_bytes // 2**20}
+        for passages, run in zip(sizes, (small, large), strict=True)
     }
     slower = 100 * (seconds[1] / seconds[0] - 1)
     more = (large.peak_bytes - small.peak_bytes) / 2**20
@@ -83,7 +83,7 @@ def measure(size: Size) -> list[Line]:
             unit="% more",
             target=SLOWER,
             higher_is_better=False,
-            details=details | {"microseconds_a_passage": [round(1e6 * one) for one in seconds]},
+            details=details | {"microseconds_a_passage": [round(1e6 * value) for value in seconds]},
         ),
         Line(
             path=f"{path}: driver's peak memory",

@@ -1,9 +1,9 @@
 """Search over MiniLM embeddings of geonames: `PassageIndex` against exact FAISS and against autofaiss.
 
-The queries are questions about the places ("Where is X?"), embedded; both approximate indices are tuned on other
-questions of that kind, to `TUNED_RECALL` so that the measured recall@10 stays above 0.95. autofaiss may use as many
-bytes as our search touches (index.faiss and vectors.npy). It asks for older packages than ours and builds in an
-environment of its own (`make bench` makes it); its index is searched here, by the same FAISS as ours.
+The queries are embedded questions about the places ("Where is X?"). Both approximate indices are tuned on other
+questions of that kind, to `TUNED_RECALL`, so that the measured recall@10 stays above 0.95. autofaiss may use as many
+bytes as our search touches (index.faiss and vectors.npy). It needs older packages than ours, so it builds in a separate
+environment, which `make bench` creates; its index is searched here, by the same FAISS as ours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ print(facts["index_key"], facts["index_param"])
 
 
 def measure(size: Size) -> list[Line]:
-    """Batches against exact search and autofaiss; single questions, build times and bytes as details."""
+    """Lines for batches against exact search and against autofaiss; details: single questions, build times, bytes."""
     bench_cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=bench_cache()) as scratch:
         return _compare(Path(scratch), *((ALL, 2000, 7, "auto") if size == "full" else (3000, 100, 2, SMALL_FACTORY)))
@@ -72,17 +72,17 @@ def _compare(scratch: Path, passages: int, count: int, pairs: int, factory: str)
     facts |= {"build_seconds": built, "questions": count, "recall_tuned": ours["recall_at_10"], "bound_bytes": bound}
     facts |= {"recall_curve": ours["recall_curve"]}
     with (
-        Side(search_ours, out, pairs) as mine,
+        Side(search_ours, out, pairs) as ours_side,
         Side(search_exact, out, pairs) as flat,
         Side(search_peer, out, pairs) as peer,
     ):
-        runs = [(mine.run(), flat.run(), peer.run()) for _ in range(1 + 2 * pairs)]
+        runs = [(ours_side.run(), flat.run(), peer.run()) for _ in range(1 + 2 * pairs)]
     ours_runs, flat_runs, peer_runs = zip(*runs[1 : pairs + 1], strict=True)
-    exact, autofaiss = (Pairs(ours=list(ours_runs), peer=list(them)) for them in (flat_runs, peer_runs))
+    exact, autofaiss = (Pairs(ours=list(ours_runs), peer=list(others)) for others in (flat_runs, peer_runs))
     single = [[run.seconds / SINGLES for run in side] for side in zip(*runs[pairs + 1 :], strict=True)]
     milliseconds = {name: 1000 * min(times) for name, times in zip(("ours", "exact", "peer"), single, strict=True)}
     truth = flat_runs[0].result
-    recall, peer_recall = (_recall(them[0].result, truth) for them in (ours_runs, peer_runs))
+    recall, peer_recall = (_recall(side[0].result, truth) for side in (ours_runs, peer_runs))
     facts |= {"queries_per_second": count / exact.seconds, "recall_at_10": recall, "milliseconds_single": milliseconds}
     facts |= {"peer_bytes": peer_bytes, "peer_build_seconds": peer_built, "peer_recall_at_10": peer_recall}
     return [
@@ -109,13 +109,13 @@ def _compare(scratch: Path, passages: int, count: int, pairs: int, factory: str)
 
 
 def search_ours(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
-    """All of `PassageIndex.search`: rows (Q, K)."""
+    """`PassageIndex.search` as a whole; returns rows_QK."""
     opened = PassageIndex.open(index, check_content=False)
     return _work(index, pairs, lambda queries_QD: opened.search(queries_QD, K).rows_BK)
 
 
 def search_exact(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
-    """FAISS over all vectors in memory."""
+    """Exact FAISS search over all vectors in memory."""
     vectors_ND = np.load(index / "vectors.npy")
     flat = faiss.IndexFlatIP(vectors_ND.shape[1])
     flat.add(vectors_ND)
@@ -123,7 +123,7 @@ def search_exact(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
 
 
 def search_peer(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
-    """What autofaiss built, at the cheapest setting that has the recall on the questions that ours was tuned on."""
+    """The index of autofaiss, at the cheapest setting with `TUNED_RECALL` on the questions that ours was tuned on."""
     vectors_ND = np.load(index / "vectors.npy", mmap_mode="r")
     peer = faiss.read_index(str(index / "autofaiss.index"))
     tune_recall([peer], [vectors_ND], TUNED_RECALL, 0, 1, np.load(index.parent / "tuning.npy"))
@@ -131,7 +131,7 @@ def search_peer(index: Path, pairs: int) -> Callable[[], np.ndarray | None]:
 
 
 def _work(index: Path, pairs: int, search: Callable[[np.ndarray], np.ndarray]) -> Callable[[], np.ndarray | None]:
-    """The whole batch in each of the first calls (a warm-up and the pairs), then some questions one at a time."""
+    """The first calls (a warm-up and the pairs) search the whole batch, later ones some questions one at a time."""
     queries_QD = np.load(index.parent / "queries.npy")
     calls = iter(range(1 + 2 * pairs))
 
@@ -146,7 +146,7 @@ def _work(index: Path, pairs: int, search: Callable[[np.ndarray], np.ndarray]) -
 
 
 def _questions(corpus: Corpus, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of `count` questions to tune on, and of `count` others to measure on."""
+    """Vectors of `count` questions for tuning, and of `count` other questions for measuring."""
     places = [passage.text.split(" is a place in ")[0] for passage in corpus.iter_passages()]
     chosen = np.random.default_rng(0).choice(len(places), 2 * count, replace=False)
     texts = [QUESTIONS[number % len(QUESTIONS)].format(places[row]) for number, row in enumerate(chosen)]
@@ -155,16 +155,16 @@ def _questions(corpus: Corpus, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _build_autofaiss(index: Path, bound: int) -> str:
-    """Let autofaiss choose, build and tune within so many bytes; returns its choice."""
+    """Let autofaiss choose, build and tune an index of at most `bound` bytes; returns its factory string."""
     if not AUTOFAISS.exists():
         raise FileNotFoundError(f"{AUTOFAISS} is missing: `make {AUTOFAISS.parent.parent}` installs autofaiss there.")
     arguments = [str(index / "vectors.npy"), str(index / "autofaiss.index"), f"{bound}B", str(os.cpu_count())]
-    done = subprocess.run([AUTOFAISS, "-c", BUILD, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1].split(" ")[0]
+    result = subprocess.run([AUTOFAISS, "-c", BUILD, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return result.stdout.strip().splitlines()[-1].split(" ")[0]
 
 
 def _recall(rows_QK: np.ndarray, truth_QK: np.ndarray) -> float:
-    return float(np.mean([len({*found} & {*true}) / K for found, true in zip(rows_QK, truth_QK, strict=True)]))
+    return float(np.mean([len({*rows} & {*true}) / K for rows, true in zip(rows_QK, truth_QK, strict=True)]))
 
 
 if __name__ == "__main__":

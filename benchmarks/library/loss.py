@@ -1,4 +1,4 @@
-"""The loss alone, forwards and backwards on given logits, against Hugging Face's `get_nll`.
+"""The loss alone, forward and backward on given logits, against Hugging Face's `get_nll`.
 
 Legend: B questions, K passages per question, T answer tokens, V vocabulary.
 """
@@ -25,18 +25,18 @@ def _inputs(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(3)
     logits_BKTV = (3 * torch.randn(B, K, T, V, generator=random)).requires_grad_()
     doc_scores_BK = torch.randn(B, K, generator=random).requires_grad_()
-    # The last position has no label: theirs reads one answer token more than it scores.
+    # The last position has no label, because Hugging Face's loss reads one answer token more than it scores.
     labels_BT = torch.nn.functional.pad(answers(V, B, T - 1), (0, 1), value=IGNORE)
     return logits_BKTV, doc_scores_BK, labels_BT
 
 
 def _result(loss: Tensor, logits_BKTV: Tensor, doc_scores_BK: Tensor) -> np.ndarray:
-    """Loss and a sample of its gradients; they are taken out, so that the next call starts from none."""
+    """Loss and a sample of its gradients. Resets the gradients for the next call."""
     assert logits_BKTV.grad is not None
     assert doc_scores_BK.grad is not None
-    found = torch.cat([loss.detach().view(1), doc_scores_BK.grad.flatten(), logits_BKTV.grad.flatten()[::9973]])
+    result = torch.cat([loss.detach().view(1), doc_scores_BK.grad.flatten(), logits_BKTV.grad.flatten()[::9973]])
     logits_BKTV.grad = doc_scores_BK.grad = None
-    return found.numpy()
+    return result.numpy()
 
 
 def prepare_ours(size: Size, variant: Variant) -> Callable[[], np.ndarray]:
@@ -52,7 +52,7 @@ def prepare_ours(size: Size, variant: Variant) -> Callable[[], np.ndarray]:
 
 
 def prepare_peer(size: Size, variant: Variant) -> Callable[[], np.ndarray]:
-    """Theirs: labels are what the decoder reads, start token first."""
+    """Their loss on the logits. Their labels are the decoder's inputs, start token first."""
     logits_BKTV, doc_scores_BK, labels_BT = _inputs(size)
     model: Any = hf_rag(bart("smoke"), variant)
     starts_B1 = torch.full((len(labels_BT), 1), START)
@@ -68,12 +68,12 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], np.ndarray]:
 
 
 def measure(size: Size) -> list[Line]:
-    """A line a variant."""
+    """One line per variant."""
     lines = []
     for variant in ("sequence", "token"):
         with Side(prepare_ours, size, variant) as ours, Side(prepare_peer, size, variant) as peer:
             pairs = alternate(ours, peer, 7 if size == "full" else 1)
-        apart = float(np.abs(pairs.ours[0].result - pairs.peer[0].result).max())
+        difference = float(np.abs(pairs.ours[0].result - pairs.peer[0].result).max())
         relative = abs(pairs.ours[0].result[0] / pairs.peer[0].result[0] - 1)
         lines.append(
             Line(
@@ -83,7 +83,7 @@ def measure(size: Size) -> list[Line]:
                 target=3.0,
                 memory=pairs.rise_ratio,
                 memory_target=0.35,
-                outputs=f"loss apart by {relative:.0e} of itself, gradients by {apart:.0e}",
+                outputs=f"loss apart by {relative:.0e} of itself, gradients by {difference:.0e}",
                 outputs_equal=bool(relative < 1e-5),
                 details=pairs.details(),
             )

@@ -1,7 +1,7 @@
 """Answers under bf16 autocast against float32: same model, index and questions, retrieval included.
 
-For questions whose best answers differ, both answers are scored again in float32 over the float32 passages: how much
-less likely than the best one is the answer that bf16 chose?
+If the best answers of a question differ, both are scored in float32 over the float32 passages: how much less likely is
+the answer that bf16 chose?
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ def main() -> None:
     options = parser.parse_args()
     model = RagModel.from_pretrained(options.run / f"rag-{options.variant}")
     index = PassageIndex.open(options.run / "index")
-    asked = [one for name in ("test", "dev") for one in read_questions(options.run / f"data/{name}.jsonl")]
-    questions = [one.question for one in asked][: options.questions]
+    rows = [row for name in ("test", "dev") for row in read_questions(options.run / f"data/{name}.jsonl")]
+    questions = [row.question for row in rows][: options.questions]
     exact, rough = (
         model.answer(questions, index, decoding=DecodingConfig(max_new_tokens=20, precision=precision))
         for precision in ("float32", "bfloat16")
     )
-    differ = [place for place in range(len(questions)) if exact[place].text != rough[place].text]
+    differ = [at for at in range(len(questions)) if exact[at].text != rough[at].text]
     gaps = []
-    for place in differ:
-        passages = [one.passage for one in exact[place].passages]
-        log_priors = torch.tensor([[one.prior for one in exact[place].passages]]).log()
+    for at in differ:
+        passages = [candidate.passage for candidate in exact[at].passages]
+        log_priors = torch.tensor([[candidate.prior for candidate in exact[at].passages]]).log()
         with torch.inference_mode():
             best, chosen = (
                 -model.reader.nll(
-                    [questions[place]], [passages], log_priors, [answer.text], model.settings.variant or "token"
+                    [questions[at]], [passages], log_priors, [answer.text], model.settings.variant or "token"
                 ).item()
-                for answer in (exact[place], rough[place])
+                for answer in (exact[at], rough[at])
             )
         gaps.append(best - chosen)
-        print(f"{questions[place]}  float32: {exact[place].text}  bf16: {rough[place].text}  gap {gaps[-1]:.3f} nats")
-    apart = [abs(a.log_prob - b.log_prob) for a, b in zip(exact, rough, strict=True) if a.text == b.text]
+        print(f"{questions[at]}  float32: {exact[at].text}  bf16: {rough[at].text}  gap {gaps[-1]:.3f} nats")
+    differences = [abs(a.log_prob - b.log_prob) for a, b in zip(exact, rough, strict=True) if a.text == b.text]
     print(
         f"RAG-{options.variant}, {len(questions)} questions: {1 - len(differ) / len(questions):.1%} same best answer; "
         f"largest gap of the others {max(gaps, default=0.0):.3f} nats; log-probabilities of the same answers apart by "
-        f"{max(apart):.3f} nats at most, {sum(apart) / len(apart):.4f} on average"
+        f"{max(differences):.3f} nats at most, {sum(differences) / len(differences):.4f} on average"
     )
 
 

@@ -1,8 +1,8 @@
-"""What retrieval and the assembly of contexts cost inside a training step.
+"""Cost of retrieval and context assembly inside a training step.
 
-The step is the one that `rag train` makes: MiniLM as question encoder, a BART-like generator, an index of passages of
-about 100 tokens, eight questions, five passages each. The share is that of the search in the index, the reading of the
-passages, and their joining and tokenising; the question encoder's pass serves the gradient and is not counted.
+The step is that of `rag train`: MiniLM as question encoder, a BART-like generator, an index of passages of about 100
+tokens, eight questions with five passages each. The share counts index search, reading the passages, joining and
+tokenising them. It leaves out the question encoder's pass, which the gradient needs anyway.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SENTENCES = 5  # of about 20 tokens each
 
 
 def measure(size: Size) -> list[Line]:
-    """One line: the share of the steps' seconds, each step a value."""
+    """One line: retrieval's share of the seconds, with one value per step."""
     passages, batch, steps = (3_000, 8, 6) if size == "full" else (200, 2, 2)
     with tempfile.TemporaryDirectory() as folder:
         index = _index(Path(folder), passages)
@@ -62,7 +62,11 @@ def measure(size: Size) -> list[Line]:
 def _index(folder: Path, passages: int) -> PassageIndex:
     sentences = geonames_passages(passages * SENTENCES)
     joined = [
-        Passage(id=str(n), title="", text=" ".join(one.text for one in sentences[n * SENTENCES : (n + 1) * SENTENCES]))
+        Passage(
+            id=str(n),
+            title="",
+            text=" ".join(sentence.text for sentence in sentences[n * SENTENCES : (n + 1) * SENTENCES]),
+        )
         for n in range(passages)
     ]
     write_passages(joined, folder / "corpus", made_from={}, config={}, shard_rows=25_000)
@@ -73,7 +77,7 @@ def _index(folder: Path, passages: int) -> PassageIndex:
 
 def _model(size: Size) -> RagModel:
     tokenizer = load_tokenizer(resolve_model_source(MINILM))
-    # MiniLM's pieces have places in the vocabulary of the other benchmarks, so that the head is as large as there.
+    # At least the vocabulary of the other benchmarks, so that the head is as large as theirs.
     generator = bart(size, vocab_size=max(50_265, len(tokenizer)))
     prompt = PromptConfig(max_context_tokens=128, max_answer_tokens=12)
     settings = ModelSettings(score_scale=20.0, num_docs=5, prompt=prompt)
@@ -83,7 +87,7 @@ def _model(size: Size) -> RagModel:
 def _shares(
     objective: EndToEnd, index: PassageIndex, questions: list[Question], batch: int, steps: int
 ) -> tuple[list[float], list[float]]:
-    """For each step but the first: retrieval's percentage, and its seconds."""
+    """Retrieval's percentage, and the seconds, of every step but the first."""
     spent: list[float] = []
     points: list[tuple[float, float]] = []
 
@@ -102,12 +106,12 @@ def _shares(
 
 @contextmanager
 def _timed(owner: Any, name: str, spent: list[float]) -> Iterator[None]:
-    usual: Callable[..., Any] = getattr(owner, name)
+    original: Callable[..., Any] = getattr(owner, name)
 
     def timed(*arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            return usual(*arguments, **options)
+            return original(*arguments, **options)
         finally:
             spent.append(time.perf_counter() - start)
 

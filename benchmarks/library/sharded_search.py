@@ -1,9 +1,9 @@
-"""Search in this process against search by Ray actors, and how long a killed actor is missed.
+"""Search in this process against search by Ray actors, and how soon a killed actor is replaced.
 
     .venv/bin/python -m benchmarks.library.sharded_search [--rows 20000] [--dim 384] [--shards 2] [--questions 8]
 
-Random vectors of unit length, K = 5, an exact index. Both ways are timed in turn, so that what else the machine does
-slows both. Prints one JSON object: medians in milliseconds a batch, and seconds until a killed actor answered again.
+Random vectors of unit length, K = 5, an exact index. Both searches alternate, so that other load on the machine slows
+both. Prints one JSON object: medians in milliseconds per batch, and seconds until a killed actor answered again.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def main() -> None:
             assert isinstance(sharded, ShardedRetriever)
             times: dict[str, list[float]] = {"local": [], "sharded": []}
             for _ in range(BATCHES):
-                for name, one in (("local", index), ("sharded", sharded)):
+                for name, retriever in (("local", index), ("sharded", sharded)):
                     start = time.perf_counter()
-                    one.search(queries_BD, K)
+                    retriever.search(queries_BD, K)
                     times[name].append(time.perf_counter() - start)
-            missed = [kill_and_search(sharded, queries_BD) for _ in range(KILLS)]
+            downtimes = [kill_and_search(sharded, queries_BD) for _ in range(KILLS)]
     figures = {f"{name}_ms": round(1000 * statistics.median(seconds), 2) for name, seconds in times.items()}
-    print(json.dumps({**vars(options), **figures, "replaced_after_s": [round(one, 2) for one in missed]}))
+    print(json.dumps({**vars(options), **figures, "replaced_after_s": [round(downtime, 2) for downtime in downtimes]}))
 
 
 def build(folder: Path, rows: int, dim: int, shards: int) -> PassageIndex:
@@ -77,7 +77,7 @@ def build(folder: Path, rows: int, dim: int, shards: int) -> PassageIndex:
 
 
 def kill_and_search(retriever: ShardedRetriever, queries_BD: np.ndarray) -> float:
-    """Seconds from the kill of an actor that has no replica to the next whole answer."""
+    """Seconds from the kill of an actor without replicas to the next complete answer."""
     os.kill(ray.get(retriever._replicas[0][0].process.remote()), signal.SIGKILL)
     start = time.monotonic()
     retriever.search(queries_BD, K)

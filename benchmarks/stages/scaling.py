@@ -1,7 +1,7 @@
 """`python -m benchmarks.stages.scaling`: the tables of docs/scaling.md, from measured constants and formulas.
 
-Constants marked "measured" are replaced by those of a `make bench` where its results hold them. Nothing was timed on a
-GPU: its rates are peaks from data sheets times an assumed utilisation. Arithmetic is counted, not fitted.
+Measured constants come from the results of `make bench`, if there are any. Nothing was timed on a GPU: its rates are
+data-sheet peaks times an assumed utilisation. Operations are counted, not fitted to timings.
 
 Letters: N passages, D embedding, S tokens of a text, L layers, B questions, K passages a question, T answer tokens,
 V vocabulary, R workers.
@@ -19,7 +19,7 @@ from rag_core.index.factory import TRAIN_ROWS_PER_LIST, choose_factory
 
 SIZES = {"21 M (Wikipedia)": 21_000_000, "1 G": 1_000_000_000}
 WORKERS = (1, 8, 64)
-# Assumed: data-sheet peak of dense bfloat16, operations a second, times the share that is reached.
+# Assumed: data-sheet peak of dense bfloat16 in operations per second, and the share of it that is reached.
 UTILISATION = 0.35
 GPUS = {"A100": 312e12, "H100": 989e12}
 TEXT_BYTES = 600  # assumed: a passage of 100 words
@@ -28,7 +28,7 @@ KMEANS_ROUNDS = 10  # FAISS's default for the lists of an IVF
 
 
 class Encoder(NamedTuple):
-    """A BERT-like encoder; its word embeddings cost no arithmetic."""
+    """A BERT-like encoder. Word embeddings are left out, since looking them up costs no arithmetic."""
 
     name: str
     layers: int
@@ -36,7 +36,7 @@ class Encoder(NamedTuple):
 
 
 class Generator(NamedTuple):
-    """A BART-like generator; parameters of the linear layers of each half, by the usual 12·D² and 16·D² a layer."""
+    """A BART-like generator. Linear layers have 12·D² parameters per encoder layer and 16·D² per decoder layer."""
 
     name: str
     layers: int
@@ -61,16 +61,16 @@ GENERATORS = (Generator("6+6 × 512 (benchmark)", 6, 512, 50_265), Generator("BA
 
 
 def encoder_operations(encoder: Encoder, tokens: int) -> float:
-    """Operations to embed a text: per token 2 · 12·L·D² in the linear layers and 4·L·S·D in attention."""
+    """Operations to embed a text. Per token: 2 · 12·L·D² in the linear layers, 4·L·S·D in attention."""
     return tokens * (24 * encoder.layers * encoder.width**2 + 4 * encoder.layers * tokens * encoder.width)
 
 
 def index_bytes(num_vectors: int, dim: int) -> dict[str, float]:
-    """Bytes of each part of an index: codes and 8-byte ids, 4·D a list, 4·D a vector, and the texts."""
+    """Bytes of each file of an index: codes with 8-byte ids and 4·D per list, 4·D per vector, and the texts."""
     factory = choose_factory(num_vectors, dim)
     lists = lists_of(factory)
-    subvectors, scanned = re.search(r"PQ(\d+)(x4fs)?$", factory), factory.endswith("x4fs")
-    code = dim if subvectors is None else int(subvectors[1]) / (2 if scanned else 1)
+    subvectors, four_bit = re.search(r"PQ(\d+)(x4fs)?$", factory), factory.endswith("x4fs")
+    code = dim if subvectors is None else int(subvectors[1]) / (2 if four_bit else 1)
     code = 4 * dim if factory == "Flat" else code + 8
     rotation = 4 * dim**2 if factory.startswith("OPQ") else 0
     index = num_vectors * code + 4 * dim * lists + rotation
@@ -79,23 +79,23 @@ def index_bytes(num_vectors: int, dim: int) -> dict[str, float]:
 
 def lists_of(factory: str) -> int:
     """Number of inverted lists; 0 for an exact index."""
-    found = re.search(r"IVF(\d+)", factory)
-    return int(found[1]) if found else 0
+    match = re.search(r"IVF(\d+)", factory)
+    return int(match[1]) if match else 0
 
 
 def build_operations(num_vectors: int, dim: int) -> tuple[float, float]:
-    """Operations of k-means over the training rows, and of finding each vector's list: 2·D for each centroid."""
+    """Operations of k-means over the training rows, and of assigning vectors to lists: 2·D per vector and centroid."""
     lists = lists_of(choose_factory(num_vectors, dim))
     train = KMEANS_ROUNDS * min(num_vectors, TRAIN_ROWS_PER_LIST * lists) * lists * 2 * dim
     return float(train), 2.0 * num_vectors * lists * dim
 
 
 def step_operations(model: Generator, questions: int, passages: int, context: int, answer: int) -> float:
-    """Forward and backward of one step: 6 operations a parameter and token, attention and the vocabulary on top."""
+    """Operations of one forward and backward pass: 6 per parameter and token, plus attention and the vocabulary."""
     pairs = questions * passages
     encoder = context * (6 * model.encoder_parameters + 12 * model.layers * context * model.width)
     cross = 12 * model.layers * context * model.width * answer
-    # The cross-attention projects the context's keys and values once a layer: 4 of a decoder layer's 16 D².
+    # Each layer's cross-attention projects the context's keys and values once: 2 of a decoder layer's 16 D².
     projected = 6 * context * 2 * model.layers * model.width**2
     decoder = answer * (6 * model.decoder_parameters * 14 / 16 + 6 * model.vocabulary * model.width)
     return float(pairs * (encoder + projected + decoder + cross))
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def read_measured(file: Path) -> dict[str, Any]:
-    """Rates of the matrix product, from the results of `make bench` or, without them, from this kind of machine."""
+    """Rates of the matrix product, from the results of `make bench`; without them, those of the reference machine."""
     if not file.exists():
         return {"source": "the reference machine (2 cores; no results file)", "float32": 150e9, "bfloat16": 360e9}
     machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
@@ -136,7 +136,7 @@ def print_embedding(measured: dict[str, Any]) -> None:
             total = operations * count / UTILISATION
             times = (total / peak / workers for peak in GPUS.values() for workers in WORKERS)
             cells = [total / measured["bfloat16"], *times]
-            row(f"{encoder.name}, {name}", f"{operations / 1e9:.2f} G", *(hours(one) for one in cells))
+            row(f"{encoder.name}, {name}", f"{operations / 1e9:.2f} G", *(hours(seconds) for seconds in cells))
     print()
 
 
@@ -167,18 +167,19 @@ def print_training() -> None:
 
 
 def print_inference() -> None:
-    row("Answers of 16 tokens, 4 beams, K=5, S=96", "operations a question", *(f"1 M questions, {n} × {g}, h" for g in GPUS for n in WORKERS))  # fmt: skip
+    row("Answers of 16 tokens, 4 beams, K=5, S=96", "operations a question",
+        *(f"1 M questions, {n} × {g}, h" for g in GPUS for n in WORKERS))  # fmt: skip
     for model in GENERATORS:
         encoder = 96 * (2 * model.encoder_parameters + 4 * model.layers * 96 * model.width)
         token = 2 * model.decoder_parameters * 14 / 16 + 2 * model.vocabulary * model.width
         operations = 5 * (encoder + 4 * model.layers * 96 * model.width**2 + 4 * 16 * token)
         total = 1e6 * operations / UTILISATION
         times = (total / peak / workers for peak in GPUS.values() for workers in WORKERS)
-        row(model.name, f"{operations / 1e9:.0f} G", *(hours(one) for one in times))
+        row(model.name, f"{operations / 1e9:.0f} G", *(hours(seconds) for seconds in times))
 
 
 def row(*cells: str) -> None:
-    """A row of a Markdown table; a rule under the first of a table."""
+    """Print a row of a Markdown table; under a heading row also the rule."""
     print("| " + " | ".join(cells) + " |")
     if cells[0].startswith(("Embedding", "Index", "Training", "Answers")):
         print("|" + " --- |" * len(cells))

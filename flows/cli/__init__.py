@@ -1,1 +1,1 @@
-"""The command line `rag`, the top floor: nothing imports it."""
+"""The command line `rag`. It is the top floor: no other floor imports it."""

@@ -1,7 +1,7 @@
-"""`rag`: every stage as a command. Heavy imports wait until a command runs, so `--help` is quick.
+"""The command line `rag`, with a command for every stage. Commands import heavy modules only when they run.
 
-Errors that the user can mend end in one paragraph and exit code 2; Ctrl-C ends with 130; anything else is a fault of
-ours and keeps its traceback.
+A `RagError` is an error that the user can correct: it ends the command with one paragraph and exit code 2.
+Ctrl-C ends it with exit code 130. Every other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train and run retrieval-augmented generation (RAG-Sequence, RAG-Token) on your own corpus.\n\n"
     "The stages in order: corpus, embed, index, (pretrain,) train, infer, evaluate. `rag pipeline` runs them all from "
-    "one YAML file, `rag demo` does so on an embedded example.",
+    "one YAML file; `rag demo` runs them on a built-in example.",
 )
 stage_commands.add_to(app)
 run_commands.add_to(app)
@@ -47,15 +47,15 @@ def settings(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="How long to wait for another run that writes at the same place; 0 fails at once. Default: "
+            help="How long to wait for another run that writes to the same place; 0 fails at once. Default: "
             "RAG_WAIT_SECONDS, else 0.",
         ),
     ] = None,
 ) -> None:
-    """What holds for every command."""
+    """Apply the options of every command."""
     if wait is not None:
         os.environ["RAG_WAIT_SECONDS"] = str(wait)
-    if context.invoked_subcommand != "doctor":  # which shows what is wrong
+    if context.invoked_subcommand != "doctor":  # doctor shows wrong variables itself
         from tasks.environment.variables import FOR_EVERY_COMMAND, check_variables
 
         check_variables(FOR_EVERY_COMMAND)
@@ -64,10 +64,11 @@ def settings(
 def run() -> NoReturn:
     """Entry point of the `rag` script."""
     _print_notices()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 must not undo work that is done
+    # A character that the terminal cannot show must not fail a command whose work is done.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # The terminal is for progress bars and our own messages; Prefect's log, tracebacks included, goes to the flow run's page.
+    # The terminal shows progress bars and our messages; Prefect's log and tracebacks are on the flow run's page.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -76,14 +77,14 @@ def run() -> NoReturn:
     except RagError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        Terminal(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to go on.")
+        Terminal(stderr=True).print("\nInterrupted. Finished stages are kept; run the same command to continue.")
         sys.exit(130)
     sys.exit(0)
 
 
 def _print_notices() -> None:
-    """Show a notice about a model as one line, without Python's file and line; other warnings as ever."""
-    shown = warnings.showwarning
+    """Show a `ModelNotice` as one line, without Python's file and line; show other warnings as before."""
+    show_as_before = warnings.showwarning
 
     def show(
         message: Warning | str,
@@ -96,13 +97,13 @@ def _print_notices() -> None:
         if issubclass(category, ModelNotice):
             say(f"Note: {message}")
         else:
-            shown(message, category, filename, lineno, file, line)
+            show_as_before(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
 
 
 def fail(message: str) -> NoReturn:
-    """One paragraph on standard error, exit code 2."""
+    """Print the message on standard error and exit with code 2."""
     Terminal(stderr=True, soft_wrap=True).print(styled("Error:", "bold red"), printable(message))
     sys.exit(2)
 

@@ -10,14 +10,14 @@ AnswersAreOption = Annotated[
     str | None,
     typer.Option(
         "--answers-are",
-        help="text | regex: what answers are where the file does not say (CuratedTREC's are regular expressions).",
+        help="text | regex: kind of the answers, if the file does not state it (CuratedTREC has regular expressions).",
     ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run code that comes with the model: only for models you trust. It is not remembered.",
+        help="Run code that comes with the model; only for models you trust. Not stored: give it each time.",
     ),
 ]
 

@@ -1,8 +1,9 @@
-"""What a command needs before its flow runs: Prefect's server and Ray, both started while this process still imports.
+"""Starts what a command needs before its flow runs, Prefect's server and Ray, while this process still imports.
 
-A command that was given no `PREFECT_API_URL` gets a temporary server. Prefect would start one by itself, but only when
-the flow begins, and in the terminal's process group: Ctrl-C would end the server first, and the flow would then wait
-minutes to report its end to it. A signal that is blocked while a process starts stays blocked in it.
+Without `PREFECT_API_URL` a command gets a temporary server. Prefect would start one itself, but only when the
+flow begins, and in the terminal's process group: Ctrl-C would end the server first, and the flow would wait for
+minutes to report its end. So we start the server with SIGINT blocked; a process keeps the signals blocked that
+were blocked at its start.
 """
 
 from __future__ import annotations
@@ -26,26 +27,28 @@ from rag_core.errors import RagError
 from rag_core.network.addresses import without_credentials
 from tasks.environment.mlflow_store import check_server_is_there
 from tasks.environment.prefect_api import check_prefect, configured_url
+from tasks.environment.prefect_internals import SERVER_APPLICATION
 from tasks.environment.ray_cluster import check_ray
 from tasks.environment.variables import FOR_EVERY_COMMAND, FOR_STAGES, check_variables
 
 START_SECONDS = 120
-# A server that cannot live must not be started for ever.
+# Limit, so that a server that cannot run is not restarted for ever.
 REPLACEMENTS = 3
-# Of <linux/prctl.h>. Loaded here: between fork and exec little is safe to do.
+# From <linux/prctl.h>. The library is loaded here, because little is safe between fork and exec.
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
 def with_services(command: Callable[..., None], *, ray: bool, trains: bool = False) -> Callable[..., None]:
-    """A command that runs a flow: the server is up before its body runs. Options and help stay the command's own.
+    """Wrap a command that runs a flow, so that Prefect's server and Ray are up before the command's body runs.
 
-    Variables, Ray, Prefect and MLflow are looked at first, the quickest check first; each ends in a ConfigError.
+    The wrapper first checks environment variables, Ray, Prefect and MLflow, the quickest check first; a failed check
+    raises ConfigError. The command keeps its options and help.
 
     Args:
         command: the function behind the command.
-        ray: whether its stages work on Ray.
-        trains: whether its workers need what training needs, MLflow among it, which takes seconds to import.
+        ray: whether its stages use Ray.
+        trains: whether its workers need the modules of training, which take seconds to import (MLflow).
     """
 
     @functools.wraps(command)
@@ -54,36 +57,36 @@ def with_services(command: Callable[..., None], *, ray: bool, trains: bool = Fal
         check_server_is_there()
         if ray:
             check_ray()
-        wait_for_cluster, wait_for_server = _nothing, start_shielded_server()
+        wait_for_cluster, wait_for_server = _do_nothing, start_shielded_server()
         if ray:
             from tasks.on_ray.workers import start_early
 
             wait_for_cluster = start_early(
                 *(["tasks.stages.pretrain_generator", "tasks.stages.train"] if trains else [])
             )
-        import flows.pipeline  # noqa: F401  (all that any stage imports)
+        import flows.pipeline  # noqa: F401  (imports everything that a stage needs)
         from tasks.tracking.runs import prepare_store
 
-        # A new database takes a second or two, and the server is not up yet.
+        # Creating a database takes a second or two; do it while the server starts.
         prepare_store()
         wait_for_server()
         wait_for_cluster()
-        with naming_a_lost_server():
+        with _explaining_a_lost_server():
             command(*arguments, **options)
 
     return run
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     return
 
 
 @contextlib.contextmanager
-def naming_a_lost_server() -> Iterator[None]:
-    """What to do when Prefect's server has gone for good, instead of the traceback of its client.
+def _explaining_a_lost_server() -> Iterator[None]:
+    """Turn the error of Prefect's client about a lost server into one that says what to do.
 
     Raises:
-        RagError: the flow ended because its state could not be reported; its finished stages are published.
+        RagError: the flow ended because it could not report its state; its finished stages are published.
     """
     import httpx
     from prefect.settings import get_current_settings
@@ -94,39 +97,39 @@ def naming_a_lost_server() -> Iterator[None]:
         server = without_credentials(str(get_current_settings().api.url))
         raise RagError(
             f"Prefect's server at {server} does not answer any more ({error}), so the flow ended. Finished stages are "
-            "kept: start the server, or unset PREFECT_API_URL for a temporary one, and run the same command to go on after "
-            "them."
+            "kept. Start the server, or unset PREFECT_API_URL to use a temporary one, and run the same command to "
+            "continue."
         ) from error
 
 
 def start_shielded_server() -> Callable[[], None]:
-    """Start a server for this process's flows, unless one is configured; returns a function that waits for it.
+    """Start a Prefect server for this process, unless one is configured; return a function that waits for it.
 
     Raises:
-        ConfigError: the one that is configured cannot be used.
+        ConfigError: a server is configured and cannot be used.
     """
     if configured_url():
         check_prefect()
-        return _nothing
+        return _do_nothing
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     server = TemporaryServer()
     until_exit = contextlib.ExitStack()
     until_exit.callback(server.stop)
     until_exit.enter_context(temporary_settings({PREFECT_API_URL: server.url}))
-    # Not with the command: Prefect sends its last events and log lines when the interpreter ends its threads.
+    # Stop at interpreter exit, not with the command: Prefect still sends its last events and log lines then.
     atexit.register(until_exit.close)
     return server.wait_until_healthy
 
 
 class TemporaryServer:
-    """A server of this process. If it is lost (out of memory, killed) another takes its place.
+    """This process's Prefect server. If it is lost (out of memory, killed), another one starts at the same port.
 
-    Prefect's clients ask for about a minute before they give up, so a flow goes on.
+    Prefect's clients retry for about a minute, so a flow survives that.
     """
 
     def __init__(self) -> None:
-        port, self._held = _held_port()
+        port, self._port_holder = _reserve_port()
         self.url = f"http://127.0.0.1:{port}/api"
         self._port, self._losses, self._stopped = port, 0, threading.Event()
         self._process = _start_server(port)
@@ -135,7 +138,7 @@ class TemporaryServer:
     def wait_until_healthy(self) -> None:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._losses <= REPLACEMENTS:
-            # The address is our own.
+            # Safe to open: the address is our own.
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310  # nosec B310
                 return
             time.sleep(0.05)
@@ -160,8 +163,8 @@ class TemporaryServer:
 
 
 def _start_server(port: int) -> subprocess.Popen[bytes]:
-    # As Prefect starts its own temporary server, without pages.
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
+    # The same command with which Prefect starts its temporary server, without web pages.
+    command = [sys.executable, "-m", "uvicorn", "--factory", SERVER_APPLICATION, "--lifespan", "on"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
     environment = os.environ | {
         "PREFECT_UI_ENABLED": "0",
@@ -176,16 +179,17 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
 
 
 def _end_with_parent() -> None:
-    # A command that is killed with signal 9 cannot stop its server; the kernel does.
+    # A command killed with signal 9 cannot stop its server, so the kernel does it.
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _held_port() -> tuple[int, socket.socket]:
-    """A port, and a socket that keeps it ours until the server, or another one in its place, listens there.
+def _reserve_port() -> tuple[int, socket.socket]:
+    """A free port, and a socket that reserves it until our server, or its replacement, listens there.
 
-    It is bound and does not listen: the system gives the port to nobody else, and refuses connections to it. On Linux a
-    server may bind it all the same where both allow that an address is used again; elsewhere the port is let go.
+    The socket is bound but does not listen, so the system gives the port to no other process and refuses connections
+    to it. On Linux our server can still bind the port, because both sockets set SO_REUSEADDR. Elsewhere it could not,
+    so the socket is closed.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What the commands print: short tables, answers, and where to look further."""
+"""Prints the results of commands: short tables, answers, and the addresses of the MLflow and Prefect pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ console = Terminal()
 
 
 def parse_ks(text: str) -> list[int]:
-    """'1,5,20' to numbers; ConfigError for anything else."""
+    """Parse a list such as '1,5,20'; ConfigError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"--k {text!r} is not a list of positive numbers. Give for example --k 1,5,20.")
@@ -33,14 +33,14 @@ def parse_ks(text: str) -> list[int]:
 
 
 def parse_variant(text: str | None) -> Variant | None:
-    """'sequence', 'token' or nothing; ConfigError for anything else."""
+    """Accept 'sequence', 'token' or None; ConfigError for anything else."""
     if text is None or text == "sequence" or text == "token":
         return text  # type: ignore[return-value]
     raise ConfigError(f"Unknown variant {text!r}. Give --variant sequence or --variant token.")
 
 
 def parse_match(text: str) -> Match:
-    """'words' or 'characters'; ConfigError for anything else."""
+    """Accept 'words' or 'characters'; ConfigError for anything else."""
     from rag_core.evaluation.metrics import Match
 
     if text not in get_args(Match):
@@ -49,7 +49,7 @@ def parse_match(text: str) -> Match:
 
 
 def print_stage(result: StageResult) -> None:
-    """One line for a finished stage, and one more if too many contexts were cut."""
+    """Print a line for a finished stage, and another one if too many contexts were cut."""
     from tasks.reports.summary import cut_note
 
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.counts.items())
@@ -60,7 +60,7 @@ def print_stage(result: StageResult) -> None:
 
 
 def print_scores(evaluation: Evaluation) -> None:
-    """Question types as rows below all questions, scores as columns."""
+    """Print a table of scores: first a row for all questions, then a row for each question type."""
     from tasks.reports.score_tables import ALL, score_names
 
     names = score_names([evaluation.overall, *evaluation.by_type.values()])
@@ -78,7 +78,7 @@ def _score_table(first: str, names: list[str], *, left_out: bool, title: str | N
         box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
     )
     table.add_column(first, overflow="fold")
-    # In lines of their own, so that nine columns fit into a terminal of 80.
+    # Two lines per heading, so that nine columns fit into 80 characters.
     short = [name.replace("answer_", "answer\n").replace("@", "\n@") for name in names]
     for name in ["questions", *(["left\nout"] if left_out else []), *short]:
         table.add_column(name, justify="right", vertical="top", no_wrap=True)
@@ -94,20 +94,23 @@ def _add_scores(table: Table, label: Text, scores: MeanScores, names: list[str])
 
 
 def _print_rules(evaluations: list[Evaluation]) -> None:
-    """Below a table: how answers were compared, and what was left out."""
+    """Print below a table how answers were compared and which questions were left out."""
     from tasks.reports.score_tables import MATCH_NAMES
 
-    rules = [f"Answers compared by {MATCH_NAMES[match]}." for match in dict.fromkeys(one.match for one in evaluations)]
-    groups = [one.overall for one in evaluations]
+    rules = [
+        f"Answers compared by {MATCH_NAMES[match]}."
+        for match in dict.fromkeys(evaluation.match for evaluation in evaluations)
+    ]
+    groups = [evaluation.overall for evaluation in evaluations]
     if any(group.unanswerable for group in groups):
         rules.append("Left out: unanswerable questions.")
     if any(count != group.count for group in groups for count in group.counts.values()):
-        rules.append("In brackets: over how many questions, where not over all.")
+        rules.append("In brackets: the number of questions, if a mean is not over all of them.")
     console.print(" ".join(rules))
 
 
 def print_answer(answer: Answer) -> None:
-    """The answer, its runners-up, and the passages with p(z|q) and p(z|q,a)."""
+    """Print the answer, the other candidates, and the passages with p(z|q) and p(z|q,a)."""
     console.print(Text.assemble(styled(answer.text, "bold"), f"   (log-probability {answer.log_prob:.2f})"))
     for candidate in answer.candidates[1:]:
         console.print(f"  or: {candidate.text}   ({candidate.log_prob:.2f})")
@@ -118,14 +121,15 @@ def print_answer(answer: Answer) -> None:
 
 
 def print_pipeline(result: PipelineResult) -> None:
-    """Scores of every system on the test questions, the time of every stage, and where too many contexts were cut."""
+    """Print every system's test scores, every stage's time, and which stages cut too many contexts."""
     from tasks.reports.score_tables import score_names
     from tasks.reports.summary import cut_note
 
     evaluations = list(result.scores.values())
-    # Recall by answer string stands in scores.json.
-    names = [name for name in score_names(one.overall for one in evaluations) if not name.startswith("answer_")]
-    left_out = any(one.overall.unanswerable for one in evaluations)
+    # Recall by answer string is in scores.json only.
+    overall = [evaluation.overall for evaluation in evaluations]
+    names = [name for name in score_names(overall) if not name.startswith("answer_")]
+    left_out = any(scores.unanswerable for scores in overall)
     table = _score_table("system", names, left_out=left_out, title="On the test questions")
     for system, evaluation in result.scores.items():
         _add_scores(table, Text(system), evaluation.overall, names)
@@ -141,7 +145,7 @@ def print_pipeline(result: PipelineResult) -> None:
 
 
 def print_pages() -> None:
-    """How to open the MLflow and Prefect pages."""
+    """Print how to open the MLflow and Prefect pages."""
     addresses = (os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"))
     mlflow_uri, prefect_url = map(without_credentials, addresses)
     mlflow_page = mlflow_uri if mlflow_uri.startswith("http") else "make mlflow   then http://127.0.0.1:5000"

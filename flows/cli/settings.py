@@ -1,4 +1,4 @@
-"""YAML files to typed settings, with errors that name the file, the field and what was expected."""
+"""Reads YAML files into typed settings; errors name the file, the field and the expected value."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pydantic import BaseModel, ValidationError
 from rag_core.errors import ConfigError, InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
-# PyYAML reads about 100 kB a second; a configuration has one or two.
+# PyYAML reads about 100 kB per second; a configuration has one or two kB.
 MOST_BYTES = 100_000
 MOST_MERGED = 1_000
-# Besides its own errors PyYAML raises these: for text that is not UTF-8, for a date or number that is none (2001-99-99), for
-# a tag that does not fit its value (!!bool x, !!int "", !!timestamp x), and for very deep nesting.
+# PyYAML's own errors, and those it lets through: text that is not UTF-8, an impossible date or number
+# (2001-99-99), a tag that does not fit its value (!!bool x, !!int "", !!timestamp x), and very deep nesting.
 _NOT_YAML = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that says one thing for each key, and whose merges (`<<`) stay small whatever they are nested in."""
+    """A YAML loader that refuses duplicate keys, and merges (`<<`) that add up to too many keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -38,47 +38,49 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(file: Path) -> dict[str, object]:
-    """A YAML file's top-level mapping.
+    """Read a YAML file's top-level mapping.
 
     Raises:
-        InputError: missing, too large, not UTF-8, not YAML, a key that stands twice, or not a mapping.
+        InputError: the file is missing, too large, not UTF-8, not YAML, not a mapping, or has a key twice.
     """
     if not file.is_file():
-        raise InputError(f"There is no configuration file {file}. configs/demo.yaml is an example of one.")
+        raise InputError(f"There is no configuration file {file}. See configs/demo.yaml for an example.")
     if file.stat().st_size > MOST_BYTES:
         raise InputError(
             f"{file} has {file.stat().st_size:,} bytes; a configuration of at most {MOST_BYTES:,} was expected. "
-            "configs/demo.yaml is an example of one."
+            "See configs/demo.yaml for an example."
         )
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # noqa: S506  # nosec B506
     except _NOT_YAML as error:
-        raise InputError(f"{file} is not readable as YAML: {' '.join(str(error).split())}. Correct it.") from error
+        raise InputError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}. Correct it.") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} must hold sections such as `model:` and `train:`; found {type(content).__name__}.")
     return content
 
 
 def read_section(file: Path, *names: str) -> dict[str, Any]:
-    """A section of a YAML file, such as ("train", "optimizer"), to be changed; empty where the file has none.
+    """Read a section of a YAML file, such as ("train", "optimizer"); {} if the file has no such section.
+
+    The result is a copy, which the caller may change.
 
     Raises:
-        InputError: as `read_yaml`.
-        ConfigError: the section is no mapping.
+        InputError: the file cannot be read, as in `read_yaml`.
+        ConfigError: the section is not a mapping.
     """
-    found: Any = read_yaml(file)
+    section: Any = read_yaml(file)
     for name in names:
-        found = found.get(name)
-        found = {} if found is None else found
-        if not isinstance(found, dict):
+        section = section.get(name)
+        section = {} if section is None else section
+        if not isinstance(section, dict):
             raise ConfigError(
-                f"{file}, section `{name}`: settings such as `name: value` were expected, found {found!r:.80}. Correct it."
+                f"{file}, section `{name}`: expected settings such as `name: value`, found {section!r:.80}. Correct it."
             )
-    return dict(found)
+    return dict(section)
 
 
 def parse(settings: type[Settings], content: object, where: str) -> Settings:
-    """Content to typed settings; ConfigError lists what is wrong in one paragraph."""
+    """Turn content into typed settings; ConfigError lists all problems in one paragraph."""
     try:
         return settings.model_validate(content)
     except ValidationError as error:
@@ -86,5 +88,7 @@ def parse(settings: type[Settings], content: object, where: str) -> Settings:
 
 
 def explain(error: ValidationError) -> str:
-    """Pydantic's findings as one sentence each."""
-    return " ".join(f"{'.'.join(str(part) for part in one['loc']) or 'value'}: {one['msg']}." for one in error.errors())
+    """A sentence for each problem that Pydantic found."""
+    return " ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['msg']}." for problem in error.errors()
+    )

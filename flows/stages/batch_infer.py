@@ -1,4 +1,4 @@
-"""Stage 5: a question file to predictions."""
+"""Stage 5: answers a question file."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def batch_infer(
     parent_run_id: str | None = None,
     stage: str = "batch-infer",
 ) -> StageResult:
-    """Answer every question of a file; `model` is a trained folder, or the parts of an untrained one."""
+    """Answer every question of a file; `model` is a trained model's folder, or the parts of an untrained model."""
     return batch_infer_task(model, index, questions, out, config, parent_run_id, stage)

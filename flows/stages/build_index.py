@@ -1,4 +1,4 @@
-"""Stage 3: vectors and passages to a FAISS index."""
+"""Stage 3: builds a FAISS index from vectors and passages."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def build_index(
     config: IndexConfig,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Build a FAISS index and measure how well it finds."""
+    """Build a FAISS index and measure its recall@10 against exact search."""
     return build_index_task(embeddings, corpus, out, config, parent_run_id)

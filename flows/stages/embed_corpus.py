@@ -1,4 +1,4 @@
-"""Stage 2: a corpus to vectors."""
+"""Stage 2: embeds a corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 6: how good answers and retrieval are."""
+"""Stage 6: scores answers and retrieval."""
 
 from __future__ import annotations
 

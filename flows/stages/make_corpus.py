@@ -1,4 +1,4 @@
-"""Stage 1: source files to a corpus artifact."""
+"""Stage 1: reads source files and publishes them as a corpus."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ from tasks.stages.make_corpus import make_corpus as make_corpus_task
 def make_corpus(
     sources: list[ArtifactPath], out: ArtifactPath, config: CorpusConfig, parent_run_id: str | None = None
 ) -> StageResult:
-    """Read passages from files, reject what is not one, publish canonical Parquet shards."""
+    """Read passages from files, reject rows that hold none, and publish canonical Parquet shards."""
     return make_corpus_task(sources, out, config, parent_run_id)

@@ -1,4 +1,4 @@
-"""Stage 0: a generator from an encoder, where no pretrained one can be had."""
+"""Stage 0: makes a generator from an encoder, for where no pretrained generator is available."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def pretrain_generator(
     num_workers: int = 0,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
+    """Teach a new seq2seq model to copy passages and to read answers from gold passages."""
     return pretrain_generator_task(corpus, questions, dev, out, config, num_workers, parent_run_id)

@@ -1,4 +1,4 @@
-"""Stage 4: RAG-Sequence (4a) or RAG-Token (4b), end to end."""
+"""Stage 4: trains RAG-Sequence (4a) or RAG-Token (4b) end to end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_sequence(
     config: TrainConfig,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Train RAG-Sequence from the answers' marginal likelihood."""
+    """Train RAG-Sequence on the answers' marginal likelihood."""
     return train_task("sequence", index, questions, dev, out, model, config, parent_run_id)
 
 
@@ -35,5 +35,5 @@ def train_token(
     config: TrainConfig,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Train RAG-Token from the answers' marginal likelihood."""
+    """Train RAG-Token on the answers' marginal likelihood."""
     return train_task("token", index, questions, dev, out, model, config, parent_run_id)

@@ -1,10 +1,10 @@
-"""The corpus artifact: its one owner, for writing and for reading.
+"""The corpus artifact: the only module that writes or reads its files.
 
-Layout: `passages-00000.parquet`, … (columns id, title, text; zstd), and `rejects.jsonl` with one object for every row
-that was left out. If those are too large a share of all rows, no corpus is published, and they are put beside its place,
-so that they can be looked at. Ids are unique: the first row with an id is kept, a later one is rejected. That check keeps every
-id in memory, about 200 bytes each: 4 GB for the 21 million passages of DPR's Wikipedia. This module knows nothing
-about file formats (the readers do) nor about tokens, embeddings or indexes.
+Layout: `passages-00000.parquet`, … (columns id, title, text; zstd), and `rejects.jsonl` with one object for every
+rejected row. If too large a share of the rows is rejected, no corpus is published, and the rejects are kept
+beside its place for inspection. Ids are unique: the first row with an id is kept, later ones are rejected. This
+check keeps every id in memory, about 200 bytes each: 4 GB for the 21 million passages of DPR's Wikipedia. This
+module knows nothing about file formats (the readers do), tokens, embeddings or indexes.
 """
 
 from __future__ import annotations
@@ -52,28 +52,32 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: CorpusFormat = Field(default="auto", description="Format of the source files; auto: told by their content.")
-    words_per_passage: int = Field(default=100, ge=1, description="Most words in a passage; only used for plain text.")
+    format: CorpusFormat = Field(
+        default="auto", description="Format of the source files; auto: recognised by their content."
+    )
+    words_per_passage: int = Field(
+        default=100, ge=1, description="Maximum words per passage; only used for plain text."
+    )
     shard_rows: int = Field(default=SHARD_ROWS, ge=1, description="Passages in one Parquet file of the corpus.")
     max_rejects_share: float = Field(
-        default=MAX_REJECTS_SHARE, ge=0, le=1, description="Largest share of the rows that may be left out; 1: any."
+        default=MAX_REJECTS_SHARE, ge=0, le=1, description="Largest share of rows that may be rejected; 1: any."
     )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is in the corpus. The largest share of rejects only decides whether there is one."""
+        """The settings that determine the content. `max_rejects_share` only decides whether it is published."""
         return self.model_dump(mode="json", exclude={"max_rejects_share"})
 
 
 def source_files(sources: Sequence[Path], format: CorpusFormat) -> list[Path]:
-    """The files that `sources` stand for, in the order in which they are read."""
+    """The files that `sources` expand to, in reading order."""
     return [file.path for file in expand_sources(sources, format)]
 
 
 def source_fingerprint(sources: Sequence[Path], format: CorpusFormat) -> str:
-    """Identity of what the sources hold, wherever they lie.
+    """Fingerprint of the sources' content, independent of where the files are.
 
-    Names do not count, save for plain text, where passage ids and titles are made from the names below the source
-    folder: there a renamed file does make another corpus.
+    File names count only for plain text: its passage ids and titles come from the names below the source folder, so a
+    renamed file makes a different corpus.
     """
     files = expand_sources(sources, format)
     if format == "text" or (format == "auto" and any(is_text(file.path) for file in files)):
@@ -90,24 +94,24 @@ def write_corpus(
         sources: files or folders of `config.format`.
         out: folder of the artifact; an older artifact there is replaced at the end.
         config: see `CorpusConfig`.
-        on_progress: called with the number of passages so far, after every shard.
+        on_progress: called after every shard with the number of passages so far.
 
     Returns:
-        The manifest; `counts` has passages and rejects, `details["rejects_by_reason"]` the rejects by category,
-        `details["layouts"]` the number of files by what they were recognised as, and `details["skipped_by_reason"]`,
-        where anything was, what was left out without being a fault.
+        The manifest. `counts` has passages and rejects; `details["rejects_by_reason"]` counts rejects by
+        category, `details["layouts"]` counts files by recognised layout, and `details["skipped_by_reason"]` (only
+        if anything was skipped) counts what was left out without being a fault.
 
     Raises:
-        InputError: a source that cannot be read at all, no passage left, or more rejects than `config.max_rejects_share`
-            allows; the rejects are then in the file that `rejects_beside` names.
-        ArtifactError: `out` holds something that is not ours.
+        InputError: a source cannot be read at all, no passage is left, or more rows were rejected than
+            `config.max_rejects_share` allows; the rejects are then in the file that `rejects_beside` names.
+        ArtifactError: `out` holds files that are not an artifact.
     """
     made_from = {"sources": source_fingerprint(sources, config.format)}
     reading = Reading()
     rows = read_rows(sources, config.format, words_per_passage=config.words_per_passage, reading=reading)
     place = ", ".join(str(source) for source in sources)
     with publish(Path(out), KIND, config=config.decisive(), made_from=made_from) as draft:
-        _fill(draft, rows, config.shard_rows, place, on_progress)
+        _write_rows(draft, rows, config.shard_rows, place, on_progress)
         _check_rejects(draft, Path(out), place, config.max_rejects_share)
         draft.details["inputs"] = input_paths(sources=list(sources))
         draft.details["layouts"] = dict(sorted(reading.layouts.items()))
@@ -118,18 +122,18 @@ def write_corpus(
 
 
 def rejects_beside(out: Path) -> Path:
-    """Where the rejects of a corpus are that was not published because of them; the next one that is, deletes the file."""
+    """The file with the rejects of a corpus that was refused because of them; the next successful run deletes it."""
     place = working_place(out)
     return place.with_name(f"{place.name}.{REJECTS}")
 
 
 def refuse_many_rejects(counts: Mapping[str, int], path: Path, max_share: float) -> None:
-    """Raise InputError if a corpus that stands already, with these counts, was published with a larger share of rejects."""
+    """Raise InputError if the existing corpus at `path`, with these counts, has a larger share of rejects."""
     rejects, rows = counts["rejects"], counts["rejects"] + counts["passages"]
     if rejects > max_share * rows:
         raise InputError(
-            f"{path} was made with {rejects:,} of {rows:,} rows left out ({rejects / rows:.1%}); at most {max_share:.1%} are "
-            f"allowed now. See {path / REJECTS}; correct the rows, or raise max_rejects_share."
+            f"{path} was made with {rejects:,} of {rows:,} rows left out ({rejects / rows:.1%}); at most "
+            f"{max_share:.1%} are allowed now. See {path / REJECTS}; correct the rows, or raise max_rejects_share."
         )
 
 
@@ -142,9 +146,9 @@ def write_passages(
     shard_rows: int = SHARD_ROWS,
     max_rejects_share: float = MAX_REJECTS_SHARE,
 ) -> Manifest:
-    """Publish passages made by code as a corpus; checked and counted as `write_corpus` does.
+    """Publish generated passages as a corpus, with the same checks and counts as `write_corpus`.
 
-    `made_from` and `config` go to the manifest and make the artifact's key.
+    `made_from` and `config` are written to the manifest and determine the artifact's key.
     """
     place = "generated passages"
     rows = (
@@ -152,7 +156,7 @@ def write_passages(
         for number, passage in enumerate(passages, 1)
     )
     with publish(Path(out), KIND, config=config, made_from=made_from) as draft:
-        _fill(draft, rows, shard_rows, place, None)
+        _write_rows(draft, rows, shard_rows, place, None)
         _check_rejects(draft, Path(out), place, max_rejects_share)
     rejects_beside(Path(out)).unlink(missing_ok=True)
     return open_artifact(Path(out), KIND, check_content=False)
@@ -163,10 +167,10 @@ class Corpus:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
+        self.place = path  # where it was opened: `path`, or the object-store place of which `path` is a local copy
         self.manifest = manifest
         names = [name for name in manifest.files if name.startswith("passages-")]
-        # By length first: from the 100,000th shard on, the number is wider than its five digits.
+        # Sort by length first: from the 100,000th shard on, the number has more than five digits.
         self.shards = [path / name for name in sorted(names, key=lambda name: (len(name), name))]
 
     @classmethod
@@ -200,10 +204,10 @@ class Corpus:
 
 
 def read_shard(path: Path) -> pa.Table:
-    """One shard of a corpus as a table with the string columns id, title and text.
+    """Read one shard of a corpus as a table with the string columns id, title and text.
 
     Raises:
-        ArtifactError: not such a file.
+        ArtifactError: the file cannot be read, or has other columns.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -217,18 +221,18 @@ def read_shard(path: Path) -> pa.Table:
     return table
 
 
-def _fill(
+def _write_rows(
     draft: Draft,
     rows: Iterable[Row | Reject],
     shard_rows: int,
     place: str,
     on_progress: Callable[[int], None] | None,
 ) -> None:
-    """Write shards and rejects into the draft, and count."""
+    """Write the shards and the rejects into the draft, and count both."""
     by_reason: Counter[str] = Counter()
     passages, shards = 0, 0
     shard: list[Passage] = []
-    # A file name may hold undecodable bytes; backslashreplace turns them into what JSON reads as an escape.
+    # A file name may hold undecodable bytes; backslashreplace turns them into valid JSON escapes.
     with (draft.folder / REJECTS).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as rejects:
         for row in _without_duplicates(rows):
             if isinstance(row, Reject):
@@ -251,19 +255,19 @@ def _fill(
 
 
 def _without_duplicates(rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:
-    """The rows with every later one of an id turned into a reject that names the first."""
-    files: dict[str, int] = {}
+    """Yield the rows; a row whose id was seen before becomes a reject that names the first row with it."""
+    file_numbers: dict[str, int] = {}
     names: list[str] = []
     seen: dict[str, tuple[int, int | None]] = {}
     for row in rows:
         if isinstance(row, Reject):
             yield row
             continue
-        if row.file not in files:
-            files[row.file] = len(names)
+        if row.file not in file_numbers:
+            file_numbers[row.file] = len(names)
             names.append(row.file)
         if row.passage.id not in seen:
-            seen[row.passage.id] = (files[row.file], row.line)
+            seen[row.passage.id] = (file_numbers[row.file], row.line)
             yield row
             continue
         file, line = seen[row.passage.id]
@@ -279,7 +283,10 @@ def _write_shard(folder: Path, number: int, shard: list[Passage]) -> None:
 
 
 def _check_rejects(draft: Draft, out: Path, place: str, max_share: float) -> None:
-    """Raise InputError if nothing is left, or too much was left out; the rejects then move to `rejects_beside`."""
+    """Raise InputError if no passage is left or too many rows were rejected.
+
+    Before that, move the rejects to `rejects_beside`, since the draft will be deleted.
+    """
     passages, rejects = draft.counts["passages"], draft.counts["rejects"]
     rows = passages + rejects
     if not rows:
@@ -290,13 +297,13 @@ def _check_rejects(draft: Draft, out: Path, place: str, max_share: float) -> Non
         first = json.loads(file.readline())
     kept = rejects_beside(out)
     os.replace(draft.folder / REJECTS, kept)
-    where = first["file"] if first["line"] is None else f"{first['file']} line {first['line']}"
-    found = f"{rejects:,} of {rows:,} rows ({rejects / rows:.1%}) were rejected"
+    first_place = first["file"] if first["line"] is None else f"{first['file']} line {first['line']}"
+    share = f"{rejects:,} of {rows:,} rows ({rejects / rows:.1%}) were rejected"
     allowed = (
         f", more than the {max_share:.1%} that max_rejects_share allows" if passages else ", so no passage is left"
     )
     remedy = ", or raise --max-rejects-share (max_rejects_share) if they may be left out" if passages else ""
     raise InputError(
-        f"{place}: {found}{allowed}. The first: {where}: {first['reason']} (found {first['found']!r}). All are in {kept}. "
-        f"Correct the rows, choose the format that fits the file{remedy}."
+        f"{place}: {share}{allowed}. The first: {first_place}: {first['reason']} (found {first['found']!r}). "
+        f"All are in {kept}. Correct the rows, choose the format that fits the file{remedy}."
     )

@@ -1,7 +1,7 @@
 """The passage: the unit that is embedded, indexed, retrieved and shown to the generator.
 
-It stands alone so that everything that handles passages can name the type without knowing where they come from.
-It knows nothing about files, tokens or scores, and checks nothing: the readers check what they read.
+The type has its own module so that code can handle passages without importing the readers. It knows nothing about
+files, tokens or scores, and checks nothing: the readers check what they read.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ class Passage:
     text: str
 
 
-# What a closed-book answer reads.
+# The passage that stands in for retrieved ones in closed-book answering.
 NO_PASSAGE = Passage(id="", title="", text="")

@@ -1,10 +1,10 @@
-"""What a model wants in bfloat16 on a processor beside bf16 products: another attention, and bf16 between layers.
+"""Make bfloat16 inference faster on a CPU: replace attention, and keep activations in bf16 between layers.
 
-PyTorch's fused CPU attention converts bf16 back and forth; two batched products and a softmax take half the time there
-(Zen 4, 12 heads of 32, microseconds a token: 36 tokens 1.9 and 0.9; 170 tokens 4.9 and 2.4). The fused one stays the
-better in float32, and for long texts, whose scores would not fit a cache. Attention is replaced in every model whose
-own goes through Transformers' `ALL_ATTENTION_FUNCTIONS`; others keep theirs. LayerNorm computes in float32 and gives
-bf16, so that nothing is converted between products.
+PyTorch's fused CPU attention converts bf16 to float32 and back. Two batched products and a softmax take half the time
+(Zen 4, 12 heads of 32, microseconds per token, fused and ours: 36 tokens 1.9 and 0.9; 170 tokens 4.9 and 2.4). Fused
+attention stays faster in float32, and for long texts, whose scores do not fit into the processor's cache. Attention is
+replaced in every model that uses Transformers' `ALL_ATTENTION_FUNCTIONS`; other models keep theirs. LayerNorm computes
+in float32 and returns bf16, so nothing is converted between products.
 
 Shapes: B texts, H heads, S tokens, F features of a head.
 """
@@ -22,13 +22,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rag_core.pretrained.attention_choice import attention_chosen, attention_of, can_choose_attention
+
 NAME = "rag_matmul"
 MOST_TOKENS = 512
 
 
 @contextmanager
 def cpu_bfloat16(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes so under bf16 autocast, without gradients."""
+    """Inside the block, the model uses this attention and LayerNorm. For bf16 autocast without gradients."""
     norms = [module for module in model.modules() if type(module) is nn.LayerNorm]
     for norm in norms:
         norm.forward = partial(_norm, norm)  # type: ignore[method-assign]
@@ -37,26 +39,24 @@ def cpu_bfloat16(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for norm in norms:
-            del norm.forward  # the class's own is seen again
+            del norm.forward  # restores the class's own
 
 
 @contextmanager
 def matmul_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, attention is two products and a softmax, in encoders and in decoders without a cache; with gradients, too."""
+    """Inside the block, attention is two products and a softmax, in encoders and in decoders without a cache.
+
+    Gradients work, too.
+    """
     configs = [
         module.config
         for module in model.modules()
         if isinstance(module, PreTrainedModel)
-        and type(module)._can_set_attn_implementation()
-        and module.config._attn_implementation == "sdpa"
+        and can_choose_attention(module)
+        and attention_of(module.config) == "sdpa"
     ]
-    for config in configs:
-        config._attn_implementation = NAME
-    try:
+    with attention_chosen(configs, NAME):
         yield
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
 
 
 def _norm(norm: nn.LayerNorm, input: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,11 @@ def attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As Transformers' interface wants it: states (B, S, H, F), and no weights."""
+    """Attention for Transformers' interface: returns states (B, S, H, F), and None for the attention weights.
+
+    Falls back to PyTorch's fused attention if the dtype is not bfloat16, if there are more than `MOST_TOKENS` keys,
+    or with a position bias.
+    """
     if (
         query_BHSF.dtype != torch.bfloat16
         or key_BHSF.shape[2] > MOST_TOKENS
@@ -82,7 +86,7 @@ def attention(
         mask = None if attention_mask is None else attention_mask.to(query_BHSF.dtype)
         options |= {"scaling": scaling, "dropout": dropout}
         return sdpa_attention_forward(module, query_BHSF, key_BHSF, value_BHSF, mask, **options)
-    # The queries are scaled and not the scores, which are many more.
+    # Scale the queries instead of the scores: there are far fewer.
     scaled_BHSF = query_BHSF * (query_BHSF.shape[3] ** -0.5 if scaling is None else scaling)
     scores_BHSS = scaled_BHSF @ key_BHSF.transpose(2, 3)
     if attention_mask is not None:
@@ -92,8 +96,8 @@ def attention(
 
 
 def additive_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:
-    """The mask that is added to the scores, made once a batch; None where nothing is hidden."""
-    # Without a mask a decoder's attention would have to hide later tokens by itself.
+    """The mask that is added to the scores, made once per batch; None if nothing is masked."""
+    # `allow_is_causal_skip` would drop a decoder's mask and leave it to attention to mask later tokens.
     allowed = sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
     if allowed is None:
         return None

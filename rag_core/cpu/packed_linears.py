@@ -1,11 +1,12 @@
-"""Linear layers on a CPU by oneDNN: for inference with weights that are laid out once, for training as they are.
+"""Run linear layers on a CPU with oneDNN: with packed weights for inference, with plain weights for training.
 
-PyTorch multiplies float32 with MKL, which lays the weights out anew at every call and chooses kernels by the maker of
-the processor. oneDNN, which PyTorch brings along and its compiler uses in the same way, keeps the layout and chooses by
-instruction set. Measured on two Zen 4 cores, 160 rows × 512 → 50,265: 82 GFLOP/s with MKL, 198 with packed weights;
-bfloat16 329 and 394. The price is a copy of the weights while the block runs. In training the weights change at every
-step and are laid out at every call; float32 gains all the same (3,840 rows × 512 → 2,048: forward 172 and 211, gradient
-of the inputs 189 and 213), bfloat16 does not, since PyTorch itself takes oneDNN there.
+PyTorch multiplies float32 with MKL, which packs the weights (lays them out for its kernels) at every call and
+chooses kernels by the maker of the processor. oneDNN, which comes with PyTorch and is used by its compiler in the
+same way, packs them once and chooses kernels by instruction set. Measured on two Zen 4 cores, 160 rows × 512 →
+50,265: 82 GFLOP/s with MKL, 198 with packed weights; in bfloat16, 329 and 394. The price is a copy of the weights
+inside the block. In training, weights change at every step and are packed at every call. float32 still gains (3,840
+rows × 512 → 2,048: forward 172 and 211 GFLOP/s, gradient of the inputs 189 and 213); bfloat16 does not, because
+PyTorch itself uses oneDNN for it.
 
 Legend: N rows, I inputs, O outputs of a layer.
 """
@@ -24,11 +25,11 @@ _PACKED = "_packed_for_inference"
 
 @contextmanager
 def packed_linears(module: nn.Module) -> Iterator[None]:
-    """Inside, every `nn.Linear` of `module` that is float32 and on the CPU multiplies with packed weights.
+    """Inside the block, every float32 `nn.Linear` of `module` on the CPU multiplies with packed weights.
 
-    Under CPU autocast to bfloat16 the packed weights are bfloat16, as autocast's own would be. Gradients do not flow
-    and changes of the weights are not seen inside. Blocks may be nested: the outermost packs. Where oneDNN is missing
-    nothing happens.
+    Under CPU autocast to bfloat16 the packed weights are bfloat16, as with autocast alone. Inside, gradients do not
+    flow, and changes of the weights have no effect. Blocks may be nested: the outermost packs. Does nothing without
+    oneDNN.
     """
     if getattr(module, _PACKED, False) or not torch.backends.mkldnn.is_available():
         yield
@@ -44,10 +45,10 @@ def packed_linears(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
-    """Inside, a BART-like generator's `final_logits_bias` is added by its head, without a pass over the logits.
+    """Inside the block, the output layer of a BART-like generator adds `final_logits_bias`.
 
-    It is mostly zero, but adding it makes a second tensor of that size, in float32 even where logits are bfloat16.
-    Others are left as they are. Blocks may be nested.
+    This saves a pass over the logits. The bias is usually zero, but adding it makes a second tensor as large as the
+    logits, in float32 even if they are bfloat16. Other generators are left unchanged. Blocks may be nested.
     """
     head: Any = getattr(generator, "get_output_embeddings", lambda: None)()
     if "final_logits_bias" not in generator._buffers or type(head) is not nn.Linear or head.bias is not None:
@@ -55,7 +56,7 @@ def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
         return
     bias_1V = generator._buffers.pop("final_logits_bias")
     assert bias_1V is not None
-    generator.__dict__["final_logits_bias"] = _AddsNothing()
+    generator.__dict__["final_logits_bias"] = _NoBias()
     head.bias = nn.Parameter(bias_1V.flatten(), requires_grad=False)
     try:
         yield
@@ -65,10 +66,10 @@ def folded_logits_bias(generator: nn.Module) -> Iterator[None]:
         generator._buffers["final_logits_bias"] = bias_1V
 
 
-class _AddsNothing:
-    """Stands for a tensor in `logits + bias.to(device)`."""
+class _NoBias:
+    """Replaces the bias tensor in `logits + bias.to(device)` and leaves the logits unchanged."""
 
-    def to(self, *_: Any) -> _AddsNothing:
+    def to(self, *_: Any) -> _NoBias:
         return self
 
     def __radd__(self, logits: Tensor) -> Tensor:
@@ -77,9 +78,9 @@ class _AddsNothing:
 
 @contextmanager
 def trainable_linears(module: nn.Module) -> Iterator[None]:
-    """Inside, every float32 `nn.Linear` of `module` on the CPU multiplies with oneDNN, and so will its gradients.
+    """Inside the block, every float32 `nn.Linear` of `module` on the CPU uses oneDNN, for its outputs and gradients.
 
-    Does nothing under autocast, and where oneDNN is missing.
+    Does nothing under autocast or without oneDNN.
     """
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         yield
@@ -92,20 +93,20 @@ def trainable_linears(module: nn.Module) -> Iterator[None]:
 def _forward_replaced(
     module: nn.Module, forward_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    # Not in subclasses: they may have a forward pass of their own.
-    layers = [one for one in module.modules() if type(one) is nn.Linear and _packable(one)]
+    # Subclasses are left out: they may have their own forward pass.
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and _packable(layer)]
     for layer in layers:
         layer.forward = forward_of(layer)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the class's own is seen again
+            del layer.forward  # restores the class's own
 
 
 def _trainable_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:
-        # Shaped out here: what a function of our own returns as a view could not be changed in place (LED does).
+        # Reshape out here: a view returned by a custom autograd function cannot be changed in place, and LED does that.
         outputs_NO: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), layer.weight, layer.bias)
         return outputs_NO.view(*input.shape[:-1], -1)
 
@@ -128,7 +129,7 @@ class _Linear(torch.autograd.Function):
         of_input, of_weight, of_bias = ctx.needs_input_grad
         return (
             _multiply(grad_NO, weight_OI.t(), None) if of_input else None,
-            # MKL's product is the faster one here, where the rows are summed out.
+            # MKL is faster for this product, which sums over the rows.
             grad_NO.t() @ input_NI if of_weight else None,
             grad_NO.sum(0) if of_bias else None,
         )

@@ -1,20 +1,23 @@
 """Beam search over (questions, passages): the one search under both RAG decoders.
 
-Every hypothesis is continued with all K passages of its question, and the next-token distributions are averaged with
-weights p(z|q). With K passages that is RAG-Token; RAG-Sequence calls it with every (question, passage) pair as a
-question of its own, K = 1.
+Every hypothesis is continued under all K passages of its question, and the next-token distributions are averaged with
+weights p(z|q). With K passages that is RAG-Token. RAG-Sequence makes every (question, passage) pair a question of its
+own, with K = 1.
 
-The rules are those of `transformers` (generation/utils.py, `_beam_search`): of the best 2·H continuations, ended ones
-join the pool of finished hypotheses if they are among the best H, the others fill the next beam; `early_stopping` says
-when a question is done. Differences: the beam starts with one hypothesis and grows to H, so that no step works on dead
-rows, and questions that are done leave the batch once they are a quarter of it. A hypothesis that cannot end better than the answers that are wanted
-is not continued, and a question without others is done: those answers are the same, and often found in half the steps.
+The rules are those of `transformers` (generation/utils.py, `_beam_search`). Of the best 2·H continuations, ended ones
+join the pool of finished hypotheses if they are among the best H; the others fill the next beam. `early_stopping`
+decides when a question is done. This search differs in three ways:
 
-The vocabulary is large, so a step passes over it as rarely as it can: the mixture is summed as probabilities, not as
-logarithms, to choose the candidates; what is kept of the few chosen ones is computed anew from their logits, exactly.
-Tokens e^−87 times less probable than likely (float32) tie in that choice, and are exact all the same once chosen.
-This module knows nothing about answers as text, or about merging the passages' beams. `mixture.py` passes over the
-vocabulary.
+- The beam starts with one hypothesis and grows to H, so that no step works on dead rows.
+- Questions that are done leave the batch once they make up a quarter of it.
+- Where the rules allow it (`_Search.prune`), a hypothesis that cannot end better than the `wanted` best answers is not
+  continued. A question without other hypotheses is done. Those answers stay the same, often in half the steps.
+
+The vocabulary is large, so a step passes over it as rarely as possible (`mixture.py`). Candidates are chosen by a
+mixture that is summed as probabilities, not as logarithms. The values of the few chosen ones are then computed exactly,
+from their logits. Tokens less probable than e^−87 (float32) tie in that choice, but have exact values once chosen.
+
+This module knows nothing about answers as text, or about merging the passages' beams.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens (the prompt left out), V vocabulary,
 H hypotheses in a beam, C candidates, A questions still searched, W hypotheses running (W <= H), N contexts of those
@@ -37,17 +40,17 @@ from rag_core.errors import NotFiniteError
 def beam_search(
     decoder: PassageDecoder, doc_log_probs_BK: Tensor, settings: BeamSettings, wanted: int | None = None
 ) -> Beams:
-    """The best answers found for each question under the mixture of its passages.
+    """Find the best answers of each question under the mixture of its passages.
 
     Args:
-        decoder: holds B·K contexts, passages of a question next to each other, at the prompt.
+        decoder: holds B·K contexts, a question's passages next to each other, and has read the prompt only.
         doc_log_probs_BK: log p(z|q), floating point; −inf for an absent passage.
         settings: how to search.
-        wanted: so many of the best are exact, the others may be missing; default: all H.
+        wanted: how many of the best answers must be exact; the others may be missing. Default: all H.
 
     Returns:
-        Beams of B questions. Log-probabilities are the model's own: tokens that must not be generated are left out
-        without renormalising.
+        Beams of B questions. Log-probabilities are the model's own: suppressed tokens are left out without
+        renormalising.
 
     Raises:
         NotFiniteError: the generator's logits at the prompt are NaN.
@@ -74,7 +77,7 @@ class _Candidates:
 
     beam_AC: Tensor  # int64, the hypothesis that is continued
     token_AC: Tensor  # int64
-    ranks_AC: Tensor  # log-probabilities by which they compete; −inf: must not be generated
+    ranks_AC: Tensor  # log-probabilities by which candidates compete; −inf: must not be generated
     log_probs_AC: Tensor
     tokens_ACT: Tensor
     posteriors_ACTK: Tensor  # log p(z | q, answer so far): each passage's share of a token's probability
@@ -83,8 +86,8 @@ class _Candidates:
 class _Search:
     """The rules of one search, and the state of the questions that are still searched.
 
-    `running`, `tokens` and `posteriors` have an entry per hypothesis of the beam, `pool` per finished one; `questions_A`
-    says to which question a row belongs.
+    `running`, `tokens` and `posteriors` have one entry per hypothesis of the beam, `pool` has one per finished
+    hypothesis. `questions_A` maps rows to question numbers.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class _Search:
         ).long()
         self.candidates_max = (1 + len(tokens.ends)) * H
         self.wanted = min(wanted or H, H)
-        # Other rules stop a search by how many answers have ended, poor ones included.
+        # Under the other rules, poor answers count as well: a search stops once enough answers have ended.
         early, penalty = settings.early_stopping, settings.length_penalty
         self.prune = early == "never" or (early is False and penalty <= 0)
 
@@ -123,22 +126,22 @@ class _Search:
         self.done: list[tuple[Tensor, Beams]] = []
 
     def is_last(self, t: int) -> bool:
-        """Whether no token may follow the one at position t."""
+        """Whether position t is the last."""
         return t + 1 == self.T
 
     def length(self, t: int) -> int:
-        """Tokens of an answer whose last one is at position t, a forced first one included."""
+        """Length of an answer that ends at position t, a forced first token included."""
         return t + 1 + self.generation.forced_first
 
     def first_logits(self) -> Tensor:
-        """The logits at the prompt, shape (A, K, 1, V); NotFiniteError if they are NaN."""
+        """Return the logits at the prompt, shape (A, K, 1, V); NotFiniteError if they are NaN."""
         logits_AKWV = self.decoder.first_logits_NV.view(*self.log_docs_AK.shape, 1, -1)
         if logits_AKWV.isnan().any():
             raise NotFiniteError.of("the generator's logits", "They are NaN at the first token of an answer.")
         return logits_AKWV
 
     def best_continuations(self, t: int, logits_AKWV: Tensor) -> _Candidates:
-        """Step 1: the best continuations of all hypotheses of a question together."""
+        """Step 1: find each question's best continuations, over all its hypotheses together."""
         next_AWV, normalisers_AKW = next_log_probs(logits_AKWV, self.log_docs_AK)
         A, W, V = next_AWV.shape
         forced_end = self.generation.forced_end if self.is_last(t) else None
@@ -150,7 +153,7 @@ class _Search:
             ranked_AWV.index_fill_(2, self.suppressed_first if t == 0 else self.suppressed, float("-inf"))
         ranks_AC, flat_AC = best_of(ranked_AWV.flatten(1), min(self.candidates_max, W * V))
         beam_AC, token_AC = flat_AC // V, flat_AC % V
-        # What each passage says of a candidate (the terms of the paper's p'θ, section 2.5), and their sum.
+        # log p(z|q) p(token|q,z) of every passage (the terms of the paper's p'θ, section 2.5), and the sum.
         rows_A1 = self._rows()
         at_token_ACK = logits_AKWV[rows_A1, :, beam_AC, token_AC].to(self.neg_inf.dtype)
         joint_ACK = at_token_ACK - normalisers_AKW[rows_A1, :, beam_AC] + self.log_docs_AK.unsqueeze(1)
@@ -166,12 +169,12 @@ class _Search:
         tokens_ACT = self.tokens_AWT[rows_A1, beam_AC]
         tokens_ACT[:, :, t] = token_AC
         posteriors_ACTK = self.posteriors_AWTK[rows_A1, beam_AC]
-        # Bayes' rule: this passage's share of the token's probability.
+        # Bayes' rule: each passage's share of the token's probability.
         posteriors_ACTK[:, :, t] = joint_ACK - mixture_AC.unsqueeze(2)
         return _Candidates(beam_AC, token_AC, ranks_AC, log_probs_AC, tokens_ACT, posteriors_ACTK)
 
     def finish_ended(self, t: int, candidates: _Candidates) -> Tensor:
-        """Step 2: ended candidates compete for the pool, if among the best H. Returns which have ended: at the last, all."""
+        """Step 2: ended candidates among the best H compete for the pool. Returns which ended: at the last t, all."""
         token_AC, pool, neg_inf = candidates.token_AC, self.pool, self.neg_inf
         ended_AC = torch.ones_like(token_AC, dtype=torch.bool) if self.is_last(t) else torch.isin(token_AC, self.ends)
         joins_AC = ended_AC & self.searching_A.unsqueeze(1)
@@ -193,7 +196,7 @@ class _Search:
         return ended_AC
 
     def fill_beam(self, candidates: _Candidates, ended_AC: Tensor) -> Tensor:
-        """Step 3: the candidates that have not ended fill the next beam. Returns parent_AW, the hypotheses they continue."""
+        """Step 3: the best candidates that have not ended fill the next beam. Returns their parents, parent_AW."""
         ranks_AC = candidates.ranks_AC.masked_fill(ended_AC, self.neg_inf)
         self.running_AW, next_AW = ranks_AC.topk(min(self.H, ranks_AC.shape[1]), dim=1)
         rows_A1 = self._rows()
@@ -202,9 +205,10 @@ class _Search:
         return candidates.beam_AC[rows_A1, next_AW]
 
     def count_hopeful(self, t: int) -> tuple[int, int]:
-        """Step 4: judge who is done. Returns how many questions are left, and the most hypotheses that one of them needs.
+        """Step 4: decide which questions are done. Returns how many are left, and the most hypotheses that one needs.
 
-        A question is done if no hypothesis runs, or if its pool is full and, as `early_stopping` judges it, good enough.
+        A question is done if it has no running hypothesis, or if its pool is full and good enough under
+        `early_stopping`.
         """
         settings, penalty, length = self.settings, self.settings.length_penalty, self.length(t)
         running_AW, scores_AH = self.running_AW, self.pool.scores_BH
@@ -212,7 +216,7 @@ class _Search:
             self.searching_A &= scores_AH[:, -1] == self.neg_inf
         at_length = settings.max_new_tokens if settings.early_stopping == "never" and penalty > 0 else length
         self.searching_A &= running_AW[:, 0] / at_length**penalty > scores_AH[:, -1]
-        # A longer answer is not more probable: what it can still score at most, against the last that is wanted.
+        # A longer answer is never more probable. So this bounds its score; compare it with the last wanted answer's.
         bound_AW = running_AW / (settings.max_new_tokens if penalty > 0 else length) ** penalty
         hopeful_AW = (bound_AW >= scores_AH[:, self.wanted - 1 : self.wanted]) & (running_AW > self.neg_inf)
         self.searching_A &= hopeful_AW[:, 0]
@@ -221,7 +225,7 @@ class _Search:
         return left, width
 
     def drop_done(self, parent_AW: Tensor, left: int, width: int) -> Tensor:
-        """Drop hypotheses without hope, and the questions that are done once they are a quarter; returns their parents."""
+        """Drop hopeless hypotheses, and done questions once they are a quarter. Returns the kept ones' parents."""
         if self.prune:
             self.running_AW, parent_AW = self.running_AW[:, :width], parent_AW[:, :width]
             self.tokens_AWT, self.posteriors_AWTK = self.tokens_AWT[:, :width], self.posteriors_AWTK[:, :width]
@@ -237,18 +241,18 @@ class _Search:
         return parent_AW[keep]
 
     def continue_all(self, t: int, parent_AW: Tensor) -> Tensor:
-        """Step 5: one decoder step, in which all passages of a question continue the same hypotheses. Returns logits_AKWV."""
+        """Step 5: one decoder step; all passages of a question continue the same hypotheses. Returns logits_AKWV."""
         K = self.K
         tokens_NW = self.tokens_AWT[:, :, t].repeat_interleave(K, dim=0)
         return self.decoder.step(tokens_NW, parent_AW.repeat_interleave(K, dim=0)).unflatten(0, (-1, K))
 
     def result(self) -> Beams:
-        """The pools of all questions, in the order in which the questions came."""
+        """Return the pools of all questions, in the order of the input."""
         done = [*self.done, (self.questions_A, self.pool)]
         order_B = torch.cat([questions for questions, _ in done]).argsort()
         merged = {name: torch.cat([getattr(beams, name) for _, beams in done])[order_B] for name in vars(self.pool)}
         return Beams(**merged)
 
     def _rows(self) -> Tensor:
-        """Indices of the questions' rows, to go with indices of candidates."""
+        """Row indices, shape (A, 1), to index together with candidates' indices."""
         return torch.arange(len(self.questions_A), device=self.questions_A.device).unsqueeze(1)

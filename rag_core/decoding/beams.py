@@ -1,4 +1,4 @@
-"""A beam search's settings and its result, and the check of both before a search.
+"""A beam search's settings and its result, and the check of settings and inputs before a search.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens, H hypotheses in a beam.
 """
@@ -22,13 +22,13 @@ class BeamSettings:
     """How a beam is searched.
 
     Attributes:
-        num_beams: H, hypotheses kept; 1 is greedy: the first answer that ends is taken, whatever is set below.
-        max_new_tokens: generated tokens at most, end token and a forced first token included.
-        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty, the length counted like
+        num_beams: H, hypotheses kept. 1 is greedy: the first answer that ends is taken, whatever is set below.
+        max_new_tokens: most tokens generated, end token and a forced first token included.
+        length_penalty: hypotheses are ranked by log_prob / length ** length_penalty, with the length counted like
             max_new_tokens; 0 ranks by probability.
-        early_stopping: a question is done once H hypotheses have ended and
-            False: the best running one, as it stands, is not better than the worst of them;
-            "never": nor could it be at the full length (differs from False for a positive length_penalty);
+        early_stopping: when a question is done, after H hypotheses have ended.
+            False: the best running hypothesis scores no better, at its present length, than the worst ended one;
+            "never": nor could it at the full length (differs from False for a positive length_penalty);
             True: at once.
     """
 
@@ -40,16 +40,16 @@ class BeamSettings:
 
 @dataclass(frozen=True)
 class Beams:
-    """Finished hypotheses, best first; places that no hypothesis fills have log_probs and scores −inf."""
+    """Finished hypotheses, best first; empty places have log_probs and scores −inf."""
 
     tokens_BHT: Tensor  # int64, generated tokens with the end token; undefined after the length
     lengths_BH: Tensor  # int64, generated tokens, end token included
     log_probs_BH: Tensor
-    scores_BH: Tensor  # what the beam ranks by: a forced end costs nothing, and the length penalty is applied
+    scores_BH: Tensor  # the beam's ranking: length penalty applied, a forced end token costs nothing
     doc_log_posteriors_BHTK: Tensor
 
     def select(self, index: Tensor) -> Beams:
-        """The beams of some questions; `index` is int64 or bool."""
+        """Return the beams of some questions; `index` is int64 or bool."""
         return Beams(**{name: value[index] for name, value in vars(self).items()})
 
 

@@ -1,4 +1,4 @@
-"""The mixture of the passages' next-token distributions, and its best entries, each in one pass over the vocabulary.
+"""The mixture of the passages' next-token distributions, and its best entries; each takes one pass over the vocabulary.
 
 Legend: A questions, K passages per question, W hypotheses, V vocabulary, C candidates, F continuations of a question
 (W·V), G blocks of those.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Continuations are searched for their best in blocks of so many: one pass finds the blocks' maxima.
+# Size of the blocks in which `best_of` searches: one pass finds the maximum of every block.
 _BLOCK = 256
 
 
 def next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ_z p(z|q) p(·|q,z,a_<t), shape (A, W, V), in a buffer of its own, and the logits' logsumexp, (A, K, W).
+    """log Σ_z p(z|q) p(·|q,z,a_<t), shape (A, W, V), in a new buffer, and the logits' logsumexp, shape (A, K, W).
 
-    Float32 at least. What is less probable than the type's smallest number counts as that.
+    Both are at least float32. With K > 1, a probability below the type's smallest normal number counts as that number.
     """
     K, dtype = log_docs_AK.shape[1], log_docs_AK.dtype
     top_AKW = logits_AKWV.amax(dim=3).to(dtype)
@@ -26,7 +26,7 @@ def next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, Te
         return log_probs_AWV.add_(log_docs_AK.unsqueeze(2)), normalisers_AKW
     docs_AK11 = log_docs_AK.exp()[:, :, None, None]
     mixture_AWV, most_AKW = logits_AKWV.new_zeros(()), torch.empty_like(top_AKW)
-    for k in range(K):  # one passage at a time: what is made of its logits stays in the cache
+    for k in range(K):  # one passage at a time: its probabilities stay in the processor's cache
         probs_AWV = torch.softmax(logits_AKWV[:, k], dim=2, dtype=dtype)
         most_AKW[:, k] = probs_AWV.amax(dim=2)
         mixture_AWV = mixture_AWV.addcmul_(probs_AWV, docs_AK11[:, k]) if k else probs_AWV.mul_(docs_AK11[:, k])
@@ -34,7 +34,7 @@ def next_log_probs(logits_AKWV: Tensor, log_docs_AK: Tensor) -> tuple[Tensor, Te
 
 
 def best_of(ranked_AF: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """`topk`, exactly, in one pass: the best C are in the C blocks with the greatest maxima, or in what is left over."""
+    """Exact `topk` in one pass: the best C are in the C blocks with the greatest maxima, or in the rest behind them."""
     A, F = ranked_AF.shape
     G = F // _BLOCK
     if G <= 2 * C:
@@ -46,5 +46,5 @@ def best_of(ranked_AF: Tensor, C: int) -> tuple[Tensor, Tensor]:
     places_ACb = best_AC.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK, device=best_AC.device)
     places_AP = torch.cat((places_ACb.flatten(1), rest_Ar), dim=1)
     values_AP = torch.cat((blocks_AGb[rows_A1, best_AC].flatten(1), ranked_AF[:, G * _BLOCK :]), dim=1)
-    values_AC, found_AC = values_AP.topk(C, dim=1)
-    return values_AC, places_AP.gather(1, found_AC)
+    values_AC, top_AC = values_AP.topk(C, dim=1)
+    return values_AC, places_AP.gather(1, top_AC)

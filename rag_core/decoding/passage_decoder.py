@@ -1,10 +1,10 @@
-"""The generator's decoder over contexts that are encoded once.
+"""The generator's decoder, stepped over contexts that are encoded once.
 
-Every context has W hypotheses at a time; a step continues each of them by a token, and says which former one of the
-same context it goes on from. The decoder knows nothing of beams, passages or probabilities.
+Every context has W hypotheses. A step gives each one a token, and the number of its parent: the hypothesis of the same
+context that it continues. This module knows nothing of beams, passages or probabilities.
 
-Contexts' keys and values are held once a context (`shared_attention.py`). Models whose attention cannot be replaced
-(LED) get a copy of them for every hypothesis.
+Each context stores its keys and values once (`shared_attention.py`). Models whose attention cannot be replaced (LED)
+get a copy for every hypothesis.
 
 Legend: N contexts, S context tokens, D hidden size, W hypotheses of each context, R decoder rows (N·W), P prompt
 tokens, T answer tokens, V vocabulary.
@@ -28,7 +28,7 @@ from rag_core.reading.generation_tokens import GenerationTokens
 
 
 class PassageDecoder:
-    """Next-token logits of answers that read given contexts.
+    """Next-token logits of answers, given their contexts.
 
     Args:
         generator: a transformers encoder-decoder model.
@@ -62,7 +62,7 @@ class PassageDecoder:
         return self._mask_NS.device
 
     def restart(self, contexts_n: Tensor | None = None) -> None:
-        """Go back to the prompt: one hypothesis for every context, or for some of them (int64, their numbers)."""
+        """Go back to the prompt, with one hypothesis per context; `contexts_n` (int64) keeps these contexts only."""
         if self._shared:
             self._rows = _SharedRows(self._pass, SharedCache(self._prompt_cache, self._mask_NS))
         elif self._use_cache:
@@ -73,15 +73,15 @@ class PassageDecoder:
             self._rows.select(contexts_n)
 
     def select(self, contexts_n: Tensor) -> None:
-        """Keep some of the present contexts only: int64, their places."""
+        """Keep some of the present contexts only; `contexts_n` holds their int64 places."""
         self._rows.select(contexts_n)
 
     def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
-        """Logits of the token after next, shape (N, W, V), in the type that the generator computes in.
+        """Append a token to each hypothesis; return the next token's logits, shape (N, W, V), in the generator's dtype.
 
         Args:
-            tokens_NW: int64, the token by which each hypothesis goes on.
-            parents_NW: int64, the hypothesis of the previous call, same context, that it continues.
+            tokens_NW: int64, the token that each hypothesis appends.
+            parents_NW: int64, the hypothesis of the previous call, in the same context, that it continues.
         """
         return self._rows.step(tokens_NW, parents_NW).unflatten(0, tokens_NW.shape)
 
@@ -104,19 +104,19 @@ class _DecoderPass:
 
 
 class _Rows(Protocol):
-    """The state of the hypotheses; arguments as `PassageDecoder` says."""
+    """The state of the hypotheses; arguments as in `PassageDecoder`."""
 
     def select(self, contexts_n: Tensor) -> None: ...
     def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor: ...
 
 
 class _SharedRows:
-    """Keys and values once a context."""
+    """Keys and values are stored once per context."""
 
     def __init__(self, decoder_pass: _DecoderPass, cache: SharedCache) -> None:
         self._pass, self._cache = decoder_pass, cache
         config = decoder_pass.generator.get_encoder().config
-        # With keys and values in the cache, the encoder's states are asked for their presence alone.
+        # With keys and values in the cache, the model only checks that encoder states are there.
         self._no_states_1D = torch.zeros(1, config.hidden_size, device=cache.cross_mask_N11S.device)
 
     def select(self, contexts_n: Tensor) -> None:
@@ -130,7 +130,7 @@ class _SharedRows:
 
 
 class _CopiedRows:
-    """Keys and values once a hypothesis; they are copied when hypotheses are re-ordered."""
+    """Keys and values are stored once per hypothesis, and copied when hypotheses are re-ordered."""
 
     def __init__(self, decoder_pass: _DecoderPass, prompt: Any, states_NSD: Tensor, mask_NS: Tensor) -> None:
         self._pass, self._states_NSD, self._mask_NS = decoder_pass, states_NSD, mask_NS
@@ -154,7 +154,7 @@ class _CopiedRows:
 
 
 class _UncachedRows:
-    """No keys and values: every step reads the whole answer again."""
+    """Keys and values are not stored: every step reads the whole answer again."""
 
     def __init__(self, decoder_pass: _DecoderPass, prompt_N1P: Tensor, states_NSD: Tensor, mask_NS: Tensor) -> None:
         self._pass, self._read_NWT = decoder_pass, prompt_N1P
@@ -174,7 +174,7 @@ class _UncachedRows:
 
 @contextmanager
 def decoding_mode(generator: Any) -> Iterator[None]:
-    """Evaluation mode without autograd; afterwards every module is back in the mode it was in."""
+    """Evaluation mode without autograd; every module gets its former mode back afterwards."""
     was_training = [(module, module.training) for module in generator.modules()]
     generator.eval()
     try:

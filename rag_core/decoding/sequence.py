@@ -1,4 +1,4 @@
-"""RAG-Sequence decoding: a beam per passage, then one ranking of all their answers under the mixture.
+"""RAG-Sequence decoding: one beam per passage, then one ranking of all their answers under the mixture.
 
 Legend: B questions, K passages per question, S context tokens, H hypotheses in a beam, T answer tokens, C candidates.
 """
@@ -55,8 +55,8 @@ def decode_rag_sequence(
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (K,).
 
     Raises:
-        ConfigError: unknown mode, a setting out of range, a generator that is no encoder-decoder or lacks a special
-            token.
+        ConfigError: the mode is unknown, a setting is out of range, or the generator is not an encoder-decoder or lacks
+            a special token.
         ValueError: shapes do not fit, or a question has no finite document score.
 
     Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Sequence", Thorough and Fast Decoding.
@@ -69,17 +69,17 @@ def decode_rag_sequence(
     with decoding_mode(generator):
         contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
         decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
-        # Each (question, passage) is a question whose one passage has all the mass.
+        # Search each (question, passage) pair as a question with one passage of weight 1.
         beams = beam_search(decoder, torch.zeros(B * K, 1, device=doc_scores_BK.device), settings)
         log_docs_BK = doc_log_probs(doc_scores_BK.double()).cpu().numpy()
         candidates = _merge(beams, log_docs_BK)
-        # Two end tokens may end one answer, so that so many more sequences may be needed for as many answers.
+        # Several end tokens may end the same answer, so distinct answers may need that many times more sequences.
         limit = num_return_sequences * len(decoder.tokens.ends)
         if mode == "thorough":
             score_candidates(decoder, candidates, limit)
         return [
-            _rank(found, log_docs_K, decoder.tokens, num_return_sequences, beams.log_probs_BH.dtype)
-            for found, log_docs_K in zip(candidates, torch.from_numpy(log_docs_BK), strict=True)
+            _rank(scores, log_docs_K, decoder.tokens, num_return_sequences, beams.log_probs_BH.dtype)
+            for scores, log_docs_K in zip(candidates, torch.from_numpy(log_docs_BK), strict=True)
         ]
 
 
@@ -99,21 +99,21 @@ def _merge(beams: Beams, log_docs_BK: np.ndarray) -> list[CandidateScores]:
 
 
 def _rank(
-    found: CandidateScores, log_docs_K: Tensor, special: GenerationTokens, limit: int, dtype: torch.dtype
+    scores: CandidateScores, log_docs_K: Tensor, special: GenerationTokens, limit: int, dtype: torch.dtype
 ) -> list[Hypothesis]:
     absent = float("-inf")
-    log_probs_CK = torch.from_numpy(np.where(found.complete_CK, found.log_probs_CK, absent))
+    log_probs_CK = torch.from_numpy(np.where(scores.complete_CK, scores.log_probs_CK, absent))
     log_docs_CK = log_docs_K.expand_as(log_probs_CK)
     mixture_C = marginalize(log_probs_CK, log_docs_CK)
     posterior_CK = log_docs_CK + log_probs_CK - mixture_C.unsqueeze(1)
     order = mixture_C.argsort(descending=True, stable=True).tolist()
-    # Keyed by the answer: two end tokens may end the same one, and the better comes first.
+    # Keyed by the answer: two end tokens may end the same answer. The more probable sequence comes first and is kept.
     best: dict[tuple[int, ...], Hypothesis] = {}
     for c in order:
-        generated = list(found.answers[c])
+        generated = list(scores.answers[c])
         token_ids = special.strip(generated)
         log_prob = float(mixture_C[c])
-        if found.alive_C[c] and log_prob > absent and tuple(token_ids) not in best and len(best) < limit:
+        if scores.alive_C[c] and log_prob > absent and tuple(token_ids) not in best and len(best) < limit:
             best[tuple(token_ids)] = Hypothesis(
                 token_ids, log_prob, log_prob, special.ended(generated), posterior_CK[c].to(dtype, copy=True)
             )

@@ -1,12 +1,12 @@
-"""Attention of hypotheses that read one context: keys and values are held once a context, not once a hypothesis.
+"""Attention for hypotheses that share a context: each context stores its keys and values once, not once per hypothesis.
 
 Cross-attention: the hypotheses of a context are folded into the query's length, and read one set of keys and values.
-Self-attention: every token that any hypothesis of a context ever had keeps its place (slot) in that context's cache;
-which slots a hypothesis may look at, its own past, is a mask. So when hypotheses are re-ordered a small mask moves, and
-no cache does. The price is attention over the slots of dead hypotheses, V and D times smaller than the rest of a step.
+Self-attention: every token that any hypothesis of a context ever had keeps its slot in that context's cache. A mask
+limits each hypothesis to its own past. So re-ordering hypotheses moves a small mask, and no cache. The price is
+attention over the slots of dead hypotheses, V and D times smaller than the rest of a step.
 
-It works for every model whose attention goes through Transformers' `ALL_ATTENTION_FUNCTIONS`: a function registered
-there, and a cache that hands it the slots. Masks that the model would make are not made, as the function knows its own.
+It works for every model whose attention goes through Transformers' `ALL_ATTENTION_FUNCTIONS`. This module registers a
+function there, and its cache passes the slots to that function. The model makes no masks, as the function has its own.
 
 Legend: N contexts, S context tokens, W hypotheses of each context, R rows (N·W), L slots, P prompt tokens, h heads,
 d dimensions of a head.
@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AttentionInterface, EncoderDecoderCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rag_core.pretrained.attention_choice import attention_chosen, can_choose_attention
+
 NAME = "rag_shared_contexts"
 _active: ContextVar[SharedCache] = ContextVar("the cache of the decoder pass that is running")
 
@@ -32,13 +34,13 @@ class SharedCache:
     """Keys and values of contexts and of their hypotheses' tokens.
 
     Args:
-        prompt: Transformers' EncoderDecoderCache after a pass over the prompt, one row a context; it is not changed.
+        prompt: Transformers' EncoderDecoderCache after a pass over the prompt, one row per context; it is not changed.
         mask_NS: 1 for a context's real tokens, 0 for padding.
     """
 
     def __init__(self, prompt: Any, mask_NS: Tensor) -> None:
         self.layers = [_SlotLayer(layer.keys, layer.values) for layer in prompt.self_attention_cache.layers]
-        # In the order in which they are read, again and again.
+        # Contiguous, as every step reads them in this order.
         self._cross = [
             (layer.keys.contiguous(), layer.values.contiguous()) for layer in prompt.cross_attention_cache.layers
         ]
@@ -56,45 +58,45 @@ class SharedCache:
         self.self_mask_N1WL = self.self_mask_N1WL[contexts_n]
 
     def branch(self, parents_NW: Tensor) -> EncoderDecoderCache:
-        """The cache for one more token of W hypotheses, each of which continues its parent among the former ones."""
+        """Return the cache for one more token of W hypotheses; each continues its parent among the previous ones."""
         N, W = parents_NW.shape
         L = len(self.positions_L)
         past_NWL = self.self_mask_N1WL.squeeze(1).gather(1, parents_NW.unsqueeze(2).expand(-1, -1, L))
         own_NWW = torch.eye(W, dtype=torch.bool, device=parents_NW.device).expand(N, -1, -1)
         self.self_mask_N1WL = torch.cat((past_NWL, own_NWW), dim=2).unsqueeze(1)
         self.positions_L = torch.cat((self.positions_L, self.positions_L[-1:].expand(W) + 1))
-        return EncoderDecoderCache(Cache(layers=list(self.layers)), Cache(layers=[_Fixed(*one) for one in self._cross]))
+        return EncoderDecoderCache(
+            Cache(layers=list(self.layers)), Cache(layers=[_Fixed(*pair) for pair in self._cross])
+        )
 
     def mask_of(self, module: Any, keys_NhLd: Tensor, bias_1h1L: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What the queries may look at; where the model has a position bias, with that bias, −inf elsewhere."""
+        """The additive mask: 0, or the model's position bias if it has one, where a query may look; −inf elsewhere."""
         is_self = any(keys_NhLd is layer.handed_out for layer in self.layers)
         allowed = self.self_mask_N1WL if is_self else self.cross_mask_N11S
         if bias_1h1L is None:
             return torch.zeros((), dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
-        # The model counts the slots as positions; what it says of a position holds for all slots that stand there.
+        # The model gives a bias per position; all slots at a position share it.
         bias = bias_1h1L[..., self.positions_L] if is_self else bias_1h1L
         return bias.to(dtype).masked_fill(~allowed, float("-inf"))
 
     @contextmanager
     def attached(self, decoder: Any) -> Iterator[None]:
         """Inside, the decoder's attention reads this cache."""
-        config, token = decoder.config, _active.set(self)
-        usual = config._attn_implementation
-        config._attn_implementation = NAME
+        token = _active.set(self)
         try:
-            yield
+            with attention_chosen([decoder.config], NAME):
+                yield
         finally:
-            config._attn_implementation = usual
             _active.reset(token)
 
 
 def can_share(decoder: Any) -> bool:
-    """Whether the decoder's attention can be replaced (LED's, for one, cannot)."""
-    return bool(type(decoder)._can_set_attn_implementation())
+    """Whether the decoder's attention can be replaced. LED's, for example, cannot."""
+    return can_choose_attention(decoder)
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values of all slots; a step writes W slots behind those that are there."""
+    """One layer's keys and values of all slots; a step appends W slots."""
 
     def __init__(self, keys_NhPd: Tensor, values_NhPd: Tensor) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class _SlotLayer(CacheLayerMixin):
         return self.handed_out, self._values[:, :, :end]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the prompt's keys and values are there."""
+        """Do nothing: the prompt's keys and values are there already."""
 
     def get_seq_length(self) -> int:
         return self._positions
@@ -142,10 +144,10 @@ class _Fixed(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # Transformers asks for this method; a decoder that calls it would read other contexts than those it was given.
+        # Transformers requires this method; a decoder that calls it would read other contexts than its own.
         raise RuntimeError("the generator's decoder tried to change the keys and values of contexts, which are fixed")
 
     def get_seq_length(self) -> int:
@@ -175,12 +177,12 @@ def _attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of R rows of one token each to the keys of N contexts; arguments as Transformers passes them."""
+    """Attention of R rows of one token each to the keys of N contexts; Transformers defines the arguments."""
     R, h, _, d = query.shape
     N = len(key)
     query_NhWd = query.reshape(N, R // N, h, d).transpose(1, 2)
     mask = _active.get().mask_of(module, key, position_bias, query.dtype)
-    # Two products and a softmax: for so few queries PyTorch's fused attention is slower on a processor (40 contexts of
+    # Two products and a softmax: for so few queries PyTorch's fused attention is not faster on a CPU (40 contexts of
     # 128 tokens, 8 heads, 4 hypotheses: float32 2.2 ms against 2.1, bfloat16 0.8 against 1.2).
     scaled_NhWd = query_NhWd * (d**-0.5 if scaling is None else scaling)
     weights_NhWL = torch.softmax(scaled_NhWd @ key.transpose(2, 3) + mask, dim=3)

@@ -45,7 +45,7 @@ def decode_rag_token(
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (T, K).
 
     Raises:
-        ConfigError: a setting is out of range, the generator is no encoder-decoder or lacks a special token.
+        ConfigError: a setting is out of range, or the generator is not an encoder-decoder or lacks a special token.
         ValueError: shapes do not fit, or a question has no finite document score.
 
     Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Token".
@@ -55,7 +55,7 @@ def decode_rag_token(
     with decoding_mode(generator):
         contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
         decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
-        # Two end tokens may end one answer, so that so many more sequences may be needed for as many answers.
+        # Several end tokens may end the same answer, so distinct answers may need that many times more sequences.
         wanted = num_return_sequences * len(decoder.tokens.ends)
         beams = beam_search(decoder, doc_log_probs(doc_scores_BK), settings, wanted)
         return _hypotheses(beams, decoder.tokens, num_return_sequences)
@@ -67,7 +67,7 @@ def _hypotheses(beams: Beams, special: GenerationTokens, limit: int) -> list[lis
     log_probs, scores = beams.log_probs_BH.tolist(), beams.scores_BH.tolist()
     answers: list[list[Hypothesis]] = []
     for b in range(len(tokens)):
-        # Keyed by the answer: two end tokens may end the same one, and the better comes first.
+        # Keyed by the answer: two end tokens may end the same answer. The better sequence comes first and is kept.
         best: dict[tuple[int, ...], Hypothesis] = {}
         for h, log_prob in enumerate(log_probs[b]):
             generated = tokens[b][h][: lengths[b][h]]

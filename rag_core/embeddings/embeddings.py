@@ -1,7 +1,7 @@
 """The embeddings artifact: one Parquet shard of vectors for each shard of the corpus, row for row.
 
 Owner of its layout: `embeddings-00000.parquet`, … with columns `id` (string) and `embedding` (fixed-size list of
-float16 or float32), in the corpus's order. Which process embeds which shard is somebody else's business.
+float16 or float32), in the corpus's order. This module does not decide which process embeds which shard.
 
 Shapes: N passages, D embedding.
 """
@@ -29,7 +29,7 @@ VectorDtype = Literal["float32", "float16"]
 
 
 class EmbedConfig(BaseModel):
-    """How passages are embedded."""
+    """How to embed passages."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +53,7 @@ class EmbedConfig(BaseModel):
 
 
 def load_document_encoder(config: EmbedConfig) -> TextEncoder:
-    """The encoder of passages; errors as `TextEncoder.from_pretrained`."""
+    """Load the encoder of passages; errors as in `TextEncoder.from_pretrained`."""
     return TextEncoder.from_pretrained(
         config.encoder, side="passage", prompt=config.prompt, trust_remote_code=config.trust_remote_code
     )
@@ -71,7 +71,7 @@ def embed_shard(
     config: EmbedConfig,
     on_progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Embed one shard of a corpus into one shard of embeddings; returns the number of rows.
+    """Embed one shard of a corpus into one shard of embeddings; return the number of rows.
 
     Raises:
         ArtifactError: a vector is not finite (the encoder's weights are damaged, or float16 overflowed) or all zeros.
@@ -80,16 +80,16 @@ def embed_shard(
     vector = pa.list_(pa.from_numpy_dtype(config.dtype), encoder.dim)
     schema = pa.schema([("id", table.schema.field("id").type), ("embedding", vector)])
     with finished_file(out_file) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
-        # As many rows at a time as the encoder sorts. A whole shard's vectors, copied and encoded as Parquet, and blocks
-        # that tokenizer and encoder free in pieces were more than half of what a worker took.
+        # Embed as many rows at a time as the encoder sorts. Keeping a whole shard's vectors (also copied and encoded as
+        # Parquet) and the blocks that tokenizer and encoder free in pieces took more than half of a worker's memory.
         for start in range(0, table.num_rows, WINDOW):
             part = table.slice(start, WINDOW)
             vectors_nD = _embed_rows(encoder, part, config, on_progress)
             if fault := vector_fault(vectors_nD):
-                row, found = fault
+                row, problem = fault
                 raise ArtifactError(
-                    f"{corpus_shard} row {start + row + 1} (id {part['id'][row].as_py()!r}): the encoder gave a vector that "
-                    f"is {found} as {config.dtype}. Check the encoder's weights, or store float32."
+                    f"{corpus_shard} row {start + row + 1} (id {part['id'][row].as_py()!r}): the encoder gave a "
+                    f"vector that is {problem} as {config.dtype}. Check the encoder's weights, or store float32."
                 )
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors_nD.reshape(-1)), encoder.dim)
             writer.write_table(pa.table([part["id"], embedding], schema=schema), row_group_size=10_000)
@@ -100,7 +100,7 @@ def embed_shard(
 
 
 def vector_fault(vectors_ND: np.ndarray) -> tuple[int, str] | None:
-    """The first row with which no search can be right, and why: not finite, or all zeros; None if all are sound."""
+    """The first row whose vector breaks search, and why: not finite, or all zeros. None if all vectors are sound."""
     largest_N = np.abs(vectors_ND).max(axis=1)
     bad_N = ~np.isfinite(largest_N) | (largest_N == 0)
     if not bad_N.any():
@@ -127,11 +127,11 @@ class Embeddings:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self.place = path  # what it was opened as: `path`, or where in an object store that is a copy of
+        self.place = path  # `path`, or the place in an object store that `path` is a copy of
         self.manifest = manifest
         self.dim, self.dtype = _width_and_type(path, manifest)
         names = [name for name in manifest.files if name.endswith(".parquet")]
-        # By length first: from the 100,000th shard on, the number is wider than its five digits.
+        # By length first: from shard 100,000 on, numbers have more than five digits.
         self.shards = [path / name for name in sorted(names, key=lambda name: (len(name), name))]
 
     @classmethod
@@ -146,11 +146,11 @@ class Embeddings:
         return self.manifest.counts["passages"]
 
     def iter_vectors(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
+        """Yield ids and vectors (n, D) in their stored type, a few thousand rows at a time, in the corpus's order.
 
         Raises:
-            ArtifactError: a shard cannot be read; its vectors have another width or type than the manifest says; or one
-                is missing, not finite or all zeros (named with its row and id).
+            ArtifactError: a shard cannot be read; its vectors have another width or type than the manifest says; or a
+                vector is missing, not finite or all zeros (the message names its row and id).
         """
         for shard in self.shards:
             row = 0
@@ -162,8 +162,8 @@ class Embeddings:
                         row += batch.num_rows
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise ArtifactError(
-                    f"{shard} cannot be read after row {row} ({first_line(error)}); a Parquet file of ids and vectors was "
-                    f"expected. Run `rag verify --repair {self.place}`, or embed the corpus again."
+                    f"{shard} cannot be read after row {row} ({first_line(error)}); expected a Parquet file of ids and "
+                    f"vectors. Run `rag verify --repair {self.place}`, or embed the corpus again."
                 ) from error
 
     def _check_columns(self, shard: Path, schema: pa.Schema) -> None:
@@ -172,8 +172,8 @@ class Embeddings:
         if types.get("id") != pa.string() or types.get("embedding") != expected:
             found = ", ".join(f"{name} ({kind})" for name, kind in types.items()) or "neither"
             raise ArtifactError(
-                f"{shard}: columns id (string) and embedding ({self.dim} dimensions of {self.dtype}, as the manifest says) "
-                f"were expected, found {found}. Embed the corpus again."
+                f"{shard}: found {found}; expected columns id (string) and embedding ({self.dim} dimensions of "
+                f"{self.dtype}, as the manifest says). Embed the corpus again."
             )
 
     def _checked(self, shard: Path, row: int, batch: pa.RecordBatch) -> tuple[list[str], np.ndarray]:
@@ -182,13 +182,14 @@ class Embeddings:
         vectors_ND = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         if ids.null_count or column.null_count or len(vectors_ND) != batch.num_rows:
             raise ArtifactError(
-                f"{shard} rows {row + 1} to {row + batch.num_rows}: an id or a vector is missing. Embed the corpus again."
+                f"{shard} rows {row + 1} to {row + batch.num_rows}: an id or a vector is missing. Embed the corpus "
+                "again."
             )
         fault = vector_fault(vectors_ND)
         if fault:
             raise ArtifactError(
-                f"{shard} row {row + fault[0] + 1} (id {ids[fault[0]].as_py()!r}): the vector is {fault[1]}. Embed the corpus "
-                "again; if that does not help, check the encoder's weights."
+                f"{shard} row {row + fault[0] + 1} (id {ids[fault[0]].as_py()!r}): the vector is {fault[1]}. Embed "
+                "the corpus again; if that does not help, check the encoder's weights."
             )
         return ids.to_pylist(), vectors_ND
 
@@ -197,7 +198,7 @@ def _width_and_type(path: Path, manifest: Manifest) -> tuple[int, VectorDtype]:
     dim, dtype = manifest.details.get("dim"), manifest.details.get("dtype")
     if not isinstance(dim, int) or dim < 1 or dtype not in get_args(VectorDtype) or "passages" not in manifest.counts:
         raise ArtifactError(
-            f"{path}: the manifest says {dim!r} dimensions of {dtype!r} and {manifest.counts}; a width, one of "
-            f"{', '.join(get_args(VectorDtype))} and a number of passages were expected. Embed the corpus again."
+            f"{path}: the manifest says {dim!r} dimensions of {dtype!r} and counts {manifest.counts}; expected a "
+            f"width, one of {', '.join(get_args(VectorDtype))}, and a number of passages. Embed the corpus again."
         )
     return dim, cast(VectorDtype, dtype)

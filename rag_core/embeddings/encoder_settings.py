@@ -1,9 +1,9 @@
-"""How token states become one vector, and where that is written: our own file, sentence-transformers' files, or DPR.
+"""Read from a model folder how token states become one vector: our own file, sentence-transformers' files, or DPR.
 
-The first source that is there wins: `text_encoder.json` (ours); `modules.json` and the files that it names
-(sentence-transformers, as its versions up to 6.2 write them); what the model is (DPR, or any other). A step of a
-sentence-transformers folder that is not done here is refused by name: left out, it would give other vectors without a
-sign. Weights and tokenizers are loaded elsewhere.
+The first source that exists wins: `text_encoder.json` (ours); `modules.json` and the files that it names
+(sentence-transformers, as versions up to 6.2 write them); the kind of model (DPR, or any other). A step of a
+sentence-transformers folder that is not supported is refused by name, because skipping it would silently give other
+vectors. Weights and tokenizers are loaded elsewhere.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rag_core.pretrained.model_limits import positions_of
 from rag_core.pretrained.model_source import read_json
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken", "dpr"]
-# What an encoder is loaded to read. Some models (E5, BGE) want another prompt before a question than before a passage.
+# What texts an encoder reads. Some models (E5, BGE) need one prompt before questions and another before passages.
 Side = Literal["question", "passage"]
 SETTINGS_FILE = "text_encoder.json"
-# Where neither the model nor its tokenizer states a limit.
+# Used if neither the model nor its tokenizer states a limit.
 NO_LIMIT = 1_000_000
-# Until its version 6 sentence-transformers wrote one boolean for each pooling. This order is its order.
+# Before version 6 sentence-transformers wrote one boolean for each pooling, in this order.
 POOLING_BOOLEANS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -46,8 +46,8 @@ class EncoderSettings(BaseModel):
 
     pooling: Pooling = Field(
         "mean",
-        description="mean over tokens, the first token (cls), the last token, the largest value of each dimension (max), "
-        "the sum over √tokens, the mean weighted by position, or DPR's pooled output",
+        description="mean over tokens, the first token (cls), the last token, the largest value of each dimension "
+        "(max), the sum over √tokens, the mean weighted by position, or DPR's pooled output",
     )
     normalize: bool = Field(False, description="scale vectors to unit length")
     max_tokens: int = Field(256, ge=2, description="longer texts are cut to this many tokens")
@@ -59,12 +59,12 @@ class EncoderSettings(BaseModel):
     include_prompt: bool = Field(True, description="pool over the prompt's tokens, too")
 
     def prompt_for(self, side: Side | None) -> str:
-        """What is put before a text; None: before a text of which nothing is known."""
+        """The prompt before texts of that side; None: before texts of any kind."""
         own = {"question": self.question_prompt, "passage": self.passage_prompt}.get(side or "")
         return self.prompt if own is None else own
 
     def as_read_by(self, side: Side | None) -> EncoderSettings:
-        """The settings that decide that side's vectors: its prompt is the prompt, and the other side's is left out."""
+        """The settings that decide that side's vectors: its prompt becomes `prompt`, the other side's is dropped."""
         prompt = self.prompt_for(side)
         include = self.include_prompt or not prompt
         return self.model_copy(
@@ -72,8 +72,8 @@ class EncoderSettings(BaseModel):
         )
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Files, fingerprints and keys of models without such prompts stay what they were before there were any.
+    def _without_unset_prompts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So models without such prompts keep the files, fingerprints and keys they had before these fields existed.
         values: dict[str, Any] = handler(self)
         unset = {"question_prompt": None, "passage_prompt": None, "include_prompt": True}
         return {name: value for name, value in values.items() if name not in unset or value != unset[name]}
@@ -92,7 +92,7 @@ class _TextModality(BaseModel):
 
 
 class _Modalities(BaseModel):
-    """Text goes to the model as it is. With "message" in it, sentence-transformers would use a chat template."""
+    """Text goes to the model unchanged. With a key "message", sentence-transformers would use a chat template."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -109,7 +109,7 @@ class _TransformerFile(BaseModel):
     transformer_task: Literal["feature-extraction"] = "feature-extraction"
     module_output_name: Literal["token_embeddings"] = "token_embeddings"
     modality_config: _Modalities | None = None
-    # Of no effect on `SentenceTransformer.encode` here: the first is for flash attention, the others for multi-vectors.
+    # These do not affect `SentenceTransformer.encode`: the first is for flash attention, the others for multi-vectors.
     unpad_inputs: bool | None = None
     query_length: int | None = None
     document_length: int | None = None
@@ -139,20 +139,20 @@ class _ModelFile(BaseModel):
 
 
 def transformer_folder(source: str) -> str:
-    """The folder below `source` that holds weights and tokenizer: "", or what a sentence-transformers folder says.
+    """The folder below `source` with weights and tokenizer: "", or the one that a sentence-transformers folder names.
 
     Raises:
-        ConfigError: `modules.json` names other steps than Transformer, Pooling and perhaps Normalize.
+        ConfigError: `modules.json` names other steps than Transformer, Pooling and optionally Normalize.
     """
     modules = _modules_of(source)
     return modules["Transformer"] if modules else ""
 
 
-def encoder_settings_of(source: str, model: Any, tokenizer: Any, given: dict[str, Any]) -> EncoderSettings:
-    """The settings that belong to a model folder or hub name, but for those that are given.
+def encoder_settings_of(source: str, model: Any, tokenizer: Any, overrides: dict[str, Any]) -> EncoderSettings:
+    """The settings of a model folder, with `overrides` in place of its own.
 
     Raises:
-        ConfigError: a file is damaged, or asks for what is not done here.
+        ConfigError: a file is damaged, or asks for something that is not supported.
     """
     settings = _read(source, SETTINGS_FILE, EncoderSettings)
     modules = _modules_of(source)
@@ -164,43 +164,45 @@ def encoder_settings_of(source: str, model: Any, tokenizer: Any, given: dict[str
         settings = EncoderSettings(pooling="dpr", max_tokens=min(256, limit), title_separator=" [SEP] ")
     elif settings is None:
         settings = EncoderSettings(max_tokens=min(256, limit))
-    settings = settings.model_copy(update=given)
+    settings = settings.model_copy(update=overrides)
     if settings.max_tokens > limit:
         raise ConfigError(
-            f"{source}: max_tokens is {settings.max_tokens}, but the encoder ({model.config.model_type}) has positions for "
-            f"{limit} tokens. Set it ({SETTINGS_FILE}) to at most {limit}."
+            f"{source}: max_tokens is {settings.max_tokens}, but the encoder ({model.config.model_type}) has "
+            f"positions for {limit} tokens. Set it ({SETTINGS_FILE}) to at most {limit}."
         )
     if (settings.pooling == "dpr") != is_dpr:
         raise ConfigError(
-            f"{source} is of type {model.config.model_type!r}, with which pooling {settings.pooling!r} does not go: DPR "
-            "encoders have DPR pooling, and they alone. Leave the pooling to the folder."
+            f"{source}: pooling {settings.pooling!r} does not go with a model of type {model.config.model_type!r}. DPR "
+            "encoders need pooling 'dpr', and no other model supports it. Let the folder decide the pooling."
         )
     return settings
 
 
 def _modules_of(source: str) -> dict[str, str] | None:
-    """Class name and path of a sentence-transformers folder's modules; None if it is none, or settings of ours lead."""
+    """Class name and path of a sentence-transformers folder's modules; None for other folders, or with our settings."""
     listed = None if read_json(source, SETTINGS_FILE) is not None else read_json(source, "modules.json")
     if listed is None:
         return None
     modules = _validate(source, "modules.json", TypeAdapter(list[_Module]), listed)
     names = [
-        one.type.rpartition(".")[2] if one.type.startswith("sentence_transformers.") else one.type for one in modules
+        module.type.rpartition(".")[2] if module.type.startswith("sentence_transformers.") else module.type
+        for module in modules
     ]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ConfigError(
-            f"{source}: modules.json lists {', '.join(names) or 'nothing'}; Transformer, Pooling and then perhaps Normalize "
-            "are supported, and a step left out would give other vectors. Choose an encoder of these steps."
+            f"{source}: modules.json lists {', '.join(names) or 'nothing'}; only Transformer, Pooling and then "
+            "optionally Normalize are supported. Skipping a step would give other vectors. Choose an encoder with "
+            "these steps."
         )
-    return dict(zip(names, (one.path for one in modules), strict=True))
+    return dict(zip(names, (module.path for module in modules), strict=True))
 
 
 def _sentence_transformers_settings(source: str, modules: dict[str, str], limit: int) -> EncoderSettings:
     folder = modules["Transformer"]
     files = (_read(source, f"{folder}/{name}".lstrip("/"), _TransformerFile) for name in TRANSFORMER_FILES)
-    transformer = next((one for one in files if one is not None), _TransformerFile())
+    transformer = next((file for file in files if file is not None), _TransformerFile())
     if "Normalize" in modules:
-        # Only to refuse one that does not normalise the pooled vector. Before version 6 it had no file.
+        # Read only to refuse a module that does not normalise the pooled vector. Before version 6 it had no file.
         _read(source, f"{modules['Normalize']}/config.json", _NormalizeFile)
     pooling, include_prompt = _pooling_of(source, f"{modules['Pooling']}/config.json")
     return EncoderSettings(
@@ -219,36 +221,36 @@ def _pooling_of(source: str, name: str) -> tuple[Pooling, bool]:
     if file is None:
         raise ConfigError(f"{source} has no {name}, which says how to pool. Copy the model again.")
     booleans: dict[str, Any] = file.model_extra or {}
-    found = file.pooling_mode or [mode for key, mode in POOLING_BOOLEANS.items() if booleans.get(key)] or "mean"
-    modes: list[Any] = [found] if isinstance(found, str) else found
+    stated = file.pooling_mode or [mode for key, mode in POOLING_BOOLEANS.items() if booleans.get(key)] or "mean"
+    modes: list[Any] = [stated] if isinstance(stated, str) else stated
     if len(modes) != 1 or modes[0] not in POOLING_BOOLEANS.values():
         raise ConfigError(
-            f"{source}: {name} pools by {' and '.join(modes)}; one of {', '.join(POOLING_BOOLEANS.values())} is supported. "
-            "Choose an encoder with one of them."
+            f"{source}: {name} pools by {' and '.join(modes)}; one of {', '.join(POOLING_BOOLEANS.values())} is "
+            "supported. Choose an encoder with one of them."
         )
     return modes[0], file.include_prompt
 
 
 def _prompts(source: str) -> dict[str, str]:
-    """What `SentenceTransformer` puts before texts: `encode` its default, `encode_query` and `encode_document` theirs.
+    """The prompts of `SentenceTransformer`: the default for `encode`, others for `encode_query` and `encode_document`.
 
-    As in its version 6.2 there is always a prompt called "query" and one called "document", empty unless the file has
-    them: the default stands before neither questions nor passages, and one of another name must be asked for.
+    As in version 6.2, there is always a prompt "query" and a prompt "document", empty unless the file has them. So the
+    default goes before neither questions nor passages, and prompts with other names are never used by themselves.
     """
     file = _read(source, "config_sentence_transformers.json", _ModelFile) or _ModelFile()
     known = {name: text or "" for name, text in ({"query": "", "document": ""} | file.prompts).items()}
     if file.default_prompt_name not in (None, *known):
         raise ConfigError(
             f"{source}: config_sentence_transformers.json has the default prompt {file.default_prompt_name!r}, but its "
-            f"prompts are {', '.join(known)}. Correct either."
+            f"prompts are {', '.join(known)}. Correct one of them."
         )
-    found = {"prompt": known.get(file.default_prompt_name or "", "")}
+    default = {"prompt": known.get(file.default_prompt_name or "", "")}
     sides = {"question_prompt": known["query"], "passage_prompt": known["document"]}
-    return found | {side: text for side, text in sides.items() if text != found["prompt"]}
+    return default | {side: text for side, text in sides.items() if text != default["prompt"]}
 
 
 def position_limit(model: Any) -> int:
-    """The most tokens that a text encoder has positions for, or was made for where its positions have no end."""
+    """The most tokens that a text encoder has positions for, or was made for if its positions have no limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
     table = positions_of(model)
     return min(table or NO_LIMIT, positions if positions and positions > 0 else NO_LIMIT)
@@ -256,17 +258,19 @@ def position_limit(model: Any) -> int:
 
 def _read(source: str, name: str, kind: type[Kind]) -> Kind | None:
     """A JSON file of the model as `kind`, or None if it has no such file."""
-    found = read_json(source, name)
-    return None if found is None else _validate(source, name, TypeAdapter(kind), found)
+    content = read_json(source, name)
+    return None if content is None else _validate(source, name, TypeAdapter(kind), content)
 
 
-def _validate(source: str, name: str, adapter: TypeAdapter[Kind], found: Any) -> Kind:
+def _validate(source: str, name: str, adapter: TypeAdapter[Kind], content: Any) -> Kind:
     try:
-        return adapter.validate_python(found)
+        return adapter.validate_python(content)
     except ValidationError as error:
-        wrong = "; ".join(
-            f"{'.'.join(map(str, one['loc']))} is {one['input']!r} ({one['msg']})" for one in error.errors()
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r} ({problem['msg']})"
+            for problem in error.errors()
         )
         raise ConfigError(
-            f"{source}: {name} holds what is not supported: {wrong}. Correct it if it is yours, or choose another encoder."
+            f"{source}: {name} holds unsupported values: {problems}. Correct the file if it is yours, or choose "
+            "another encoder."
         ) from error

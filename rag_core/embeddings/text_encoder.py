@@ -1,9 +1,9 @@
 """Texts to vectors: any Hugging Face encoder with a pooling, such as mean, CLS or DPR's.
 
 One class serves as the question encoder (trained) and the document encoder (frozen). It reads plain model folders,
-sentence-transformers folders, DPR encoders and hub names; `encoder_settings.py` knows what their files say of pooling.
-`encode` sorts by length and fills batches up to a token budget, so that little padding is multiplied. It knows
-nothing of passages, questions or indices.
+sentence-transformers folders, DPR encoders and hub names; `encoder_settings.py` reads the pooling from their files.
+`encode` sorts texts by length and fills batches up to a token budget, so that little time goes into padding. It knows
+nothing about passages, questions or indexes.
 
 Shapes: N texts, B texts in a batch, S tokens, D embedding.
 """
@@ -49,13 +49,13 @@ from rag_core.pretrained.model_source import (
 )
 
 Precision = Literal["auto", "float32", "bfloat16"]
-# Tokens in a batch: on a processor what its caches hold, on an accelerator enough to fill it.
+# Tokens in a batch: what the caches of a processor hold, or enough to fill an accelerator.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
-# Texts that are tokenised and sorted at a time; more would save hardly any padding, and take memory.
+# Texts to tokenise and sort at a time; more would save hardly any padding and take memory.
 WINDOW = 16_384
-# Characters from which the time that packing the weights takes comes back (MiniLM: 20 ms).
+# Characters from which packing the weights pays for the time it takes (MiniLM: 20 ms).
 PACK_FROM = 10_000
-# Batches at a time on a processor. Above it the interpreter, which all of them share, would be what they wait for.
+# The most batches at a time on a processor. More would wait for the Python interpreter, which they share.
 MOST_WORKERS = 8
 DPR_CLASSES = ("DPRQuestionEncoder", "DPRContextEncoder")
 
@@ -63,8 +63,8 @@ DPR_CLASSES = ("DPRQuestionEncoder", "DPRContextEncoder")
 class TextEncoder(nn.Module):
     """A text encoder: tokenizer, transformer, pooling.
 
-    `side` says which texts it reads, and so which of its prompts it puts before them; None: texts of any kind.
-    Source of the poolings: mean, CLS and max as in Sentence-BERT (arXiv 1908.10084), the position-weighted mean as in
+    `side` says which texts it reads, and so which prompt it puts before them; None: texts of any kind.
+    Sources of the poolings: mean, CLS and max as in Sentence-BERT (arXiv 1908.10084), the position-weighted mean as in
     SGPT (arXiv 2202.08904), DPR as in arXiv 2004.04906.
     """
 
@@ -78,7 +78,7 @@ class TextEncoder(nn.Module):
         if settings.lowercase:
             _lower_case_first(tokenizer)
         if settings.pooling != "dpr":
-            # All other poolings leave BERT's pooler unused; a parameter that never gets a gradient upsets DDP.
+            # All other poolings leave BERT's pooler unused, and DDP needs a gradient for every trainable parameter.
             for name, parameter in model.named_parameters():
                 if name.startswith("pooler."):
                     parameter.requires_grad_(False)
@@ -98,43 +98,43 @@ class TextEncoder(nn.Module):
         """Load an encoder.
 
         Args:
-            name_or_folder: a local folder, a hub name (`org/model` or `org/model@REVISION`), or `package:NAME/FOLDER` for a
-                model inside a Python package.
-            side: "question" or "passage": which prompt of the model's is put before texts. None: the one for all texts,
-                as `SentenceTransformer.encode` does.
-            pooling, normalize, max_tokens, prompt: override what the folder says. Without either: mean pooling,
-                vectors as they are, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
+            name_or_folder: a local folder, a hub name (`org/model` or `org/model@REVISION`), or `package:NAME/FOLDER`
+                for a model inside a Python package.
+            side: "question" or "passage": which of the model's prompts to put before texts. None: the prompt for all
+                texts, as in `SentenceTransformer.encode`.
+            pooling, normalize, max_tokens, prompt: override the folder's settings. If the folder has none either: mean
+                pooling, vectors not scaled, at most 256 tokens, no prompt; a DPR model gets DPR pooling.
             trust_remote_code: run code that comes with the model.
 
         Raises:
-            ConfigError: the model or its tokenizer cannot be read, or a sentence-transformers folder asks for what is
-                not done here.
+            ConfigError: the model or its tokenizer cannot be read, or a sentence-transformers folder asks for something
+                that is not supported.
         """
         source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
         subfolder = transformer_folder(source)
         config = load_config(source, subfolder, trust_remote_code=trust_remote_code)
         if config.is_encoder_decoder:
             raise ConfigError(
-                f"{name_or_folder} is an encoder-decoder ({config.model_type}); a text encoder such as BERT, MiniLM or DPR "
-                "is needed here."
+                f"{name_or_folder} is an encoder-decoder ({config.model_type}); a text encoder such as BERT, MiniLM "
+                "or DPR is needed here."
             )
         load = _model_class(source, config).from_pretrained
         trust: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": trust_remote_code}
         model = load_weights(load, source, may_lack="pooler.", dtype=torch.float32, **trust)
         tokenizer = with_saved_case(load_tokenizer(source, **trust), source, subfolder)
-        given: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
-        given[f"{side}_prompt" if side else "prompt"] = prompt
-        given = {name: value for name, value in given.items() if value is not None}
-        settings = encoder_settings_of(source, model, tokenizer, given)
+        overrides: dict[str, Any] = {"pooling": pooling, "normalize": normalize, "max_tokens": max_tokens}
+        overrides[f"{side}_prompt" if side else "prompt"] = prompt
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        settings = encoder_settings_of(source, model, tokenizer, overrides)
         embeddings = model.get_input_embeddings()
         if isinstance(embeddings, nn.Embedding):
             refuse_tokens_beyond(embeddings.num_embeddings, tokenizer, f"the encoder {name_or_folder}")
         return cls(model, tokenizer, settings, side).eval()
 
     def for_questions(self, prompt: str | None = None) -> TextEncoder:
-        """The same weights for questions: with `prompt` before them, or with what the folder says."""
-        given = {} if prompt is None else {"question_prompt": prompt}
-        settings = self.settings.model_copy(update=given)
+        """The same weights for questions, with `prompt` before them; None: the prompt of the folder."""
+        overrides = {} if prompt is None else {"question_prompt": prompt}
+        settings = self.settings.model_copy(update=overrides)
         return TextEncoder(self.model, self.tokenizer, settings, "question").train(self.training)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -156,13 +156,13 @@ class TextEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     def fingerprint(self) -> str:
-        """SHA-256 of weights and settings: equal for equal vectors, whatever the model is called.
+        """SHA-256 of weights and settings: equal for encoders with equal vectors, whatever their names.
 
-        `max_tokens`, `title_separator` and the prompt count, too: they change what a passage's vector is. A prompt that
-        is put before texts of the other side does not.
+        `max_tokens`, `title_separator` and the prompt are included, because they change a passage's vector. The prompt
+        of the other side is not.
         """
         settings = self.settings.as_read_by(self.side).model_dump_json()
-        # An unused pooler does not change vectors, and where the folder has none it is random at every load.
+        # An unused pooler does not change vectors, and it is random at every load if the folder has none.
         unused = () if self.settings.pooling == "dpr" else ("pooler.",)
         return hashlib.sha256(f"{settings}{fingerprint_of_weights(self.model, unused)}".encode()).hexdigest()
 
@@ -184,10 +184,10 @@ class TextEncoder(nn.Module):
         return nn.functional.normalize(vectors_BD, dim=-1) if self.settings.normalize else vectors_BD
 
     def _pooled_tokens(self, attention_mask_BS: torch.Tensor) -> torch.Tensor:
-        """1 for tokens whose states are pooled, shape (B, S): all real ones, or those behind the prompt.
+        """1 for tokens whose states are pooled, shape (B, S): all real tokens, or only those after the prompt.
 
-        As in sentence-transformers the prompt's tokens are counted without a text after it, and without the special
-        token at its end.
+        As in sentence-transformers, the prompt's length is counted for the prompt alone, without the special token at
+        its end.
         """
         if self.settings.include_prompt or not self.prompt:
             return attention_mask_BS
@@ -213,9 +213,9 @@ class TextEncoder(nn.Module):
 
         Args:
             list_of_texts: N texts.
-            batch_tokens: upper bound for the tokens of a batch, padding included; None: what the device is fast with.
-            precision: "bfloat16" runs the matrix products in bf16; pooling stays float32. "auto" does so where
-                the processor multiplies bf16 natively.
+            batch_tokens: upper bound for the tokens of a batch, padding included; None: `BATCH_TOKENS` of the device.
+            precision: "bfloat16" runs the matrix products in bf16; pooling stays float32. "auto" does so if the
+                hardware multiplies bf16 natively.
             on_progress: called with the number of texts done after each batch.
 
         Returns:
@@ -229,23 +229,22 @@ class TextEncoder(nn.Module):
             with self._fast(list_of_texts, precision):
                 for start in range(0, len(list_of_texts), WINDOW):
                     ids = self.tokenize(list_of_texts[start : start + WINDOW])
-                    batches = list(batches_by_length([len(one) for one in ids], batch_tokens))
+                    batches = list(batches_by_length([len(text_ids) for text_ids in ids], batch_tokens))
                     parts_BD = []
                     for part_BD in self._encode_batches([[ids[row] for row in rows] for rows in batches], precision):
                         parts_BD.append(part_BD)
                         if on_progress:
                             on_progress(len(part_BD))
-                    # They stay on the device until the window is done: nothing waits for a batch.
+                    # Vectors stay on the device until the window is done, so that nothing waits for a batch.
                     vectors_ND[[start + row for rows in batches for row in rows]] = torch.cat(parts_BD).cpu().numpy()
         finally:
             self.train(was_training)
         return vectors_ND
 
     def _encode_batches(self, batches: list[list[list[int]]], precision: Precision) -> Iterator[torch.Tensor]:
-        """Vectors (B, D) of each batch of token ids; on a processor as many batches at a time as it has cores.
+        """Vectors (B, D) of each batch of token ids; on a processor one batch per core, up to `MOST_WORKERS` at a time.
 
-        A core with a batch of its own never waits for the others, as it would at the end of every operation on a
-        batch that they share.
+        Cores that share a batch wait for each other at the end of every operation. Cores with their own batches do not.
         """
 
         def encode(ids: list[list[int]]) -> torch.Tensor:
@@ -258,7 +257,7 @@ class TextEncoder(nn.Module):
             yield from map(encode, batches)
             return
         try:
-            # For MKL, which has one number for all threads; the others count for each.
+            # MKL has one setting for all threads; other libraries have one for each thread.
             torch.set_num_threads(cores // workers)
             yield from _threads(workers, cores // workers).map(encode, batches)
         finally:
@@ -266,28 +265,29 @@ class TextEncoder(nn.Module):
 
     @contextlib.contextmanager
     def _fast(self, list_of_texts: Sequence[str], precision: Precision) -> Iterator[None]:
-        """Inside, the model is laid out for embedding these texts on a processor."""
-        found = resolve_precision(self.device, precision)
+        """Inside this block the model's weights are arranged for embedding these texts fast on a processor."""
+        resolved = resolve_precision(self.device, precision)
         with contextlib.ExitStack() as stack:
             if self.device.type == "cpu":
-                if found == "bfloat16":
+                if resolved == "bfloat16":
                     stack.enter_context(cpu_bfloat16(self.model))
                 if sum(map(len, list_of_texts[:PACK_FROM])) >= PACK_FROM:
-                    with autocast(self.device, found):
+                    with autocast(self.device, resolved):
                         stack.enter_context(packed_linears(self.model))
             yield
 
     def _pad(self, ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        # Any id does where the tokenizer has none: the mask hides it, and on the right it moves no token's position.
+        # Any id will do if the tokenizer has none: the mask hides it, and on the right it moves no token's position.
         return pad_ids(ids, self.tokenizer.pad_token_id or 0, self.device)
 
 
 @functools.cache
 def _threads(workers: int, each: int) -> ThreadPoolExecutor:
-    """So many threads, in each of which PyTorch uses `each`.
+    """A pool of `workers` threads; PyTorch uses `each` threads in each of them.
 
-    They stay: glibc gives every new thread another of its up to 8 heaps a core, and each keeps what does not come back
-    in order. With new threads for every window a worker grew by 30 to 80 MiB a shard of 50,000 passages.
+    The pool is kept, because glibc gives every new thread another of its up to 8 heaps per core, and a heap keeps
+    memory that is not freed in order. With new threads for every window a worker grew by 30 to 80 MiB per shard of
+    50,000 passages.
     """
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
 
@@ -295,7 +295,7 @@ def _threads(workers: int, each: int) -> ThreadPoolExecutor:
 def pool(states_BSD: torch.Tensor, mask_BS: torch.Tensor, pooling: Pooling) -> torch.Tensor:
     """One vector (B, D) from token states (B, S, D) padded on the right, as sentence-transformers' Pooling does it.
 
-    The mask (B, S) is 1 for the tokens that count: one run in each text, perhaps behind a prompt.
+    The mask (B, S) is 1 for the tokens to pool: one run in each text, which may start after a prompt.
     """
     mask_BS1 = mask_BS[..., None].to(states_BSD.dtype)
     row_B, place_S = (torch.arange(size, device=mask_BS.device) for size in mask_BS.shape)
@@ -313,7 +313,7 @@ def pool(states_BSD: torch.Tensor, mask_BS: torch.Tensor, pooling: Pooling) -> t
 
 
 def fingerprint_of_weights(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names, shapes, types and values of all parameters and buffers but those whose names start so."""
+    """SHA-256 of name, shape, type and values of all parameters and buffers whose name starts with no `leave_out`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if name.startswith(leave_out):
@@ -324,7 +324,7 @@ def fingerprint_of_weights(module: nn.Module, leave_out: tuple[str, ...] = ()) -
 
 
 def passage_text(title: str, text: str, settings: EncoderSettings) -> str:
-    """What the document encoder reads of a passage: title, separator, text (the text alone if there is no title)."""
+    """The text that the document encoder reads: title, separator, text (the text alone if there is no title)."""
     return f"{title}{settings.title_separator}{text}" if title else text
 
 
@@ -334,10 +334,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def resolve_precision(device: torch.device, precision: Precision) -> Literal["float32", "bfloat16"]:
-    """What "auto" means here: bfloat16 where the hardware has it, else float32.
+    """Resolve "auto" to bfloat16 if the hardware has it, else to float32.
 
     Without such instructions bf16 products are emulated: measured 5 times slower than float32 on an AVX-512 processor
-    that lacks `avx512_bf16`, and 2.2 times faster on one that has it.
+    without `avx512_bf16`, and 2.2 times faster on one that has it.
     """
     if precision != "auto":
         return precision
@@ -349,7 +349,7 @@ def resolve_precision(device: torch.device, precision: Precision) -> Literal["fl
 
 def pad_ids(ids: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, S) int64 padded on the right to the longest, and their mask (B, S) int64."""
-    length_B = np.array([len(one) for one in ids], dtype=np.int64)
+    length_B = np.array([len(text_ids) for text_ids in ids], dtype=np.int64)
     mask_BS = np.arange(length_B.max(initial=0)) < length_B[:, None]
     input_ids_BS = np.full(mask_BS.shape, pad_token_id, dtype=np.int64)
     input_ids_BS[mask_BS] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(length_B.sum()))
@@ -370,22 +370,22 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def _model_class(source: str, config: Any) -> Any:
-    """The class that reads a model's weights. Of DPR's three, AutoModel knows the question encoder only."""
+    """The class that reads a model's weights. Of DPR's three classes, AutoModel knows only the question encoder."""
     if config.model_type != "dpr":
         return AutoModel
     architecture = (config.architectures or ["none"])[0]
     if architecture not in DPR_CLASSES:
         raise ConfigError(
-            f"{source} is a DPR model of architecture {architecture}; a text encoder is one of {' and '.join(DPR_CLASSES)}. "
-            "Give the folder of the question or context encoder."
+            f"{source} is a DPR model of architecture {architecture}; a text encoder is one of "
+            f"{' and '.join(DPR_CLASSES)}. Give the folder of the question or context encoder."
         )
     return getattr(transformers, architecture)
 
 
 def _lower_case_first(tokenizer: Any) -> None:
-    """Make a tokenizer lower-case its text before all else, as sentence-transformers' `do_lower_case` does."""
+    """Make a tokenizer lower-case its text first, as sentence-transformers' `do_lower_case` does."""
     backend = tokenizer.backend_tokenizer
-    found = backend.normalizer
-    # A tokenizer that was saved with it comes back with it.
-    if not (isinstance(found, NormalizerSequence) and isinstance(found[0], Lowercase)):
-        backend.normalizer = NormalizerSequence([Lowercase(), found] if found else [Lowercase()])
+    normalizer = backend.normalizer
+    # A tokenizer that was saved with this step already has it.
+    if not (isinstance(normalizer, NormalizerSequence) and isinstance(normalizer[0], Lowercase)):
+        backend.normalizer = NormalizerSequence([Lowercase(), normalizer] if normalizer else [Lowercase()])

@@ -1,10 +1,11 @@
-"""The field's measures of answers and of retrieval: exact match, F1, answer in passage, recall at k.
+"""Metrics of answers and retrieval: exact match, F1, answer in passage, recall at k.
 
-Pure functions of strings and booleans, for one question each (save `recall_at_k`); averaging over questions, and
-what counts as the prediction, is the caller's business. The rule `words` follows the published scripts, quirks
-included, because numbers are only comparable that way; it differs from them in one thing, which ASCII text does not
-have: another way to write the same letter (NFC, NFD) or quote (’ and ') makes no difference. The rule `characters` is
-for text whose script has no spaces between words. Regular expressions are matched as DrQA does.
+These are pure functions of strings and booleans, for one question each (except `recall_at_k`). The caller chooses the
+prediction and averages over questions.
+
+The rule `words` follows the published scripts, quirks included, because only then are numbers comparable. It differs
+from them for non-ASCII text only: different ways to write the same letter (NFC, NFD) or quote (’ and ') compare equal.
+The rule `characters` is for scripts without spaces between words. Regular expressions are matched as in DrQA.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from rag_core.questions.formats.patterns import FLAGS
 
 Match = Literal["words", "characters"]
 
-# Seconds for one match of a regular expression. Honest ones take microseconds.
+# Time limit of one match of a regular expression, in seconds. Reasonable ones take microseconds.
 REGEX_SECONDS = 2.0
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ANY_PUNCTUATION = regex.compile(rf"\p{{P}}|[{re.escape(string.punctuation)}]")
 _DRQA_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
-# The typographic quotes that have an ASCII counterpart, and the apostrophe that Unicode files under letters.
+# Typographic quotes with an ASCII counterpart, and the apostrophe that Unicode classifies as a letter.
 _ASCII_QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u02bc\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
-# Scripts that are written without spaces between words, and Hangul, whose words carry particles (KorQuAD, too, scores
-# its characters). U+30FC lengthens a vowel of Japanese and belongs to no script.
+# Scripts without spaces between words, and Hangul, whose words carry particles (KorQuAD also scores its characters).
+# U+30FC lengthens a Japanese vowel and belongs to no script.
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _SPACELESS_LETTER = regex.compile(f"[{_SPACELESS}]")
 _CHARACTER_TOKEN = regex.compile(
@@ -43,9 +44,9 @@ _CHARACTER_TOKEN = regex.compile(
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and surplus white space.
+    """Lower-case the text; remove ASCII punctuation, English articles and surplus white space.
 
-    Before that, letters are composed (NFC), and typographic quotes become ASCII's.
+    Before that, letters are composed (NFC), and typographic quotes become ASCII quotes.
 
     Source: Rajpurkar et al. 2016, SQuAD, the official `evaluate-v1.1.py`, function of the same name.
     """
@@ -54,9 +55,9 @@ def normalize_answer(text: str) -> str:
 
 
 def character_tokens(text: str) -> list[str]:
-    """Letters of scripts without spaces one by one (with their marks), other words whole; no punctuation.
+    """Split text: letters of scripts without spaces one by one (with their marks), other words whole; no punctuation.
 
-    Case and compatible forms (full-width, half-width: NFKC) make no difference.
+    Case and compatibility forms (full-width, half-width: NFKC) make no difference.
 
     Source: the mixed segmentation of Chinese in MLQA (Lewis et al. 2020, `mlqa_evaluation_v1.py`), for more scripts.
     """
@@ -64,15 +65,15 @@ def character_tokens(text: str) -> list[str]:
 
 
 def written_without_spaces(text: str) -> bool:
-    """Whether the text has a letter of a script that the rule `characters` takes letter by letter."""
+    """Whether the text has a letter of a script that the rule `characters` splits into letters."""
     return _SPACELESS_LETTER.search(text) is not None
 
 
 def exact_match(prediction: str, answers: Sequence[str], match: Match = "words") -> float:
     """1.0 if the normalised prediction equals any normalised gold answer, else 0.0.
 
-    A question without answers counts as unanswerable, whose one right prediction is the empty one. (`evaluation.py`
-    leaves such questions out.)
+    Without answers the question counts as unanswerable, and only the empty prediction is right. (`evaluation.py` leaves
+    such questions out.)
 
     Source: SQuAD `evaluate-v1.1.py` (exact_match_score, metric_max_over_ground_truths); for no answers,
     `evaluate-v2.0.py`.
@@ -84,7 +85,7 @@ def exact_match(prediction: str, answers: Sequence[str], match: Match = "words")
 def f1(prediction: str, answers: Sequence[str], match: Match = "words") -> float:
     """Best F1 over the gold answers between bags of normalised words (or characters), in 0.0 to 1.0.
 
-    Where prediction or answer is empty after normalisation, F1 is 1.0 if both are, else 0.0; no answers, as in
+    If prediction or answer is empty after normalisation, F1 is 1.0 if both are, else 0.0. Without answers: as in
     `exact_match`.
 
     Source: SQuAD `evaluate-v1.1.py` (f1_score); the empty case as in `evaluate-v2.0.py` (compute_f1).
@@ -111,15 +112,15 @@ def _f1_of_tokens(predicted: list[str], gold: list[str]) -> float:
 
 
 def has_answer(text: str, answers: Iterable[str], match: Match = "words") -> bool:
-    """Whether the tokens of any answer stand in the text in one row, regardless of case.
+    """Whether the text contains all tokens of any answer in sequence, regardless of case.
 
-    `words`: Unicode is brought to NFD first, typographic quotes to ASCII's. `characters`: tokens are those of
-    `character_tokens`. An answer without any token is found nowhere; DPR's loop would find it everywhere.
+    `words`: text is normalised to NFD first, and typographic quotes become ASCII quotes. `characters`: tokens are those
+    of `character_tokens`. An answer without tokens is found nowhere; DPR's loop would find it everywhere.
 
     Source: Karpukhin et al. 2020, DPR, `dpr/data/qa_validation.py` (has_answer, match type "string"), with the
     SimpleTokenizer of DrQA (Chen et al. 2017).
     """
-    # Tokens hold no control characters, so line ends around each token make the search one of substrings.
+    # Tokens contain no line ends, so with a line end around each token the search is a substring search.
     tokens = _joined_tokens(text, match)
     return any(len(wanted) > 1 and wanted in tokens for wanted in (_joined_tokens(answer, match) for answer in answers))
 
@@ -133,33 +134,33 @@ def _joined_tokens(text: str, match: Match) -> str:
 
 
 def regex_exact_match(prediction: str, patterns: Iterable[str]) -> float:
-    """1.0 if any regular expression matches from the beginning of the prediction, else 0.0; its end is free.
+    """1.0 if any regular expression matches at the beginning of the prediction, else 0.0; the match may end anywhere.
 
     Raises:
-        TimeoutError, regex.error: as `has_regex_answer`.
+        TimeoutError, regex.error: as in `has_regex_answer`.
 
     Source: Chen et al. 2017, DrQA, `drqa/retriever/utils.py` and `scripts/pipeline/eval.py` (regex_match_score).
     """
-    return float(any(_compiled(one).match(prediction, timeout=REGEX_SECONDS) for one in patterns))
+    return float(any(_compiled(pattern).match(prediction, timeout=REGEX_SECONDS) for pattern in patterns))
 
 
 def has_regex_answer(text: str, patterns: Iterable[str]) -> bool:
-    """Whether any regular expression matches somewhere in the text; both are brought to NFD first.
+    """Whether any regular expression matches somewhere in the text; both are normalised to NFD first.
 
     Raises:
         TimeoutError: a match takes longer than `REGEX_SECONDS`.
-        regex.error: no regular expression.
+        regex.error: a pattern is not a regular expression.
 
     Source: DPR, `dpr/data/qa_validation.py` (has_answer, match type "regex").
     """
     text = unicodedata.normalize("NFD", text)
-    found = (_compiled(unicodedata.normalize("NFD", one)).search(text, timeout=REGEX_SECONDS) for one in patterns)
-    return any(match is not None for match in found)
+    compiled = (_compiled(unicodedata.normalize("NFD", pattern)) for pattern in patterns)
+    return any(pattern.search(text, timeout=REGEX_SECONDS) is not None for pattern in compiled)
 
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Any:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # "[[" may get another meaning some day
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # "[[" may change its meaning
         return regex.compile(pattern, FLAGS)
 
 
@@ -167,8 +168,8 @@ def recall_at_k(ranked_hits: Sequence[Sequence[bool]], ks: Iterable[int]) -> dic
     """Share of questions with a hit among their first k passages, for each k.
 
     Args:
-        ranked_hits: for each question, best passage first, whether the passage is a hit.
-        ks: the cut-offs, each at least 1; a question with fewer passages than k is judged by those it has.
+        ranked_hits: for each question, whether each passage is a hit, best passage first.
+        ks: the cut-offs, each at least 1; a question with fewer than k passages is judged by those it has.
 
     Returns:
         {k: share}, in 0.0 to 1.0.

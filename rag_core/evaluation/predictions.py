@@ -1,8 +1,8 @@
-"""The predictions artifact: answers to a question file, in its order.
+"""The predictions artifact: answers to a question file, in the file's order.
 
-Owner of its layout: `predictions.jsonl` (for people and scripts) and `predictions.parquet` (for tables), with the same
-rows: id, question, answer, log_prob, candidates (answer, log_prob) and passages (id, title, text, prior p(z|q),
-posterior p(z|q,a)). A part is one shard of questions, written by one worker; parts are joined in order.
+This module owns the layout: `predictions.jsonl` (for people and scripts) and `predictions.parquet` (for tables) hold
+the same rows: id, question, answer, log_prob, candidates (answer, log_prob) and passages (id, title, text, prior
+p(z|q), posterior p(z|q,a)). A part holds one shard of questions; one worker writes it. Parts are joined in order.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ SCHEMA = pa.schema(
 
 
 def prediction_row(question: Question, answer: Answer) -> dict[str, Any]:
-    """One row of the artifact."""
+    """Make a row of the artifact."""
     return {
         "id": question.id,
         "question": question.question,
         "answer": answer.text,
         "log_prob": answer.log_prob,
-        "candidates": [{"answer": one.text, "log_prob": one.log_prob} for one in answer.candidates],
+        "candidates": [{"answer": candidate.text, "log_prob": candidate.log_prob} for candidate in answer.candidates],
         "passages": [
             {
                 "id": read.passage.id,
@@ -73,14 +73,14 @@ def prediction_row(question: Question, answer: Answer) -> dict[str, Any]:
 
 
 def write_part(rows: Sequence[dict[str, Any]], out_file: Path) -> None:
-    """Write one shard of rows as JSON lines; the file appears whole or not at all."""
+    """Write one shard of rows as JSON lines; the file appears complete or not at all."""
     with finished_file(out_file) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(_line(row))
 
 
 def join_parts(parts: Sequence[Path], folder: Path) -> int:
-    """Join the parts, in order, into `predictions.jsonl` and `predictions.parquet`; returns the number of rows."""
+    """Join the parts, in order, into `predictions.jsonl` and `predictions.parquet`; return the number of rows."""
     count = 0
     with (folder / JSONL).open("w", encoding="utf-8") as file, pq.ParquetWriter(folder / PARQUET, SCHEMA) as writer:
         for part in parts:
@@ -94,14 +94,14 @@ def join_parts(parts: Sequence[Path], folder: Path) -> int:
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], out_file: Path) -> None:
-    """Rows as `predictions.jsonl`, the same bytes as those that `join_parts` wrote from them."""
+    """Write rows as `predictions.jsonl`, byte for byte as `join_parts` writes them."""
     with out_file.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(_line(row))
 
 
 def write_parquet(jsonl: Path, out_file: Path, shard_questions: int) -> None:
-    """`predictions.parquet` from `predictions.jsonl`, with row groups of one part's size, as `join_parts` writes them."""
+    """Write `predictions.parquet` from `predictions.jsonl`, with one row group per part, as `join_parts` does."""
     with jsonl.open(encoding="utf-8", newline="\n") as lines, pq.ParquetWriter(out_file, SCHEMA) as writer:
         while rows := [json.loads(line) for line in islice(lines, shard_questions)]:
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -112,10 +112,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a published predictions artifact, in order.
+    """Yield the rows of a published predictions artifact, in order.
 
     Raises:
-        ArtifactError: missing, damaged, or a line that is not a row.
+        ArtifactError: the artifact is missing or damaged, or a line is not a row.
     """
     folder = local_copy(folder)
     open_artifact(folder, KIND)
@@ -124,14 +124,14 @@ def read_predictions(folder: Path) -> Iterator[dict[str, Any]]:
         if row is None:
             found = line.reason if isinstance(line, Reject) else excerpt(line)
             raise ArtifactError(
-                f"{folder / JSONL} line {number} is not a prediction: an object with the strings id, question and answer "
-                f"and the list passages was expected, found {found!r}. Run `rag infer` again."
+                f"{folder / JSONL} line {number} is not a prediction: expected an object with the strings id, question "
+                f"and answer and the list passages, found {found!r}. Run `rag infer` again."
             )
         yield row
 
 
 def _row(line: str | Reject) -> dict[str, Any] | None:
-    """A line as a row of the artifact, None if it is none. Checked is what others read of it."""
+    """Parse a line as a row of the artifact, or return None. Only the keys that readers use are checked."""
     try:
         row = json.loads(line) if isinstance(line, str) else None
     except (ValueError, RecursionError):
@@ -139,11 +139,12 @@ def _row(line: str | Reject) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not all(_is_text(row.get(name)) for name in ("id", "question", "answer")):
         return None
     passages = row.get("passages")
-    if not isinstance(passages, list) or not all(isinstance(one, dict) for one in passages):
+    if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         return None
-    return row if all(_is_text(one.get(name)) for one in passages for name in ("id", "title", "text")) else None
+    texts = (passage.get(name) for passage in passages for name in ("id", "title", "text"))
+    return row if all(map(_is_text, texts)) else None
 
 
 def _is_text(value: object) -> bool:
-    """A string that can be written; it may be empty."""
+    """Whether a value is a string that UTF-8 can encode; it may be empty."""
     return isinstance(value, str) and not _SURROGATES.search(value)

@@ -1,7 +1,7 @@
-"""Means of questions' scores: over all of them, by question type, over several workers.
+"""Means of questions' scores: over all questions, by question type, and over several workers.
 
-A mean is over the questions that have the score, and says over how many. Scores are fractions between 0 and 1 by their
-names (`em`, `recall@5`). What a question's scores are is told by `evaluation.py`.
+A mean is over the questions that have the score, and carries their number. Scores are fractions between 0 and 1, keyed
+by name (`em`, `recall@5`). `evaluation.py` computes a question's scores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Scores = dict[str, float]
 class MeanScores(BaseModel):
     """Means over some questions.
 
-    `means` and `counts` have the same names: a mean, and the number of questions that it is over. `count` is the number
-    of questions that can be scored, `unanswerable` that of the others.
+    `means` and `counts` have the same keys: a mean, and the number of questions it is over. `count` is the number of
+    questions that can be scored, `unanswerable` the number of the others.
     """
 
     means: Scores = Field(default_factory=dict)
@@ -31,7 +31,7 @@ class MeanScores(BaseModel):
 
     @classmethod
     def of(cls, scored: Sequence[Mapping[str, float] | None]) -> MeanScores:
-        """Means of questions' scores; None stands for an unanswerable question."""
+        """Compute the means of questions' scores; None stands for an unanswerable question."""
         answerable = [scores for scores in scored if scores is not None]
         counts = Counter(name for scores in answerable for name in scores)
         return cls(
@@ -42,7 +42,7 @@ class MeanScores(BaseModel):
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For people and scripts: the means by their names, then what they are over."""
+        """Return the means by name, then the numbers of questions."""
         return {**self.means, "count": self.count, "unanswerable": self.unanswerable, "counts": self.counts}
 
 
@@ -54,13 +54,13 @@ class Evaluation(BaseModel):
     by_type: dict[str, MeanScores] = Field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """What `rag evaluate --json`, `rag retrieve --json` and `scores.json` hold."""
+        """Return the content of `rag evaluate --json`, `rag retrieve --json` and `scores.json`."""
         types = {name: scores.as_json() for name, scores in self.by_type.items()}
         return {**self.overall.as_json(), "match": self.match, "by_type": types}
 
 
 def by_type(scored: Sequence[tuple[str | None, Mapping[str, float] | None]], match: Match = "words") -> Evaluation:
-    """Means over all questions and over those of each type, from each question's type and scores."""
+    """Compute means over all questions and over those of each type, from each question's type and scores."""
     groups: dict[str, list[Mapping[str, float] | None]] = {}
     for kind, scores in scored:
         if kind is not None:
@@ -78,9 +78,9 @@ def mean_scores(scored: Sequence[Mapping[str, float]]) -> Scores:
 
 
 def sums_and_counts(scored: Sequence[Mapping[str, float]], names: Collection[str]) -> Scores:
-    """For each name the sum of the score and how many have it, which several workers can add up.
+    """For each name, the sum of the score and the number of questions that have it; workers can add these up.
 
-    Every worker gives the same names, whether or not one of its questions has the score.
+    Every worker passes the same names, whether or not one of its questions has the score.
     """
     sums: Scores = {}
     for name in names:
@@ -90,6 +90,6 @@ def sums_and_counts(scored: Sequence[Mapping[str, float]], names: Collection[str
 
 
 def means_of(sums: Mapping[str, float]) -> Scores:
-    """The means that `sums_and_counts`, added up or not, tells of; a score that no question has is left out."""
+    """Compute means from the result of `sums_and_counts`, added up or not; leave out scores that no question has."""
     names = [key.removeprefix("sum of ") for key in sums if key.startswith("sum of ")]
     return {name: sums[f"sum of {name}"] / sums[f"count of {name}"] for name in names if sums[f"count of {name}"]}

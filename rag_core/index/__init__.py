@@ -6,8 +6,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Models that were registered with MLflow before this folder was a module import it from here. FAISS is not imported
-    # before it is needed: the processes that hold shards start without PyTorch.
+    # Models registered with MLflow when this folder was still a module import the class from here. The import is lazy
+    # because processes that hold shards start without PyTorch.
     if name == "PassageIndex":
         from rag_core.index.passage_index import PassageIndex
 

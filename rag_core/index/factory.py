@@ -1,11 +1,16 @@
-"""Which FAISS index, and how well it finds: the choice by size, the training, and the recall that was measured.
+"""Choose a FAISS index by the number of vectors, train it, and tune and measure its recall.
 
-Nothing here knows about passages or files; vectors go in, a FAISS index and measured points come out.
+This module knows nothing about passages or files. Vectors go in; a FAISS index and measured points come out.
 
-Cost of each choice at D dimensions: Flat 4·D bytes a vector and exact; IVF…,Flat the same bytes, visits a part of the lists;
-IVF…,SQ8 D + 8 bytes; OPQ…,IVF…,PQ…x4fs (4 bits for each 4 dimensions, scanned in registers) D/8 + 8 bytes and blocks of
-32; OPQ64,IVF…,PQ64 about 72 bytes. All but Flat are re-scored with the stored vectors; the coarser the codes, the more
-rows are (`refine_factor`).
+Cost of each choice at D dimensions, per vector:
+
+- Flat: 4·D bytes, exact.
+- IVF…,Flat: the same bytes; a search visits only some of the lists.
+- IVF…,SQ8: D + 8 bytes.
+- OPQ…,IVF…,PQ…x4fs: D/8 + 8 bytes, in blocks of 32 vectors (4 bits for each 4 dimensions, scanned in registers).
+- OPQ64,IVF…,PQ64: about 72 bytes.
+
+Results of all but Flat are re-scored with the stored vectors: the coarser the codes, the more rows (`refine_factor`).
 
 Shapes: N passages, Q sample queries, D embedding.
 """
@@ -34,7 +39,7 @@ TUNING_STEP = 1.05
 
 @dataclass(frozen=True, slots=True)
 class RecallPoint:
-    """Recall@10 against exact search, and time, at one setting of a search parameter ("" if there is none)."""
+    """Recall@10 against exact search, and time, at one value of a search parameter ("" if there is none)."""
 
     parameter: str
     value: int
@@ -44,7 +49,7 @@ class RecallPoint:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRecall:
-    """The setting that will be used, and every setting that was tried."""
+    """The chosen setting, and every setting that was tried."""
 
     chosen: RecallPoint
     curve: list[RecallPoint]
@@ -55,7 +60,7 @@ def choose_factory(num_vectors: int, dim: int) -> str:
     if num_vectors <= EXACT_UP_TO:
         return "Flat"
     lists = 2 ** round(np.log2(4 * np.sqrt(num_vectors)))
-    # 2,048 lists and more pay only where scanning them is what takes the time.
+    # 2,048 or more lists pay off only if scanning the lists is what takes the time.
     lists = lists // 2 if num_vectors <= 1_000_000 else lists
     if num_vectors > SCALAR_UP_TO and dim % 64 == 0:
         return f"OPQ64,IVF{lists},PQ64"
@@ -65,23 +70,23 @@ def choose_factory(num_vectors: int, dim: int) -> str:
 
 
 def refine_factor(factory: str) -> int:
-    """How many times more rows than asked for FAISS proposes, for exact inner products to choose among."""
+    """By how much FAISS proposes more rows than requested; exact inner products then choose among them."""
     return 8 if factory.endswith("x4fs") else 4
 
 
 def empty_index(factory: str, dim: int) -> faiss.Index:
-    """The index that a factory string names, untrained; ConfigError if FAISS refuses the string for that width."""
+    """An untrained index for a factory string; ConfigError if FAISS refuses the string for that width."""
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ConfigError(
-            f"FAISS does not accept the factory string {factory!r} for {dim} dimensions. Use 'auto', or a string such as "
-            "'Flat', 'HNSW32' or 'IVF1024,SQ8' (PQ needs a number that divides the dimensions)."
+            f"FAISS does not accept the factory string {factory!r} for {dim} dimensions. Use 'auto', or a string such "
+            "as 'Flat', 'HNSW32' or 'IVF1024,SQ8' (PQ needs a number that divides the dimensions)."
         ) from error
 
 
 def lists_of(index: faiss.Index) -> int:
-    """The lists of an inverted file, for each of which training needs a vector; 0 for other indexes."""
+    """The number of lists of an inverted file, each of which needs a training vector; 0 for other indexes."""
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     return inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
 
@@ -122,10 +127,10 @@ def tune_recall(
     `efSearch`; others are measured as they are.
 
     Args:
-        indexes: the shards of one index, all of one type; recall is that of the best among what all of them propose.
-        vectors: of each shard, (n, D), in the order of the rows.
-        queries_QD: vectors of questions. Without them sampled passages are the queries, and those are easier:
-            questions lie elsewhere, and their neighbours in more lists.
+        indexes: the shards of one index, all of one type; recall is measured on the best of what all of them propose.
+        vectors: the vectors (n, D) of each shard, in the order of the rows.
+        queries_QD: question vectors. Without them, sampled passages serve as queries, which are easier: questions lie
+            elsewhere, and their neighbours are spread over more lists.
     """
     if isinstance(indexes[0], faiss.IndexFlat):
         point = RecallPoint("", 0, 1.0, _propose(indexes, _sample(vectors, SAMPLE_QUERIES, seed), 10)[1])
@@ -137,8 +142,8 @@ def tune_recall(
     def measure(parameter: str, value: int) -> RecallPoint:
         if parameter:
             _set(indexes, parameter, value)
-        found, milliseconds = _propose(indexes, queries_QD, 10 * refine_factor)
-        return RecallPoint(parameter, value, _recall(queries_QD, vectors, found, truth), milliseconds)
+        rows_QP, milliseconds = _propose(indexes, queries_QD, 10 * refine_factor)
+        return RecallPoint(parameter, value, _recall(queries_QD, vectors, rows_QP, truth), milliseconds)
 
     parameter, lowest, highest = _search_parameter(indexes[0])
     curve = [measure(parameter, lowest)]
@@ -163,7 +168,7 @@ def _set(indexes: Sequence[faiss.Index], parameter: str, value: int) -> None:
 
 
 def _search_parameter(index: faiss.Index) -> tuple[str, int, int]:
-    """Name, lowest and highest value of what trades time for recall; ("", 0, 0) if nothing does."""
+    """Name, lowest and highest value of the parameter that trades time for recall; ("", 0, 0) if there is none."""
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     if isinstance(inner, faiss.IndexIVF):
         return "nprobe", 1, inner.nlist
@@ -173,11 +178,12 @@ def _search_parameter(index: faiss.Index) -> tuple[str, int, int]:
 
 
 def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
-    """Give an OPQ rotation in closed form: principal axes, dealt out so that the sub-vectors' variances multiply alike.
+    """Set the index's OPQ rotation, if it has one, in closed form instead of training it.
 
-    The parametric solution of "Optimized Product Quantization" (Ge et al., CVPR 2013, section 4.1). FAISS would find
-    its own in 50 rounds of training, a minute at 384 dimensions, for the same recall here. A rotation keeps inner
-    products; FAISS's "PCA" would not, for it takes the mean off.
+    The principal axes are dealt out so that the product of variances is about the same in every sub-vector: the
+    parametric solution of "Optimized Product Quantization" (Ge et al., CVPR 2013, section 4.1). FAISS would train its
+    own in 50 rounds, a minute at 384 dimensions, for the same recall here. A rotation keeps inner products; FAISS's
+    "PCA" would not, because it subtracts the mean.
     """
     if not isinstance(index, faiss.IndexPreTransform):
         return
@@ -189,7 +195,8 @@ def _rotate(index: faiss.Index, vectors_ND: np.ndarray, seed: int) -> None:
     parts: list[list[int]] = [[] for _ in range(rotation.M)]
     volumes = np.zeros(rotation.M)
     for axis in np.argsort(-variances_D):
-        part = min((one for one in range(rotation.M) if len(parts[one]) < width), key=lambda one: volumes[one])
+        open_parts = (part for part in range(rotation.M) if len(parts[part]) < width)
+        part = min(open_parts, key=lambda part: volumes[part])
         parts[part].append(axis)
         volumes[part] += np.log(max(variances_D[axis], 1e-12)) - np.log(1e-12)
     order = [axis for part in parts for axis in part]
@@ -214,15 +221,15 @@ def _sample(vectors: Sequence[np.ndarray], rows: int, seed: int) -> np.ndarray:
 
 def _rows(vectors: Sequence[np.ndarray], rows_n: np.ndarray) -> np.ndarray:
     """Copies (n, D), float32, of rows in ascending order."""
-    found_nD = np.empty((len(rows_n), vectors[0].shape[1]), dtype=np.float32)
+    copied_nD = np.empty((len(rows_n), vectors[0].shape[1]), dtype=np.float32)
     for start, part_nD in _slices(vectors):
         first, last = np.searchsorted(rows_n, (start, start + len(part_nD)))
-        found_nD[first:last] = part_nD[rows_n[first:last] - start]
-    return found_nD
+        copied_nD[first:last] = part_nD[rows_n[first:last] - start]
+    return copied_nD
 
 
 def _slices(vectors: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and float32 rows, slice by slice; the pages of a mapped file are let go after each."""
+    """Yield first row and float32 rows of each slice; release the pages of a mapped file after each."""
     first_row = 0
     for part_nD in vectors:
         for start in range(0, len(part_nD), SLICE_ROWS):
@@ -234,7 +241,7 @@ def _slices(vectors: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _covariance(sample_nD: np.ndarray) -> np.ndarray:
-    """Float64, without a float64 copy of the sample."""
+    """The covariance (D, D) in float64, without a float64 copy of the sample."""
     D = sample_nD.shape[1]
     mean_D, products_DD = sample_nD.mean(axis=0, dtype=np.float64), np.zeros((D, D))
     for _, part_nD in _slices([sample_nD]):
@@ -253,25 +260,25 @@ def _exact_top(queries_QD: np.ndarray, vectors: Sequence[np.ndarray], k: int) ->
     return heap.I
 
 
-def _recall(queries_QD: np.ndarray, vectors: Sequence[np.ndarray], found_QP: np.ndarray, truth_QK: np.ndarray) -> float:
-    """Share of the true neighbours among the best K of what was found after exact re-scoring."""
-    needed_n = np.unique(found_QP[found_QP >= 0])
+def _recall(queries_QD: np.ndarray, vectors: Sequence[np.ndarray], rows_QP: np.ndarray, truth_QK: np.ndarray) -> float:
+    """Share of the true neighbours among the best K of the proposed rows after exact re-scoring."""
+    needed_n = np.unique(rows_QP[rows_QP >= 0])
     needed_nD = _rows(vectors, needed_n)
     hits = 0
-    for query_D, found_P, truth_K in zip(queries_QD, found_QP, truth_QK, strict=True):
-        found_P = found_P[found_P >= 0]
-        scores_P = needed_nD[np.searchsorted(needed_n, found_P)] @ query_D
-        best = found_P[np.argsort(-scores_P, kind="stable")[: len(truth_K)]]
+    for query_D, rows_P, truth_K in zip(queries_QD, rows_QP, truth_QK, strict=True):
+        rows_P = rows_P[rows_P >= 0]
+        scores_P = needed_nD[np.searchsorted(needed_n, rows_P)] @ query_D
+        best = rows_P[np.argsort(-scores_P, kind="stable")[: len(truth_K)]]
         hits += len(np.intersect1d(best, truth_K))
     return hits / truth_QK.size
 
 
 def _propose(indexes: Sequence[faiss.Index], queries_QD: np.ndarray, k: int) -> tuple[np.ndarray, float]:
-    """The rows (Q, P), k of each shard, numbered throughout (−1: none), and milliseconds a query."""
+    """The rows (Q, P) of the whole index that the shards propose, k each (−1: none), and milliseconds per query."""
     start, first_row = time.perf_counter(), 0
-    found: list[np.ndarray] = []
+    proposed: list[np.ndarray] = []
     for index in indexes:
         _, rows_QP = index.search(queries_QD, min(k, index.ntotal))
-        found.append(np.where(rows_QP < 0, -1, rows_QP + first_row))
+        proposed.append(np.where(rows_QP < 0, -1, rows_QP + first_row))
         first_row += index.ntotal
-    return np.concatenate(found, axis=1), 1000 * (time.perf_counter() - start) / len(queries_QD)
+    return np.concatenate(proposed, axis=1), 1000 * (time.perf_counter() - start) / len(queries_QD)

@@ -1,7 +1,7 @@
 """Maximum inner product search over a frozen corpus: the index artifact, in one piece or in shards.
 
-Owner of its layout: the three files of a shard (`rag_core/index/shard.py`) lie in the artifact's folder, or, of an index
-in several shards, in `shard-00000`, `shard-00001`, …, each for a contiguous range of passages.
+Owner of its layout. An index in one piece has the three files of a shard (`rag_core/index/shard.py`) in the artifact's
+folder. An index in several shards has them in `shard-00000`, `shard-00001`, …, each for a contiguous range of passages.
 
 Shapes: N passages, n passages of a shard, Q sample queries, D embedding.
 """
@@ -36,7 +36,7 @@ KIND = "index"
 
 
 class IndexConfig(BaseModel):
-    """What FAISS index is built."""
+    """Which FAISS index to build."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,21 +52,22 @@ class IndexConfig(BaseModel):
     )
 
     def for_key(self) -> dict[str, Any]:
-        """The settings as the manifest and the stage's key have them; without `shards`, the index is in one piece."""
+        """The settings for the manifest and the stage's key. An index in one piece leaves `shards` out."""
         return self.model_dump(exclude={"shards"} if self.shards == 1 else None)
 
 
 def index_inputs(embeddings: Embeddings, corpus: Corpus) -> dict[str, str]:
-    """Fingerprints of what an index is made from, for the stage's key."""
+    """Fingerprints of the inputs of an index, for the stage's key."""
     return {"embeddings": embeddings.manifest.fingerprint, "corpus": corpus.manifest.fingerprint}
 
 
 def build_index(
     embeddings: Embeddings, corpus: Corpus, out: Path, config: IndexConfig, queries_QD: np.ndarray | None = None
 ) -> Manifest:
-    """Build and publish an index; with vectors of questions `queries_QD`, its recall is tuned on them.
+    """Build and publish an index. With question vectors `queries_QD`, its recall is tuned on them.
 
-    Shards are built in turn, so that one FAISS index at a time is in memory; recall is tuned and measured over all.
+    Shards are built one after the other, so that only one FAISS index is in memory; recall is tuned and measured over
+    all of them.
 
     Raises:
         ArtifactError: the embeddings were made from another corpus.
@@ -86,7 +87,7 @@ def build_index(
         indexes = _write_shards(embeddings, corpus, draft.folder, ranges, factory, config.seed)
         measured = tune_recall(
             indexes,
-            [open_vectors(draft.folder / one.folder) for one in ranges],
+            [open_vectors(draft.folder / shard.folder) for shard in ranges],
             config.target_recall,
             config.seed,
             refine_factor(factory),
@@ -107,17 +108,17 @@ def build_index(
             "inputs": input_paths(embeddings=embeddings.place, corpus=corpus.place),
         }
         if config.shards > 1:
-            draft.details["shards"] = [{"first_row": one.first_row, "rows": one.rows} for one in ranges]
+            draft.details["shards"] = [{"first_row": shard.first_row, "rows": shard.rows} for shard in ranges]
     return open_artifact(out, KIND, check_content=False)
 
 
 class PassageIndex(Retriever):
-    """A published index, opened for searching in this process; any number of them may share the mapped files."""
+    """A published index, opened for search in this process; any number of processes may share the mapped files."""
 
     @cached_property
     def _shards(self) -> list[IndexShard]:
-        # Opened by the first search: whoever only compares fingerprints and sizes need not hold what FAISS cannot map.
-        return [IndexShard(self.path / one.folder, one.first_row, self.manifest.details) for one in self.ranges]
+        # Opened by the first search. A caller that only compares fingerprints and sizes loads nothing.
+        return [IndexShard(self.path / shard.folder, shard.first_row, self.manifest.details) for shard in self.ranges]
 
     @classmethod
     def open(cls, path: Path, *, check_content: bool = True) -> PassageIndex:
@@ -126,7 +127,7 @@ class PassageIndex(Retriever):
         return cls(path, open_artifact(path, KIND, check_content=check_content))
 
     def ids_among(self, wanted: Set[str]) -> set[str]:
-        """Those of `wanted` that a passage of the index has as its id. Every id is read."""
+        """The members of `wanted` that are ids of passages in the index. Every id is read."""
         return set[str]().union(*(shard.ids_among(wanted) for shard in self._shards))
 
     def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
@@ -137,36 +138,40 @@ class PassageIndex(Retriever):
 
 
 def _divide(rows: int, shards: int) -> list[ShardRange]:
-    """Contiguous ranges that differ by at most one row, the longer ones first; a single one has no folder of its own."""
+    """Contiguous ranges that differ by at most one row, longer ones first; a single one uses the index's own folder."""
     if shards == 1:
         return [ShardRange("", 0, rows)]
     if shards > rows:
         raise ConfigError(f"{shards} shards were asked for, but there are {rows} passages. Ask for 1 to {rows}.")
     size, longer = divmod(rows, shards)
-    return [ShardRange(shard_name(at), at * size + min(at, longer), size + (at < longer)) for at in range(shards)]
+    return [
+        ShardRange(shard_name(number), number * size + min(number, longer), size + (number < longer))
+        for number in range(shards)
+    ]
 
 
 def _write_shards(
     embeddings: Embeddings, corpus: Corpus, folder: Path, ranges: list[ShardRange], factory: str, seed: int
 ) -> list[faiss.Index]:
-    """The files of every shard, from one pass over vectors and passages.
+    """Write the files of every shard in one pass over vectors and passages.
 
-    Returns the FAISS indexes: mapped from the files that were written; a single one in memory, not written yet.
+    Returns the FAISS indexes, mapped from the written files. A single one is returned in memory and not written yet.
     """
     indexes: list[faiss.Index] = []
     vectors = _Rows(vectors_nD for _, vectors_nD in embeddings.iter_vectors())
     passages = _Rows(pq.read_table(file) for file in corpus.shards)
-    for one in ranges:
-        shard = folder / one.folder
-        shard.mkdir(exist_ok=True)
-        _write_vectors(vectors.take(one.rows), shard / VECTORS_FILE, (one.rows, embeddings.dim), embeddings.dtype)
-        write_passage_store(passages.take(one.rows), shard / PASSAGES_FILE)
-        if not vectors.taken == passages.taken == one.first_row + one.rows:
+    for shard in ranges:
+        shard_folder = folder / shard.folder
+        shard_folder.mkdir(exist_ok=True)
+        shape = (shard.rows, embeddings.dim)
+        _write_vectors(vectors.take(shard.rows), shard_folder / VECTORS_FILE, shape, embeddings.dtype)
+        write_passage_store(passages.take(shard.rows), shard_folder / PASSAGES_FILE)
+        if not vectors.taken == passages.taken == shard.first_row + shard.rows:
             break
-        indexes.append(make_faiss_index(open_vectors(shard), factory, seed))
-        if len(ranges) > 1:  # the next one takes its place in memory
-            faiss.write_index(indexes.pop(), str(shard / INDEX_FILE))
-            indexes.append(open_faiss(shard, *open_vectors(shard).shape))
+        indexes.append(make_faiss_index(open_vectors(shard_folder), factory, seed))
+        if len(ranges) > 1:  # make room in memory for the next one
+            faiss.write_index(indexes.pop(), str(shard_folder / INDEX_FILE))
+            indexes.append(open_faiss(shard_folder, *open_vectors(shard_folder).shape))
     num_vectors, num_passages = vectors.count_all(), passages.count_all()
     if num_vectors != len(embeddings):
         raise ArtifactError(
@@ -178,8 +183,8 @@ def _write_shards(
 
 
 def _write_vectors(parts: Iterable[np.ndarray], out_file: Path, shape: tuple[int, int], dtype: str) -> None:
-    """Vectors as one row-addressable file."""
-    with out_file.open("wb") as file:  # written, not mapped: pages that wait to be written would count as ours
+    """Write vectors as one row-addressable file."""
+    with out_file.open("wb") as file:  # not mapped: dirty pages would count as this process's memory
         write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
         for vectors_nD in parts:
             file.write(np.ascontiguousarray(vectors_nD, dtype=dtype).data)
@@ -187,7 +192,7 @@ def _write_vectors(parts: Iterable[np.ndarray], out_file: Path, shape: tuple[int
 
 
 class _Rows:
-    """A stream of arrays or tables, from which any number of rows at a time is taken."""
+    """A stream of arrays or tables that hands out any number of rows at a time."""
 
     def __init__(self, pieces: Iterable[Any]) -> None:
         self._pieces = iter(pieces)
@@ -203,7 +208,7 @@ class _Rows:
             yield part
 
     def count_all(self) -> int:
-        """Rows of the whole stream, which ends with this."""
+        """Consume the rest of the stream; return the number of rows of the whole stream."""
         while (piece := self._next()) is not None:
             self.taken += len(piece)
         return self.taken

@@ -1,4 +1,4 @@
-"""Passages read by row from a memory-mapped Arrow file: nothing is held in RAM but what is asked for.
+"""Read passages by row from a memory-mapped Arrow file; only requested passages are held in RAM.
 
 Owner of `passages.arrow` inside an index: an Arrow IPC file of record batches of equal size (the last may be
 shorter), columns `id`, `title`, `text`, in the order of the index's rows.
@@ -22,7 +22,7 @@ SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.str
 
 
 def write_passage_store(tables: Iterable[pa.Table], out_file: Path) -> int:
-    """Write tables with columns id, title, text as one row-addressable file; returns the number of rows."""
+    """Write tables with columns id, title, text as one row-addressable file; return the number of rows."""
     rows = 0
     pending: pa.Table = SCHEMA.empty_table()
     with pa.OSFile(str(out_file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -39,23 +39,23 @@ def write_passage_store(tables: Iterable[pa.Table], out_file: Path) -> int:
 
 
 class PassageStore:
-    """Row access to a `passages.arrow`; opening maps the file and reads nothing but where its record batches are.
+    """Row access to a `passages.arrow`. Opening maps the file and reads only where its record batches are.
 
     Raises:
-        ArtifactError: not such a file. What lies in a record batch is checked when the first of its rows is read: Arrow
-            itself follows the offsets in a file unchecked, into whatever memory they point to.
+        ArtifactError: the file is not such a store. The content of a record batch is checked when its first row is
+            read, because Arrow does not check the offsets in a file and follows them into any memory.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        with self._damage_named():
+        with self._damage_as_error():
             self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
             if not self._reader.schema.equals(SCHEMA):
                 raise self._damaged(f"its columns are {self._reader.schema.names}, not {SCHEMA.names}")
             batches = self._reader.num_record_batches
             last = self._reader.get_batch(batches - 1).num_rows if batches else 0
         self._rows = max(batches - 1, 0) * BATCH_ROWS + last
-        # Columns of the record batches met so far: views of the map. Finding them again costs more than reading a row.
+        # Columns of the record batches read so far, as views of the map: getting them costs more than reading a row.
         self._columns: dict[int, list[pa.Array]] = {}
 
     def __len__(self) -> int:
@@ -72,19 +72,19 @@ class PassageStore:
         return Passage(*(column[place].as_py() for column in columns))
 
     def take(self, rows: Sequence[int]) -> list[Passage]:
-        """The passages at some rows, in the order asked for."""
+        """The passages at some rows, in the requested order."""
         return [self[int(row)] for row in rows]
 
     def ids_among(self, wanted: Set[str]) -> set[str]:
-        """Those of `wanted` that a passage has as its id: all ids are read, a record batch at a time."""
-        values, found = pa.array(sorted(wanted), pa.string()), set[str]()
+        """The members of `wanted` that are ids of passages. All ids are read, a record batch at a time."""
+        values, matches = pa.array(sorted(wanted), pa.string()), set[str]()
         for number in range(self._reader.num_record_batches):
             ids = self._checked_columns(number)[0]
-            found |= set(ids.filter(pc.is_in(ids, value_set=values)).to_pylist())
-        return found
+            matches |= set(ids.filter(pc.is_in(ids, value_set=values)).to_pylist())
+        return matches
 
     def _checked_columns(self, number: int) -> list[pa.Array]:
-        with self._damage_named():
+        with self._damage_as_error():
             batch = self._reader.get_batch(number)
             batch.validate(full=True)
         expected = min(BATCH_ROWS, self._rows - number * BATCH_ROWS)
@@ -93,7 +93,7 @@ class PassageStore:
         return [batch.column(name) for name in SCHEMA.names]
 
     @contextlib.contextmanager
-    def _damage_named(self) -> Iterator[None]:
+    def _damage_as_error(self) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, OSError, ValueError) as error:

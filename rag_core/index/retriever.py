@@ -1,8 +1,8 @@
-"""What training and inference ask of an index, wherever its shards are: the exact top K, and the passages at its rows.
+"""The interface of an index for training and inference: search for the exact top K, and read the passages at rows.
 
-`Retriever` says it once for shards in this process (`rag_core.index.passage_index.PassageIndex`) and for shards that answer from
-others. Every shard is asked with the same questions; its best are merged by score, equal scores by row, so that
-neither the number of shards nor their place can be told from an answer.
+`Retriever` is the base class for shards in this process (`rag_core.index.passage_index.PassageIndex`) and for shards in
+other processes. Every shard searches for the same questions. The results are merged by score, equal scores by row, so
+an answer does not depend on the number of shards or on where they are.
 
 Shapes: N passages, B questions, K passages per question, P proposed rows, D embedding.
 """
@@ -36,7 +36,7 @@ class Retrieved:
 
 @dataclass(frozen=True, slots=True)
 class ShardRange:
-    """A contiguous range of an index's rows, and the folder below the index's that holds it ("" is the index's own)."""
+    """A contiguous range of an index's rows, and the folder in the index that holds it ("": the index's own folder)."""
 
     folder: str
     first_row: int
@@ -44,11 +44,11 @@ class ShardRange:
 
 
 def shard_ranges(manifest: Manifest) -> list[ShardRange]:
-    """The shards of an index, in the order of their rows; an index without shards is one of them."""
+    """The shards of an index, in the order of their rows; an index in one piece counts as one shard."""
     shards = manifest.details.get("shards")
     if shards is None:
         return [ShardRange("", 0, manifest.counts["passages"])]
-    return [ShardRange(shard_name(at), one["first_row"], one["rows"]) for at, one in enumerate(shards)]
+    return [ShardRange(shard_name(number), shard["first_row"], shard["rows"]) for number, shard in enumerate(shards)]
 
 
 def shard_name(number: int) -> str:
@@ -61,13 +61,13 @@ def best_first(rows_BP: np.ndarray, scores_BP: np.ndarray, k: int) -> np.ndarray
     return np.lexsort((rows_BP, -scores_BP), axis=-1)[:, :k]
 
 
-def merge(found: Sequence[Retrieved], k: int) -> Retrieved:
-    """The k best of what several shards found; they must name rows of the whole index."""
-    if len(found) == 1:
-        return found[0]
-    rows_BP = np.concatenate([one.rows_BK for one in found], axis=1)
-    scores_BP = np.concatenate([one.scores_BK for one in found], axis=1)
-    vectors_BPD = np.concatenate([one.vectors_BKD for one in found], axis=1)
+def merge(results: Sequence[Retrieved], k: int) -> Retrieved:
+    """The k best passages of several shards' results, whose rows must be those of the whole index."""
+    if len(results) == 1:
+        return results[0]
+    rows_BP = np.concatenate([result.rows_BK for result in results], axis=1)
+    scores_BP = np.concatenate([result.scores_BK for result in results], axis=1)
+    vectors_BPD = np.concatenate([result.vectors_BKD for result in results], axis=1)
     best_BK = best_first(rows_BP, scores_BP, k)
     return Retrieved(
         np.take_along_axis(rows_BP, best_BK, axis=1),
@@ -77,7 +77,7 @@ def merge(found: Sequence[Retrieved], k: int) -> Retrieved:
 
 
 class Retriever(ABC):
-    """An index that can be searched; `path` and `manifest` are those of the artifact."""
+    """An index that can be searched. `path` and `manifest` are those of the artifact."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -93,11 +93,11 @@ class Retriever(ABC):
 
     @abstractmethod
     def _search_shards(self, queries_BD: np.ndarray, k: int) -> list[Retrieved]:
-        """What every shard found: at most k passages each."""
+        """The result of every shard: at most k passages each."""
 
     @abstractmethod
     def _passages_of_shards(self, rows_n: Mapping[int, np.ndarray]) -> Mapping[int, list[Passage]]:
-        """By the shard's number, the passages at some of its rows, which are rows of the whole index."""
+        """The passages at some rows of the whole index, both keyed by the number of the shard that holds them."""
 
     def __len__(self) -> int:
         return self.manifest.counts["passages"]
@@ -105,8 +105,8 @@ class Retriever(ABC):
     def search(self, queries_BD: np.ndarray, k: int) -> Retrieved:
         """The k passages with the largest inner products, best first, re-scored with the stored vectors.
 
-        With equal scores the passage with the lower row comes first. From a `Flat` index the answer is exact, to the
-        last of equal scores.
+        With equal scores the passage with the lower row comes first. The answer of a `Flat` index is exact, even
+        among equal scores.
 
         Args:
             queries_BD: float32 question vectors.
@@ -114,32 +114,34 @@ class Retriever(ABC):
 
         Raises:
             ConfigError: k is larger than the corpus, or the queries have another width than the index.
-            NotFiniteError: a query holds NaN or infinity, for which nothing can be found.
+            NotFiniteError: a query holds NaN or infinity, so nothing can be found for it.
         """
         self.check_width(queries_BD.shape[-1])
         self.check_num_docs(k)
         _check_finite(queries_BD)
-        found = merge(self._search_shards(np.ascontiguousarray(queries_BD, dtype=np.float32), k), k)
-        if found.scores_BK.shape[1] < k or np.isneginf(found.scores_BK).any():
+        retrieved = merge(self._search_shards(np.ascontiguousarray(queries_BD, dtype=np.float32), k), k)
+        if retrieved.scores_BK.shape[1] < k or np.isneginf(retrieved.scores_BK).any():
             raise ConfigError(
                 f"The index {self.path} found fewer than {k} passages for a question: it probes too few lists. "
                 "Build it with another factory string (or 'auto'), or ask for fewer passages."
             )
-        return found
+        return retrieved
 
     def passages_of(self, rows_BK: np.ndarray) -> list[list[Passage]]:
         """The passages at rows (B, K)."""
         rows_n = np.unique(rows_BK)
-        shards_n = np.searchsorted([one.first_row for one in self.ranges], rows_n, side="right") - 1
-        asked = {int(shard): rows_n[shards_n == shard] for shard in np.unique(shards_n)}
-        found = self._passages_of_shards(asked)
+        shards_n = np.searchsorted([shard.first_row for shard in self.ranges], rows_n, side="right") - 1
+        rows_of_shards = {int(shard): rows_n[shards_n == shard] for shard in np.unique(shards_n)}
+        passages_of_shards = self._passages_of_shards(rows_of_shards)
         passages = {
-            int(row): passage for shard in asked for row, passage in zip(asked[shard], found[shard], strict=True)
+            int(row): passage
+            for shard, rows in rows_of_shards.items()
+            for row, passage in zip(rows, passages_of_shards[shard], strict=True)
         }
         return [[passages[row] for row in rows_K] for rows_K in rows_BK.tolist()]
 
     def check_width(self, width: int) -> None:
-        """Raise ConfigError if question vectors of this width cannot be compared with the index's."""
+        """Raise ConfigError unless question vectors of this width can be compared with the index's."""
         if width != self.dim:
             raise ConfigError(
                 f"The question encoder gives {width} dimensions, the index {self.path} holds {self.dim}. "
@@ -158,7 +160,7 @@ class Retriever(ABC):
 def _check_finite(queries_BD: np.ndarray) -> None:
     bad = len(queries_BD) - int(np.isfinite(queries_BD).all(axis=-1).sum())
     if bad:
-        found = (
+        problem = (
             f"{bad} of {len(queries_BD)} questions have a vector with NaN or infinity in it, so nothing can be found."
         )
-        raise NotFiniteError.of("the question encoder's vectors", found)
+        raise NotFiniteError.of("the question encoder's vectors", problem)

@@ -1,10 +1,12 @@
 """One shard of an index: a FAISS index, the stored vectors and the passages of a contiguous range of rows.
 
-Owner of the three files in its folder: `index.faiss` (may be compressed), `vectors.npy` (every passage's vector at stored
-precision, memory-mapped) and `passages.arrow` (memory-mapped text). FAISS proposes rows; the scores that leave this
-module are always inner products with the stored vectors, never the index's own, because gradients flow through them.
+Owner of the three files in its folder: `index.faiss` (may be compressed), `vectors.npy` (every passage's vector at
+stored precision, memory-mapped) and `passages.arrow` (memory-mapped text). FAISS proposes rows. The scores that this
+module returns are always inner products with the stored vectors, never FAISS's own, because gradients flow through
+them.
 
-An index in one piece is a single shard. Nothing here needs PyTorch: a process that only searches starts without it.
+An index in one piece is a single shard. This module does not need PyTorch: a process that only searches starts
+without it.
 
 Shapes: n passages of the shard, B questions, K passages per question, P proposed rows, D embedding.
 """
@@ -28,7 +30,7 @@ from rag_core.index.passage_store import PassageStore
 from rag_core.index.retriever import Retrieved, best_first
 
 INDEX_FILE, VECTORS_FILE, PASSAGES_FILE = "index.faiss", "vectors.npy", "passages.arrow"
-# Proposed beyond K by an exact index, so that it seldom has to search twice.
+# Rows that an exact index proposes beyond K, so that it seldom has to search twice.
 SPARE_ROWS = 8
 
 
@@ -37,8 +39,8 @@ class IndexShard:
 
     Args:
         folder: holds the three files.
-        first_row: the row of the whole index that is this shard's first.
-        details: the index's: `factory`, `search_parameter`, `search_value`.
+        first_row: the row of the whole index at which this shard starts.
+        details: those of the index's manifest: `factory`, `search_parameter`, `search_value`.
     """
 
     def __init__(self, folder: Path, first_row: int, details: Mapping[str, Any]) -> None:
@@ -47,7 +49,8 @@ class IndexShard:
         self._vectors_nD = open_vectors(folder)
         if len(self._passages) != len(self._vectors_nD):
             raise ArtifactError(
-                f"{folder} has {len(self._passages)} passages and {len(self._vectors_nD)} vectors. Build the index again."
+                f"{folder} has {len(self._passages)} passages and {len(self._vectors_nD)} vectors. Build the index "
+                "again."
             )
         self._file = folder / INDEX_FILE
         self._faiss = open_faiss(folder, *self._vectors_nD.shape)
@@ -76,7 +79,7 @@ class IndexShard:
         return Retrieved(np.where(rows_BK < 0, -1, rows_BK + self._first_row), vectors_BKD, scores_BK)
 
     def ids_among(self, wanted: Set[str]) -> set[str]:
-        """Those of `wanted` that a passage of the shard has as its id."""
+        """The members of `wanted` that are ids of passages in the shard."""
         return self._passages.ids_among(wanted)
 
     def passages(self, rows: Sequence[int] | np.ndarray) -> list[Passage]:
@@ -84,26 +87,26 @@ class IndexShard:
         return self._passages.take([int(row) - self._first_row for row in rows])
 
     def _search_exactly(self, queries_BD: np.ndarray, k: int, proposed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and scores (B, k) of a Flat index, whatever FAISS's rounding and its order of equal scores.
+        """Rows and scores (B, k) of a Flat index, independent of FAISS's rounding and its order of equal scores.
 
-        A row that FAISS did not propose has a score of at most the last proposed one's, up to both computations'
-        rounding. Where that does not rule it out, more rows are proposed.
+        A row that FAISS did not propose scores at most as high as the last proposed row, up to the rounding of both
+        computations. If that does not rule out a better row, more rows are proposed.
         """
         proposed = min(proposed, len(self))
-        own_BP, rows_BP = propose(self._file, self._faiss, queries_BD, proposed)
+        faiss_scores_BP, rows_BP = propose(self._file, self._faiss, queries_BD, proposed)
         rows_BK, scores_BK = _best(rows_BP, self._inner_products(queries_BD, rows_BP), k)
         if proposed < len(self):
-            limit_B = own_BP[:, -1] + self._rounding_of_unit_queries() * np.linalg.norm(queries_BD, axis=1)
-            unsure_b = np.flatnonzero(~(scores_BK[:, -1] > limit_B))  # NaN is unsure, too
+            limit_B = faiss_scores_BP[:, -1] + self._rounding_of_unit_queries() * np.linalg.norm(queries_BD, axis=1)
+            unsure_b = np.flatnonzero(~(scores_BK[:, -1] > limit_B))  # NaN counts as unsure
             if len(unsure_b):
                 again = self._search_exactly(queries_BD[unsure_b], k, 8 * proposed)
                 rows_BK[unsure_b], scores_BK[unsure_b] = again
         return rows_BK, scores_BK
 
     def _rounding_of_unit_queries(self) -> float:
-        """By how much two float32 inner products of a unit query and a vector of this shard can differ at most.
+        """The most by which two float32 inner products of a unit query and a vector of this shard can differ.
 
-        In whatever order D products are added, the error is at most γ_D |q| |v| with γ_D = Du / (1 − Du) (Higham,
+        For any order in which D products are added, the error is at most γ_D |q| |v| with γ_D = Du / (1 − Du) (Higham,
         Accuracy and Stability of Numerical Algorithms, section 3.1); 1% more covers the rounding of norms and sums.
         """
         if self._rounding is None:
@@ -117,11 +120,11 @@ class IndexShard:
     def _inner_products(self, queries_BD: np.ndarray, rows_BP: np.ndarray) -> np.ndarray:
         """Inner products (B, P) with stored vectors, −inf where the row is −1 (FAISS found fewer).
 
-        One kernel for every pair alone: a score does not depend on what else was asked, nor on the shard.
+        The kernel computes every pair by itself, so a score depends neither on the other pairs nor on the shard.
         """
         scores_BP = np.full(rows_BP.shape, -np.inf, dtype=np.float32)
         vectors_nD, places_BP = self._vectors_nD, np.ascontiguousarray(rows_BP, dtype=np.int64)
-        if vectors_nD.dtype != np.float32:  # FAISS reads float32 where it lies, with all cores; others are copied.
+        if vectors_nD.dtype != np.float32:  # FAISS reads float32 in place, with all cores; other types are copied.
             needed, places = np.unique(np.maximum(rows_BP, 0), return_inverse=True)
             vectors_nD = np.ascontiguousarray(vectors_nD[needed], dtype=np.float32)
             places_BP = np.where(rows_BP < 0, -1, places.reshape(rows_BP.shape)).astype(np.int64)
@@ -138,7 +141,7 @@ def open_vectors(folder: Path) -> np.ndarray:
 
 
 def open_faiss(folder: Path, rows: int, dim: int) -> faiss.Index:
-    """A shard's FAISS index of so many rows and dimensions; what FAISS can map is mapped. ArtifactError if it is another."""
+    """A shard's FAISS index, mapped where FAISS can. ArtifactError unless it has this number of rows and dimensions."""
     return mapped_faiss(folder / INDEX_FILE, rows, dim)
 
 

@@ -1,8 +1,8 @@
 """A RAG model: a trained question encoder and generator that answer from an index of passages.
 
-Lewis et al. 2020 (arXiv 2005.11401). The document encoder is frozen and not part of the model; only its fingerprint
-is, so that an index made by another one is refused. The model knows how to score, to read and to answer; how it is
-trained is in `training.py`, how passages are read in `reader.py`, how answers are searched in `decoding/`.
+Lewis et al. 2020 (arXiv 2005.11401). The document encoder is frozen and not part of the model. The model keeps its
+fingerprint, and refuses an index that another encoder made. This module scores and answers. `reader.py` reads passages,
+`decoding/` searches answers, `training/` trains the model.
 
 Shapes: B questions, K passages per question, D embedding.
 """
@@ -29,7 +29,7 @@ from rag_core.storage.artifact import local_copy, open_artifact, publish
 
 
 def load_question_encoder(config: ModelConfig) -> TextEncoder:
-    """The question encoder that a model starts from; errors as `TextEncoder.from_pretrained`."""
+    """Load the question encoder that a model starts from; errors as in `TextEncoder.from_pretrained`."""
     return TextEncoder.from_pretrained(
         config.question_encoder,
         side="question",
@@ -61,8 +61,8 @@ class RagModel(nn.Module):
         """Put a model together from a question encoder and a generator.
 
         Raises:
-            ConfigError: a part cannot be loaded, the generator is not a seq2seq model, or it has no positions for contexts
-                or answers of the lengths that the prompt sets.
+            ConfigError: a part cannot be loaded, the generator is not a seq2seq model, or it has too few positions for
+                the lengths that the prompt sets.
         """
         trust = config.trust_remote_code
         question_encoder = load_question_encoder(config)
@@ -76,11 +76,11 @@ class RagModel(nn.Module):
 
         Args:
             folder: the artifact.
-            trust_remote_code: run code that came with a part of the model and was saved with it.
+            trust_remote_code: run code that was saved with a part of the model.
 
         Raises:
             ArtifactError: the folder is not a RAG model, or it is damaged.
-            ConfigError: a part cannot be loaded, or needs code of its own.
+            ConfigError: a part cannot be loaded, or needs `trust_remote_code`.
         """
         folder = local_copy(Path(folder))
         open_artifact(folder, KIND)
@@ -94,7 +94,7 @@ class RagModel(nn.Module):
         trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         question_encoder = TextEncoder.from_pretrained(folder / "question_encoder", side="question", **trust)
         generator, tokenizer = load_generator(folder / "generator", **trust)
-        # Stored before such prompts were refused: contexts that fit were and are read alike, longer ones are now cut.
+        # Older releases saved prompts longer than the positions. Contexts that fit are read as before, longer ones cut.
         settings.prompt = within_positions(generator, settings.prompt)
         return cls(question_encoder, generator, tokenizer, settings).eval()
 
@@ -106,7 +106,7 @@ class RagModel(nn.Module):
         made_from: dict[str, str] | None = None,
         details: dict[str, Any] | None = None,
     ) -> None:
-        """Publish the model as a folder (weights in safetensors), atomically; an older model there is replaced."""
+        """Publish the model as a folder (weights in safetensors) atomically; this replaces an older model there."""
         with publish(Path(folder), KIND, config=config, made_from=made_from) as draft:
             self.write_files(draft.folder)
             draft.details = details or {}
@@ -115,14 +115,14 @@ class RagModel(nn.Module):
     def from_hf_rag(
         cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
     ) -> RagModel:
-        """Read a RAG checkpoint of Hugging Face's; arguments and errors as in `hf_rag.read_hf_rag`."""
-        from rag_core.model.hf_rag import read_hf_rag
+        """Read a Hugging Face RAG checkpoint; arguments and errors as in `hf_rag_reading.read_hf_rag`."""
+        from rag_core.model.hf_rag_reading import read_hf_rag
 
         return cls(*read_hf_rag(folder_or_hub_name, pooling=pooling, trust_remote_code=trust_remote_code)).eval()
 
     def to_hf_rag(self, folder: str | Path, *, variant: Variant | None = None) -> None:
-        """Write a folder that Hugging Face's RAG class loads; arguments and errors as in `hf_rag.write_hf_rag`."""
-        from rag_core.model.hf_rag import write_hf_rag
+        """Write a Hugging Face RAG checkpoint; arguments and errors as in `hf_rag_writing.write_hf_rag`."""
+        from rag_core.model.hf_rag_writing import write_hf_rag
 
         write_hf_rag(self, folder, variant=variant)
 
@@ -134,7 +134,7 @@ class RagModel(nn.Module):
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: what a training run starts from, whatever the folders are called."""
+        """SHA-256 of all weights. It identifies the start of a training run, whatever the folders are called."""
         digest = hashlib.sha256(self.question_encoder.fingerprint().encode())
         digest.update(fingerprint_of_weights(self.generator).encode())
         return digest.hexdigest()
@@ -168,9 +168,9 @@ class RagModel(nn.Module):
             on_progress: called with the number of questions done after each batch.
 
         Raises:
-            ConfigError: no variant known, K larger than the corpus, an index of another width, or more tokens than the
-                generator has positions for.
-            ArtifactError: the index was made by another document encoder than the model was trained with.
+            ConfigError: no variant is known, K is larger than the corpus, the index has another width, or the generator
+                has too few positions.
+            ArtifactError: the index comes from another document encoder than the model was trained with.
         """
         self.check_index(index)
         variant, decoding = self.variant_or(variant), decoding or DecodingConfig()
@@ -179,30 +179,31 @@ class RagModel(nn.Module):
         with self.reader.many_batches(decoding):
             for batch in batches_of(questions, decoding.batch_size):
                 vectors_BD = self.question_encoder.embed(batch)
-                found = index.search(vectors_BD.float().cpu().numpy(), num_docs or self.settings.num_docs)
-                scores_BK = self.settings.score_scale * torch.from_numpy(found.scores_BK).to(self.device)
-                passages_BK = index.passages_of(found.rows_BK)
+                matches = index.search(vectors_BD.float().cpu().numpy(), num_docs or self.settings.num_docs)
+                scores_BK = self.settings.score_scale * torch.from_numpy(matches.scores_BK).to(self.device)
+                passages_BK = index.passages_of(matches.rows_BK)
                 answers += self.reader.answer_from(batch, passages_BK, scores_BK, variant=variant, decoding=decoding)
                 if on_progress:
                     on_progress(len(batch))
         return answers
 
     def check_index(self, index: Retriever) -> None:
-        """Raise if the index's vectors are not those that this model's question encoder was trained to meet."""
+        """Raise unless the index has the model's vector width and comes from its document encoder."""
         index.check_width(self.question_encoder.dim)
         expected = self.settings.document_encoder_fingerprint
         if expected is not None and expected != index.encoder_fingerprint:
             raise ArtifactError(
-                f"The index {index.path} was made by another document encoder ({index.encoder_fingerprint[:12]}…) than the "
-                f"model was trained with ({expected[:12]}…). Embed and index the corpus with that encoder."
+                f"The index {index.path} was made by another document encoder ({index.encoder_fingerprint[:12]}…) than "
+                f"the model was trained with ({expected[:12]}…). Embed and index the corpus with the model's document "
+                "encoder."
             )
 
     def variant_or(self, variant: Variant | None) -> Variant:
-        """The variant asked for, or the one that the model was trained as; ConfigError if neither is known."""
+        """Return the requested variant, or else the one the model was trained as; ConfigError if neither is known."""
         chosen = variant or self.settings.variant
         if chosen is None:
             raise ConfigError(
-                "This model was not trained as RAG-Sequence or RAG-Token yet. Say which: sequence or token."
+                "This model has not been trained as RAG-Sequence or RAG-Token yet. Choose a variant: sequence or token."
             )
         return chosen
 

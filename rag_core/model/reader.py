@@ -1,7 +1,7 @@
-"""A generator that reads passages: likelihoods of answers and the search for them, over passages that are given.
+"""A generator that reads passages: it computes likelihoods of answers and searches answers.
 
-It knows nothing of retrieval: passages and their scores come from a caller (`rag_model.py` finds them, a pretraining
-run or a question file brings its own).
+It knows nothing of retrieval: the caller passes passages and scores. `rag_model.py` retrieves them; pretraining takes
+them from its question file.
 
 Shapes: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -48,7 +48,8 @@ class DecodingConfig(BaseModel):
     num_beams: int = Field(4, ge=1)
     max_new_tokens: int = Field(32, ge=1, description="longest answer, end token included")
     mode: Literal["thorough", "fast"] = Field(
-        "thorough", description="RAG-Sequence: score answers under every passage, or only where found"
+        "thorough",
+        description="RAG-Sequence: score answers under every passage, or only where its beam found them",
     )
     length_penalty: float = Field(0.0, description="beams rank by log_prob / length ** length_penalty")
     early_stopping: bool | Literal["never"] = Field(
@@ -69,9 +70,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ReadPassage:
-    """A passage that was read, with p(z|q) and p(z|q,a).
+    """A passage that was read, with its prior p(z|q) and its posterior p(z|q,a).
 
-    For RAG-Token, where every token has a posterior of its own, the mean over the answer's tokens.
+    In RAG-Token every token has its own posterior; here it is their mean over the answer's tokens.
     """
 
     passage: Passage
@@ -81,7 +82,7 @@ class ReadPassage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The best answer to a question, its runners-up (best first, the answer itself leading) and what was read."""
+    """The best answer to a question, all candidates (best first, starting with the answer), and the passages read."""
 
     text: str
     log_prob: float
@@ -90,12 +91,12 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` goes up with every context that is read.
+    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read.
 
-    Lengths that the prompt does not set are lowered to what the generator has positions for.
+    Default lengths of the prompt are lowered to the generator's positions.
 
     Raises:
-        ConfigError: the generator has no positions for contexts or answers of the lengths that the prompt sets.
+        ConfigError: the generator has too few positions for lengths that the prompt sets explicitly.
     """
 
     def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
@@ -104,7 +105,7 @@ class GeneratorReader:
         self.prompt = fitting_prompt(generator, prompt)
         self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
-        # Answers must be trained to end with a token that ends them in decoding: the generator's, not the tokenizer's.
+        # Training must end answers with a token that ends them in decoding: the generator's, if the two differ.
         ends = GenerationTokens.of(generator).ends
         self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
 
@@ -120,7 +121,7 @@ class GeneratorReader:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[ContextCount]:
-        """Count the contexts that are read inside the block apart from all others."""
+        """Count the contexts that are read inside the block separately."""
         outside, self.count = self.count, ContextCount()
         try:
             yield self.count
@@ -128,12 +129,12 @@ class GeneratorReader:
             self.count = outside
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
-        """Raise ConfigError, before anything is read, if the generator cannot write answers as long as `decoding` allows."""
+        """Raise ConfigError if the generator has too few positions for the longest answers that `decoding` allows."""
         refuse_long_search(self.generator, decoding.max_new_tokens)
 
     @contextlib.contextmanager
     def many_batches(self, decoding: DecodingConfig) -> Iterator[None]:
-        """Around the `answer_from` calls of several batches: the generator's weights are laid out once for all."""
+        """Wrap several `answer_from` calls, so that the generator's weights are packed once for all of them."""
         with autocast(self.device, decoding.precision), decoding_mode(self.generator):
             yield
 
@@ -145,7 +146,7 @@ class GeneratorReader:
         answers: Sequence[str],
         variant: Variant,
     ) -> torch.Tensor:
-        """−log p(answer | question) for given passages and scores: nll_B in nats, summed over tokens."""
+        """Return −log p(answer | question) for these passages and scores: nll_B in nats, summed over tokens."""
         contexts = self._contexts(questions, passages_BK)
         limit = self.prompt.max_answer_tokens
         labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self._end)
@@ -160,7 +161,7 @@ class GeneratorReader:
         variant: Variant,
         decoding: DecodingConfig,
     ) -> list[Answer]:
-        """Answer one batch of questions from given passages and scores (B, K); settings as in `DecodingConfig`."""
+        """Answer one batch of questions from passages and their scores, shape (B, K)."""
         contexts = self._contexts(questions, passages_BK)
         options: dict[str, Any] = {
             "num_beams": decoding.num_beams,
@@ -171,22 +172,24 @@ class GeneratorReader:
         }
         with autocast(self.device, decoding.precision):
             if variant == "sequence":
-                found = decode_rag_sequence(self.generator, *contexts, doc_scores_BK, mode=decoding.mode, **options)
+                hypotheses_B = decode_rag_sequence(
+                    self.generator, *contexts, doc_scores_BK, mode=decoding.mode, **options
+                )
             else:
-                found = decode_rag_token(self.generator, *contexts, doc_scores_BK, **options)
+                hypotheses_B = decode_rag_token(self.generator, *contexts, doc_scores_BK, **options)
         prior_BK = torch.softmax(doc_scores_BK.double(), dim=-1).cpu().numpy()
         return [
             self._to_answer(hypotheses, passages_K, prior_K)
-            for hypotheses, passages_K, prior_K in zip(found, passages_BK, prior_BK, strict=True)
+            for hypotheses, passages_K, prior_K in zip(hypotheses_B, passages_BK, prior_BK, strict=True)
         ]
 
     def _contexts(
         self, questions: Sequence[str], passages_BK: Sequence[Sequence[Passage]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
+        contexts = assemble_contexts(self.tokenizer, self.prompt, questions, passages_BK, self.device)
         self.count.contexts += sum(len(passages_K) for passages_K in passages_BK)
-        self.count.contexts_cut += found.cut
-        return found.input_ids_BKS, found.attention_mask_BKS
+        self.count.contexts_cut += contexts.cut
+        return contexts.input_ids_BKS, contexts.attention_mask_BKS
 
     def _to_answer(self, hypotheses: list[Hypothesis], passages_K: Sequence[Passage], prior_K: np.ndarray) -> Answer:
         best = hypotheses[0]
@@ -197,7 +200,9 @@ class GeneratorReader:
             posterior_K = log_posterior.exp().numpy()
         order = np.argsort(-posterior_K, kind="stable")
         read_texts = [passages_K[place].text for place in order]
-        candidates = tuple(Candidate(self._surface(one.token_ids, read_texts), one.log_prob) for one in hypotheses)
+        candidates = tuple(
+            Candidate(self._surface(hypothesis.token_ids, read_texts), hypothesis.log_prob) for hypothesis in hypotheses
+        )
         return Answer(
             text=candidates[0].text,
             log_prob=best.log_prob,
@@ -210,10 +215,10 @@ class GeneratorReader:
 
 
 def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """A seq2seq model (float32, eval mode) and its tokenizer; `trust_remote_code` as in `TextEncoder.from_pretrained`.
+    """Load a seq2seq model (float32, eval mode) and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
 
     Raises:
-        ConfigError: not readable, decoder-only, or with a tokenizer that is another model's.
+        ConfigError: the model cannot be read, is not an encoder-decoder, or its tokenizer belongs to another model.
     """
     source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
@@ -231,10 +236,10 @@ def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = Fals
 
 
 def without_unused_pooler(generator: Any) -> Any:
-    """The same generator; of an EncoderDecoderModel the encoder's pooler is taken away.
+    """Remove the encoder's pooler from an EncoderDecoderModel, and return the generator.
 
-    It is no part of the model's output. Loading makes one of random weights all the same: no gradient reaches it, which
-    upsets DDP, and every load would have another fingerprint.
+    The model's output does not use the pooler. Loading gives it random weights, so every load would have another
+    fingerprint. It gets no gradient either, which DDP does not allow.
     """
     if getattr(getattr(generator, "encoder", None), "pooler", None) is not None:
         generator.encoder.pooler = None

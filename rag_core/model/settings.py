@@ -1,4 +1,4 @@
-"""A RAG model's settings: `ModelConfig` says what a model starts from, `ModelSettings` is saved with it."""
+"""A RAG model's settings: `ModelConfig` names the parts a model starts from; `ModelSettings` is saved with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = ("question_encoder", "generator")
 
 
 class ModelConfig(BaseModel):
-    """Which parts a RAG model starts from, and the settings that belong to it for life (saved with it)."""
+    """The parts that a RAG model starts from, and the settings that are saved with it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,10 +26,10 @@ class ModelConfig(BaseModel):
         description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
     )
     generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
-    pooling: Pooling | None = Field(None, description="question encoder's pooling; empty: what its folder says")
+    pooling: Pooling | None = Field(None, description="pooling of the question encoder; empty: as its folder says")
     question_prompt: str | None = Field(
         None,
-        description="put before every question for the question encoder, such as 'query: '; empty: what its folder says",
+        description="put before every question for the question encoder, such as 'query: '; empty: as its folder says",
     )
     score_scale: float = Field(
         1.0, gt=0, description="doc_scores = score_scale × inner product; 1 for DPR, about 20 for unit vectors"
@@ -42,21 +42,21 @@ class ModelConfig(BaseModel):
     )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is trained, apart from the parts' weights."""
+        """The settings that affect the result of training, apart from the parts' weights."""
         unset = set() if self.question_prompt is not None else {"question_prompt"}
         return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
 
     def pinned(self) -> ModelConfig:
-        """The same parts by names that mean the same in every worker: hub models with their commit, folders absolute."""
+        """Return a copy that means the same in every worker: hub models with their commit, folders absolute."""
         return self.model_copy(update={part: pin_source(getattr(self, part)) for part in PARTS})
 
     def recorded(self) -> dict[str, str]:
-        """The parts as manifests and MLflow name them."""
+        """The parts' names for manifests and MLflow."""
         return {part: recorded_source(getattr(self, part)) for part in PARTS}
 
 
 class ModelSettings(BaseModel):
-    """What `rag_model.json` keeps."""
+    """The contents of `rag_model.json`."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,9 +1,9 @@
-"""Token ids back to text, for tokenizers that lose something on the way.
+"""Turn token ids into text, also for tokenizers that lose a part of the spelling.
 
-BERT's uncased tokenizers drop case and accents and put spaces around punctuation: "America/New_York" comes back as
-"america / new _ york". A generator that copies can do better: if the answer's tokens stand in a passage that was read,
-the passage's own spelling is the answer. Tokenizers that come back unharmed (BPE, SentencePiece) are simply decoded; so
-are slow ones (Marian's), which do not say where their tokens stand.
+BERT's uncased tokenizers drop case and accents and put spaces around punctuation: "America/New_York" becomes
+"america / new _ york". If the answer's tokens occur in a passage that was read, the answer takes the passage's own
+spelling. Lossless tokenizers (BPE, SentencePiece) are simply decoded. So are slow ones (Marian's), as they report no
+offsets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PROBE = "Zürich/New_York, 1,000 km"
 
 
 class SurfaceReader:
-    """Decodes an answer; for a lossy tokenizer, in the spelling of the first passage that holds its tokens."""
+    """Decodes an answer; for a lossy tokenizer, in the spelling of the first passage that contains its tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -25,11 +25,11 @@ class SurfaceReader:
         self._knows_places = tokenizer.is_fast
 
     def __call__(self, token_ids: Sequence[int], passage_texts: Sequence[str]) -> str:
-        """The text of an answer.
+        """Return the text of an answer.
 
         Args:
             token_ids: the answer's tokens, without special tokens.
-            passage_texts: what was read, most probable passage first.
+            passage_texts: the passages that were read, most probable first.
         """
         token_ids = list(token_ids)
         if self._knows_places and not self._lossless and token_ids and passage_texts:
@@ -43,7 +43,7 @@ class SurfaceReader:
 
 
 def _find(haystack: Sequence[int], needle: Sequence[int]) -> int:
-    """Where `needle` first stands in `haystack`, or −1."""
+    """Index at which `needle` first occurs in `haystack`, or −1."""
     for start in range(len(haystack) - len(needle) + 1):
         if haystack[start] == needle[0] and list(haystack[start : start + len(needle)]) == list(needle):
             return start

@@ -1,4 +1,4 @@
-"""Addresses of servers: how they may be shown, and what is wrong with one before anybody is asked."""
+"""Server addresses: hide their credentials, and check their form before any connection."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _SECRET_PARAMETER = re.compile(r"(?i)([?&][^=&#]*(?:password|passwd|pwd|secret|t
 
 
 def without_credentials(uri: str) -> str:
-    """The address without user, password and secret parameters, for messages, files and pages."""
+    """The address without user, password and values of secret parameters, for messages, files and pages."""
     uri = _SECRET_PARAMETER.sub(r"\1…", uri)
     try:
         parts = urlsplit(uri)
-        parts.port  # noqa: B018  (raises ValueError where the port is no number)
+        parts.port  # noqa: B018  (raises ValueError if the port is not a number)
     except ValueError:
-        # A password with / ? # or [ in it: nobody can tell where it ends, but before the last @.
+        # The password contains / ? # or [. Where it begins and ends is unclear, so everything before the last @ goes.
         scheme, separator, rest = uri.partition("://")
         return scheme + separator + rest.rpartition("@")[2] if separator else uri.rpartition("@")[2]
     if "@" not in parts.netloc:
@@ -29,13 +29,13 @@ def without_credentials(uri: str) -> str:
 
 
 def check_address(variable: str, address: str, schemes: Sequence[str], example: str) -> None:
-    """Whether that can be the address of a server at all.
+    """Check that `address` has the form of a server address.
 
     Args:
-        variable: where it was set, for the message.
-        address: what was set.
-        schemes: those that are understood.
-        example: a right one, for the message.
+        variable: environment variable that holds it, for the message.
+        address: its value.
+        schemes: accepted schemes.
+        example: a valid address, for the message.
 
     Raises:
         ConfigError: a scheme, host or port is wrong or missing, or there are spaces.
@@ -49,21 +49,22 @@ def check_address(variable: str, address: str, schemes: Sequence[str], example: 
 
 def _problem_of(address: str, schemes: Sequence[str]) -> str:
     if re.search(r"[\s\"'<>\x00-\x1f\x7f]", address):
-        return "there is a space, a quotation mark or a control character in it"
+        return "it contains a space, a quotation mark or a control character"
     scheme, separator, _ = address.partition("://")
     if not separator:
-        return f"it does not begin with {' or '.join(f'{one}://' for one in schemes)}"
+        return f"it does not begin with {' or '.join(f'{known}://' for known in schemes)}"
     if scheme.lower() not in schemes:
         near = difflib.get_close_matches(scheme.lower(), schemes, 1)
         meant = f" (is {near[0]}:// meant?)" if near else ""
-        return f"{scheme}:// is not understood here{meant}, {' or '.join(f'{one}://' for one in schemes)} is"
+        expected = " or ".join(f"{known}://" for known in schemes)
+        return f"{scheme}:// is not accepted here{meant}, only {expected}"
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError as error:
         if "ort" in str(error):  # "Port could not be cast to integer", "Port out of range 0-65535"
-            return "its port is no number from 1 to 65535 (a / ? or # of a password must be written as %2F, %3F or %23)"
+            return "its port is no number from 1 to 65535 (write / ? or # in a password as %2F, %3F or %23)"
         return "the brackets of its IPv6 address do not match"
     if not host:
-        return "it names no machine"
-    return "port 0 is nobody's" if port == 0 else ""
+        return "it has no host name"
+    return "port 0 cannot be used" if port == 0 else ""

@@ -1,4 +1,4 @@
-"""Asking a server one small question: with a time limit, and why it failed in words that hold no address or password."""
+"""Probe a server with a time limit, and describe failures without showing addresses or passwords."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-# How long a server may take to answer one small question, and how much more making ready for it and finding its name.
+# Seconds that a server may take to answer one small request, and extra seconds for imports and the DNS lookup.
 SECONDS, GRACE = 6.0, 6.0
 
 
-def within(seconds: float, function: Callable[[], Found]) -> Found:
-    """What `function` returns or raises; names are looked up without a time limit, so it runs beside.
+def within(seconds: float, function: Callable[[], Result]) -> Result:
+    """Call `function` in a thread with a time limit; returns its result or raises its error.
+
+    It needs a thread because DNS lookups have no time limit of their own.
 
     Raises:
         TimeoutError: it takes longer.
@@ -24,7 +26,7 @@ def within(seconds: float, function: Callable[[], Found]) -> Found:
 
     def run() -> None:
         try:
-            outcome["found"] = function()
+            outcome["result"] = function()
         except BaseException as error:
             outcome["error"] = error
 
@@ -33,42 +35,42 @@ def within(seconds: float, function: Callable[[], Found]) -> Found:
     thread.join(seconds)
     if "error" in outcome:
         raise outcome["error"]
-    if "found" not in outcome:
+    if "result" not in outcome:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    found: Found = outcome["found"]
-    return found
+    result: Result = outcome["result"]
+    return result
 
 
 def reason_of(error: BaseException) -> str:
-    """What the network said, however deep the clients have wrapped it."""
-    for one in _all_of(error):
-        if isinstance(one, ConnectionRefusedError):
+    """The network's reason for a failure in a few words, also if client libraries have wrapped the error."""
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionRefusedError):
             return "connection refused"
-        if isinstance(one, socket.gaierror):
+        if isinstance(cause, socket.gaierror):
             return "no machine of that name is known"
-        if isinstance(one, ssl.SSLCertVerificationError):
+        if isinstance(cause, ssl.SSLCertVerificationError):
             return "its certificate is not trusted here"
-        if isinstance(one, ssl.SSLError):
-            return "it does not speak TLS, as https:// asks for: is http:// meant?"
-        if isinstance(one, TimeoutError) or "Timeout" in type(one).__name__:
+        if isinstance(cause, ssl.SSLError):
+            return "it does not speak TLS, which https:// needs: is http:// meant?"
+        if isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__:
             return "no answer in time"
-        if type(one).__name__ in ("RemoteProtocolError", "BadStatusLine", "ProtocolError", "RemoteDisconnected"):
-            return "what answers there does not speak HTTP, or hangs up"
-        if isinstance(one, OSError) and one.strerror and one.errno:
-            return one.strerror.lower()
+        if type(cause).__name__ in ("RemoteProtocolError", "BadStatusLine", "ProtocolError", "RemoteDisconnected"):
+            return "the server there does not speak HTTP, or closes the connection"
+        if isinstance(cause, OSError) and cause.strerror and cause.errno:
+            return cause.strerror.lower()
     return f"no connection, {type(error).__name__}"
 
 
-def _all_of(error: BaseException, depth: int = 8) -> Iterator[BaseException]:
-    """The innermost causes first."""
+def _causes(error: BaseException, depth: int = 8) -> Iterator[BaseException]:
+    """The error and all errors inside it, innermost first."""
     inner = [error.__cause__, error.__context__, getattr(error, "reason", None), *error.args]
-    for one in inner if depth else []:
-        if isinstance(one, BaseException):
-            yield from _all_of(one, depth - 1)
+    for cause in inner if depth else []:
+        if isinstance(cause, BaseException):
+            yield from _causes(cause, depth - 1)
     yield error
 
 
-def what_answers(status: int, content_type: str) -> str:
-    """An answer that is not the expected one, in words."""
+def describe_response(status: int, content_type: str) -> str:
+    """An unexpected response as a phrase, such as "answers 404 with an HTML page"."""
     kind = " with an HTML page" if "html" in content_type else ""
     return f"answers {status}{kind}"

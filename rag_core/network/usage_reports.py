@@ -1,16 +1,16 @@
-"""No usage reports: what Prefect, MLflow, Ray and the hub's client send home by default is switched off.
+"""Switch off the usage reports that Prefect, MLflow, Ray and the hub's client send by default.
 
-Each of them reads its variable when it is imported or when it starts a process, so the packages of this project call
-`switch_off` before they import anything else, and the processes that they start inherit it. A variable that is set
-already is left as it is: whoever wants to report says so, for example with DO_NOT_TRACK=0.
+Each library reads its variable when it is imported or starts a process. So our packages call `switch_off` before they
+import anything else, and child processes inherit the variables. A variable that is already set is kept: to send
+reports, set it, for example DO_NOT_TRACK=0.
 """
 
 from __future__ import annotations
 
 import os
 
-# Prefect's client knows no other name than DO_NOT_TRACK; MLflow takes that one only as "true". A Ray cluster whose reports
-# are off reports just that, so it is also told to do so to nobody (the port "discard" of this machine).
+# Prefect's client reads only DO_NOT_TRACK; MLflow reads it too, but accepts only "true". A Ray cluster with reports off
+# still reports that they are off, so its report URL points nowhere (the "discard" port of this machine).
 OFF = {
     "DO_NOT_TRACK": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -22,6 +22,6 @@ OFF = {
 
 
 def switch_off() -> None:
-    """Set the variables that are not set, for this process and those that it starts."""
+    """Set the variables that are not yet set, for this process and its child processes."""
     for name, value in OFF.items():
         os.environ.setdefault(name, value)

@@ -1,9 +1,9 @@
-"""Whether a DPR tokenizer lower-cases its text: as its files say, which Transformers 5 does not ask.
+"""Make a DPR tokenizer keep the case of its text if its files say so.
 
-Transformers' DPR tokenizers take `do_lower_case` and keep it to themselves: all of them lower-case. That is right for the
-released models, and wrong for one trained on a cased BERT, such as the multilingual one. `tokenizer.json` is the truth
-where there is one (saved by Transformers 5, `tokenizer_config.json` says false for uncased ones, too); else
-`tokenizer_config.json` is; where neither says anything, text is lower-cased.
+Transformers 5's DPR tokenizers accept `do_lower_case` but ignore it: they always lower-case. That is right for the
+released models, and wrong for a model trained on a cased BERT, such as the multilingual one. If there is a
+`tokenizer.json`, it decides, because a `tokenizer_config.json` saved by Transformers 5 says false for uncased models,
+too. Otherwise `tokenizer_config.json` decides. If neither says anything, text is lower-cased.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rag_core.pretrained.model_source import read_json
 
 
 def with_saved_case(tokenizer: Any, source: str, subfolder: str = "") -> Any:
-    """The tokenizer of `source`; if it is DPR's and its files say that text keeps its case, it does."""
+    """Return `tokenizer`; if it is DPR's and the files of `source` say so, make it keep the case of its text."""
     if not type(tokenizer).__name__.startswith("DPR"):
         return tokenizer
     saved = _bert_normalizer((_read(source, subfolder, "tokenizer.json")).get("normalizer"))
@@ -32,12 +32,12 @@ def with_saved_case(tokenizer: Any, source: str, subfolder: str = "") -> Any:
     return tokenizer
 
 
-def _bert_normalizer(saved: Any) -> dict[str, Any]:
-    """The settings of BERT's normalizer, alone or in a sequence; empty if there is none."""
-    if not isinstance(saved, dict):
+def _bert_normalizer(normalizer: Any) -> dict[str, Any]:
+    """The settings of BERT's normalizer, which stands alone or in a sequence; empty if there is none."""
+    if not isinstance(normalizer, dict):
         return {}
-    parts = saved.get("normalizers", [saved])
-    return next((one for one in parts if isinstance(one, dict) and one.get("type") == "BertNormalizer"), {})
+    parts = normalizer.get("normalizers", [normalizer])
+    return next((part for part in parts if isinstance(part, dict) and part.get("type") == "BertNormalizer"), {})
 
 
 def _read(source: str, subfolder: str, name: str) -> dict[str, Any]:

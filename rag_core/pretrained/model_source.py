@@ -1,12 +1,12 @@
-"""Where weights come from: a local folder, a Python package, or a model hub; and errors a reader can act on.
+"""Load models and tokenizers from a local folder, a Python package or a model hub, with errors that say what to do.
 
-`package:NAME/FOLDER` names a folder inside an installed Python package, which is how weights travel where no hub can
-be reached. `org/model` and `org/model@REVISION` name a hub's model: its files are put into a folder of the hub's cache
-(`rag_core/pretrained/hub/`), and everything is loaded from that folder, so that Transformers asks no hub for anything.
+`package:NAME/FOLDER` names a folder inside an installed Python package, for machines that cannot reach a hub.
+`org/model` and `org/model@REVISION` name a hub's model. `rag_core/pretrained/hub/` puts its files into a folder of the
+hub's cache, and everything is loaded from that folder, so Transformers never contacts a hub.
 
-Code that comes with a model is not run unless whoever loads it says `trust_remote_code=True`. That word is never stored
-with what is made of the model: who reads that later decides anew. Of pickled weights tensors alone are read
-(`rag_core/pretrained/pickled_weights.py`), trusted or not.
+Code that comes with a model runs only if the caller passes `trust_remote_code=True`. This permission is never stored in
+an artifact: whoever loads the artifact later decides again. From pickled weights only tensors are read, trusted or not
+(`rag_core/pretrained/pickled_weights.py`).
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ from rag_core.pretrained.pickled_weights import check_pickled_weights
 from rag_core.storage.artifact import local_copy
 from rag_core.storage.places import ObjectPath, as_place
 
-# Without it Transformers takes weights from a pull request that looks like its conversion bot's, whoever wrote it, and
-# asks a service to convert others. It does so for hub names alone, which it never gets here.
+# Otherwise Transformers takes weights from any pull request that looks like its conversion bot's, whoever wrote it, and
+# asks a service to convert other models. It does so only for hub names, and it never gets one here.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 PACKAGE_PREFIX = "package:"
-# More than any model has.
+# No model has more layers than this.
 MOST_LAYERS = 500
 
 
 def resolve_model_source(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> str:
-    """The folder that Transformers should load from; a hub's model and an artifact in an object store are fetched.
+    """The folder that Transformers should load from. A hub's model and an artifact in an object store are downloaded.
 
     Args:
         name_or_folder: a local folder, `package:NAME/FOLDER`, or a hub name with or without `@REVISION`.
-        trust_remote_code: fetch the Python code of a hub's model, too.
+        trust_remote_code: download the Python code of a hub's model, too.
 
     Raises:
-        ConfigError: a `package:` source that is not installed, a local path that is no model folder, or a hub's model
-            that cannot be had.
+        ConfigError: the package of a `package:` source is not installed, a local path is not a model folder, or a hub's
+            model cannot be downloaded.
     """
-    found = _local_folder(name_or_folder)
-    return str(snapshot_folder(found, trust_remote_code=trust_remote_code) if isinstance(found, HubName) else found)
+    source = _local_folder(name_or_folder)
+    return str(snapshot_folder(source, trust_remote_code=trust_remote_code) if isinstance(source, HubName) else source)
 
 
 def pin_source(name_or_folder: str | Path) -> str:
-    """The same model by a name that means the same in every process, later too.
+    """A name for the same model that means the same in every process, now and later.
 
-    A hub name becomes `org/model@COMMIT` (one request a name and process), a local folder's path absolute; `package:` names
-    and artifacts in an object store stay.
+    A hub name becomes `org/model@COMMIT` (one request per name and process). A local folder's path becomes absolute.
+    `package:` names and artifacts in an object store stay as they are.
 
     Raises:
         ConfigError: as `resolve_model_source`.
     """
     name = str(name_or_folder)
-    found = name if isinstance(as_place(name), ObjectPath) else _local_folder(name)
-    return str(found.at(commit_of(found))) if isinstance(found, HubName) else absolute_source(name)
+    source = name if isinstance(as_place(name), ObjectPath) else _local_folder(name)
+    return str(source.at(commit_of(source))) if isinstance(source, HubName) else absolute_source(name)
 
 
 def recorded_source(name_or_folder: str | Path) -> str:
-    """How manifests and MLflow name a model: a hub's with its commit, others as they were given."""
+    """How manifests and MLflow name a model: a hub's model with its commit, any other as the user gave it."""
     pinned = pin_source(name_or_folder)
     return pinned if parse_hub_name(pinned) and not _is_local(str(name_or_folder)) else str(name_or_folder)
 
 
 def absolute_source(name_or_folder: str) -> str:
-    """The same source, with a local folder's path made absolute, for workers whose current folder is another one."""
+    """The same source with a local folder's path made absolute, because workers have another current folder."""
     place = as_place(name_or_folder)
     return str(place.resolve()) if isinstance(place, ObjectPath) or place.is_dir() else name_or_folder
 
@@ -107,24 +107,24 @@ def _local_folder(name_or_folder: str | Path) -> Path | HubName:
 
 
 def load_from_source(load: Callable[..., Any], source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """Call a `from_pretrained`; whatever it cannot read becomes a ConfigError that says what to do."""
+    """Call a `from_pretrained` method; any failure becomes a ConfigError that says what to do."""
     try:
         with quiet_transformers():
             return load(source, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # Tokenizers raises nothing narrower, Transformers whatever its own code stumbles over.
+    except Exception as error:  # Tokenizers raises plain Exception, Transformers errors of any type.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "custom code" in reason:
-            raise _own_code(source, "its model_type is none that Transformers knows") from error
+            raise _own_code(source, "Transformers does not know its model_type") from error
         raise _unreadable(source, reason) from error
 
 
 def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model, before anything else of it is read.
+    """Read and check a model's configuration before any other file of the model is read.
 
     Raises:
-        ConfigError: it cannot be read; or config.json or tokenizer_config.json names code of its own (`auto_map`), in
-            whose place Transformers' class of that model_type might compute something else, unless `trust_remote_code`;
-            or, trusted or not, that code lies in another repository; or it asks for more than `MOST_LAYERS` layers.
+        ConfigError: it cannot be read; it asks for more than `MOST_LAYERS` layers; config.json or tokenizer_config.json
+            names the model's own code (`auto_map`) and `trust_remote_code` is false (Transformers' class for that
+            model_type might compute something else); or that code lies in another repository, trusted or not.
     """
     for name in ("config.json", "tokenizer_config.json"):
         _check_own_code(source, subfolder, name, trust_remote_code)
@@ -136,10 +136,10 @@ def load_config(source: str, subfolder: str = "", *, trust_remote_code: bool = F
 
 
 def weights_options(source: str, subfolder: str = "") -> dict[str, Any]:
-    """What `from_pretrained` is told of weights, once those of the folder have been checked: only tensors are read.
+    """Check the folder's weights and return the options that make `from_pretrained` read only tensors.
 
     Raises:
-        ConfigError: the folder's weights are pickles of more than tensors, or damaged.
+        ConfigError: the weights are pickles that hold more than tensors, or damaged.
     """
     check_pickled_weights(Path(source) / subfolder)
     return {"weights_only": True, "use_safetensors": None}
@@ -153,17 +153,17 @@ def load_weights(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """Call a model's `from_pretrained`.
+    """Call a model's `from_pretrained` and check that the files have all parameters that matter.
 
     Args:
-        load: the method.
-        source: a folder.
-        may_lack: beginnings of the parameters that the files may lack: random numbers there do no harm.
-        trust_remote_code: run code of the model's own.
-        options: passed on.
+        load: the `from_pretrained` method.
+        source: a model folder.
+        may_lack: prefixes of parameters that the files may lack, because random numbers there do no harm.
+        trust_remote_code: run code that comes with the model.
+        options: passed to `load`.
 
     Raises:
-        ConfigError: the files cannot be read, are pickles of more than tensors, or lack other parameters, which
+        ConfigError: the files cannot be read, are pickles that hold more than tensors, or lack other parameters, which
             Transformers would fill with random numbers.
     """
     model, report = load_from_source(
@@ -177,27 +177,28 @@ def load_weights(
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
     if missing:
         raise ConfigError(
-            f"{name_of_snapshot(source)} lacks {len(missing)} parameters of a {type(model).__name__} ({missing[0]}, …). Its weights are those "
-            "of another architecture than config.json says, or of one that needs code of its own. Choose another model."
+            f"{name_of_snapshot(source)} lacks {len(missing)} parameters of a {type(model).__name__} ({missing[0]}, "
+            "…). Its weights belong to another architecture than config.json says, or to one that needs code of its "
+            "own. Choose another model."
         )
     return model
 
 
 def load_tokenizer(source: str, subfolder: str = "", **options: Any) -> Any:
-    """The tokenizer of a model; options as of `load_from_source`. Raises ConfigError if it cannot be read or is not there."""
+    """The tokenizer of a model; options as for `load_from_source`. ConfigError if it is missing or cannot be read."""
     tokenizer = load_from_source(AutoTokenizer.from_pretrained, source, subfolder=subfolder, **options)
-    # Without its files Transformers makes one that knows special tokens only (T5's also "▁"): every word is unknown.
+    # Without tokenizer files Transformers makes a tokenizer that knows only special tokens (T5's also "▁").
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)) + 1:
         raise ConfigError(
-            f"{name_of_snapshot(source)}{'/' + subfolder if subfolder else ''} has no tokenizer (tokenizer.json, vocab.txt, spiece.model "
-            "or the like), so no text can be read. Copy the tokenizer's files there."
+            f"{name_of_snapshot(source)}{'/' + subfolder if subfolder else ''} has no tokenizer (tokenizer.json, "
+            "vocab.txt, spiece.model or the like), so no text can be read. Copy the tokenizer's files there."
         )
     return tokenizer
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Load or save without progress bars and tables of unused weights: models are put together from parts on purpose."""
+    """Load or save without progress bars and tables of unused weights, which are expected when models are combined."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -241,40 +242,41 @@ def _check_own_code(source: str, subfolder: str, name: str, trust_remote_code: b
     if own_code and not trust_remote_code:
         raise _own_code(source, f"{name} names it in auto_map")
     if other := next((text for text in _texts(own_code) if "--" in text), None):
-        # Transformers would fetch it by itself: from that repository's main branch, whatever it holds just then.
+        # Transformers would download it from that repository's main branch, whatever that holds at the time.
         raise ConfigError(
-            f"{name_of_snapshot(source)} needs code of another repository, {other.partition('--')[0]} ({name} has {other!r} in "
-            "auto_map), which is not fetched, trusted or not: it may change any day. Read that code and download its .py "
-            f"files into a copy of the model's folder, remove what stands up to and with -- in the auto_map of {name} "
-            "there, and give that folder's path."
+            f"{name_of_snapshot(source)} needs code of another repository, {other.partition('--')[0]} ({name} has "
+            f"{other!r} in auto_map). Such code is never downloaded, trusted or not, because it can change any day. "
+            "Read that code, copy the model's folder and put the code's .py files into the copy. In the auto_map of "
+            f"the copy's {name}, remove everything up to and including --. Then give the path of the copy."
         )
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in what JSON may hold."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _texts(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _refuse_endless_layers(source: str, settings: dict[Any, Any]) -> None:
-    """Transformers would make them one by one before it looks at the weights."""
+    """Refuse absurd numbers of layers: Transformers would make the layers before it looks at the weights."""
     for name, value in settings.items():
         if isinstance(value, dict):
             _refuse_endless_layers(source, value)
         elif str(name).endswith(("layer", "layers")) and isinstance(value, int) and value > MOST_LAYERS:
             raise ConfigError(
-                f"{name_of_snapshot(source)}: config.json has a {name} of more than {MOST_LAYERS}, which no model has. The file is damaged: "
-                "fetch the model again."
+                f"{name_of_snapshot(source)}: config.json has a {name} of more than {MOST_LAYERS}, which no model "
+                "has. The file is damaged: download the model again."
             )
 
 
 def _own_code(source: str, why: str) -> ConfigError:
     return ConfigError(
-        f"{name_of_snapshot(source)} needs code of its own ({why}), and code that comes with a model is not run unless you trust it. Choose a "
-        "model that Transformers knows by itself, or read that code and give --trust-remote-code (trust_remote_code: true)."
+        f"{name_of_snapshot(source)} needs code of its own ({why}), and code that comes with a model is not run "
+        "unless you trust it. Choose a model that Transformers supports without such code, or read the code and then "
+        "give --trust-remote-code (trust_remote_code: true)."
     )
 
 

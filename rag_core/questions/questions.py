@@ -1,8 +1,8 @@
-"""Questions with what is known about them: gold answers, gold passages, contexts retrieved elsewhere.
+"""Questions with their gold answers, gold passages, and contexts retrieved elsewhere.
 
-Reads the layouts of many data sets (`rag_core.questions.formats` knows them) and writes one canonical JSON Lines. Unlike the
-corpus readers this one is strict: a question left out or misread would silently change a result, so any bad row raises
-InputError. Keys that no layout knows are ignored. It does not look anything up in a corpus.
+Reads the layouts of many data sets (`rag_core.questions.formats`) and writes one canonical JSON Lines. Unlike the
+corpus readers, this one is strict: any bad row raises InputError, because a question left out or misread would
+silently change a result. Keys that no layout knows are ignored. Nothing is looked up in a corpus.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ AnswersAre = Literal["text", "regex"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question. `contexts` are passages given with it, best first, `context_scores` their scores, if known.
+    """A question. `contexts` are passages that came with it, best first; `context_scores` are their scores, if known.
 
-    `answers_are` says whether `answers` are texts or regular expressions that an answer matches (CuratedTREC).
-    `is_impossible`: its passage holds no answer, and to say so is the right answer (SQuAD 2.0); `answers` are empty then.
+    `answers_are` says whether `answers` are texts, or regular expressions that an answer must match (CuratedTREC).
+    `is_impossible`: unanswerable, and saying so is the right answer (SQuAD 2.0); `answers` is then empty.
     """
 
     id: str
@@ -54,9 +54,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class QuestionFile:
-    """All questions of a file, with the place where each stood ("FILE line 3"), and the layout that was found.
+    """All questions of a file, the place of each ("FILE line 3"), and the recognised layout.
 
-    `ignored` are keys of the file that no layout reads, for messages about what is missing.
+    `ignored` are keys of the file that its layout does not read, for messages about missing values.
     """
 
     path: Path
@@ -72,19 +72,20 @@ def read_questions(path: Path, answers_are: AnswersAre | None = None) -> list[Qu
 
 
 def read_question_file(path: Path, answers_are: AnswersAre | None = None) -> QuestionFile:
-    """All questions of a file, whose format follows from its content.
+    """Read all questions of a file; its format is recognised by content.
 
-    A question without an id gets its 1-based line (or row, or place in the list) as one. An empty list of answers says that
-    none is right (`is_impossible`), as SQuAD 2.0's own script takes it, if other questions of the file have answers.
+    A question without an id gets its line number (or row, or number in the list), from 1. If other questions of
+    the file have answers, an empty list of answers means unanswerable (`is_impossible`), as in SQuAD 2.0's own
+    script.
 
     Args:
-        path: a file, here or in an object store; of BEIR's data sets the file of a split's judgements.
-        answers_are: what answers are in rows that do not say so with a key `answers_are`; default: text.
+        path: a file, here or in an object store; for BEIR's data sets, the judgements of a split.
+        answers_are: the kind of answers in rows without a key `answers_are`; default: text.
 
     Raises:
-        InputError: missing or empty file, an archive other than gzip, unknown format, a bad row, an id that occurs twice.
+        InputError: missing or empty file, an archive other than gzip, unknown format, a bad row, or a duplicate id.
     """
-    place, path = path, _checked(path)
+    place, path = path, _readable_file(path)
     records = _records(path, answers_are)
     first = next(records, None)
     if first is not None and beir.is_judgement(first):
@@ -96,18 +97,18 @@ def read_question_file(path: Path, answers_are: AnswersAre | None = None) -> Que
 
 
 def as_answers_are(value: str | None) -> AnswersAre | None:
-    """A setting from outside as what answers can be; ConfigError if it is something else."""
+    """Check the value of a setting `answers_are`; raise ConfigError if it is not a known kind."""
     if value is not None and value not in get_args(AnswersAre):
         raise ConfigError(f"answers_are is {value!r}; known are {' and '.join(get_args(AnswersAre))}. Correct it.")
     return value  # type: ignore[return-value]
 
 
 def files_of_questions(path: Path) -> list[Path]:
-    """The local files that the questions of `path` are read from, whose contents are its identity: one; two for BEIR."""
+    """The local files from which `path`'s questions are read: one, or two for BEIR. Their contents are its identity."""
     place, path = path, local_file(path)
     if not path.is_file():
         return [path]
-    with contextlib.suppress(InputError):  # to be told where the file is read
+    with contextlib.suppress(InputError):  # reading the questions raises this error again
         first = next(_records(path, None), None)
         if first is not None and beir.is_judgement(first):
             return [path, beir.queries_of(place)]
@@ -115,7 +116,7 @@ def files_of_questions(path: Path) -> list[Path]:
 
 
 def write_questions(questions: Iterable[Question], path: Path) -> None:
-    """Write questions as JSON Lines that `read_questions` reads back equal; the file appears whole or not at all."""
+    """Write questions as JSON Lines; `read_questions` returns equal ones. The file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.draft-{uuid.uuid4().hex[:8]}"
@@ -151,13 +152,13 @@ def _as_json(question: Question) -> dict[str, Any]:
     return value
 
 
-def _checked(path: Path) -> Path:
-    """`path` as a local file that can be read."""
+def _readable_file(path: Path) -> Path:
+    """`path` as a local file; InputError if it is missing, or cannot hold questions."""
     path = local_file(path)
     if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "it does not exist"
+        fault = "it is a folder" if path.is_dir() else "it does not exist"
         raise InputError(
-            f"{path} cannot be read: {found}. A file of questions was expected ({FORMATS}). Correct the path."
+            f"{path} cannot be read: {fault}. A file of questions was expected ({FORMATS}). Correct the path."
         )
     refuse_archives_and_utf16(path, gzip_too=False)
     refuse_other_files(path)
@@ -171,29 +172,30 @@ def _records(path: Path, answers_are: AnswersAre | None) -> Iterator[Record]:
 def _judged_questions(
     place: Path, path: Path, judgements: Iterator[Record], answers_are: AnswersAre | None
 ) -> QuestionFile:
-    """The questions that a file of BEIR's judgements is about, in the order of the queries, with their gold passages."""
+    """The queries that BEIR's judgements mention, in the order of the queries file, with their gold passages."""
     gold = beir.gold_passages(judgements)
-    queries = beir.queries_of(place)
-    asked = _question_file(queries, _records(_checked(queries), answers_are), answers_are)
-    missing = gold.keys() - {question.id for question in asked.questions}
+    queries_path = beir.queries_of(place)
+    queries = _question_file(queries_path, _records(_readable_file(queries_path), answers_are), answers_are)
+    missing = gold.keys() - {question.id for question in queries.questions}
     if missing:
         first = min(missing)
         raise InputError(
-            f"{gold[first][1]}: the query {first!r} is not in {queries} ({len(missing)} of {len(gold)} are not). Put the "
-            "queries of the same data set there."
+            f"{gold[first][1]}: the query {first!r} is not in {queries_path} ({len(missing)} of {len(gold)} are not). "
+            "Put the queries of the same data set there."
         )
     judged = [
-        (replace(question, gold_passage_ids=tuple(gold[question.id][0])), stood)
-        for question, stood in zip(asked.questions, asked.places, strict=True)
+        (replace(question, gold_passage_ids=tuple(gold[question.id][0])), question_place)
+        for question, question_place in zip(queries.questions, queries.places, strict=True)
         if question.id in gold
     ]
     if not judged:
         raise InputError(f"{path} names no relevant passage (no `score` above 0), so no question. Give another file.")
-    return QuestionFile(path, beir.LAYOUT, [one for one, _ in judged], [stood for _, stood in judged], asked.ignored)
+    questions, places = [question for question, _ in judged], [question_place for _, question_place in judged]
+    return QuestionFile(path, beir.LAYOUT, questions, places, queries.ignored)
 
 
 def _question_file(path: Path, records: Iterator[Record], answers_are: AnswersAre | None) -> QuestionFile:
-    """One record at a time, since a record may be a thousand times as large as its question."""
+    """Build the questions one record at a time: a record may be a thousand times as large as its question."""
     questions: list[Question] = []
     places: list[str] = []
     layouts: Counter[str] = Counter()
@@ -218,22 +220,22 @@ def _question_file(path: Path, records: Iterator[Record], answers_are: AnswersAr
         layouts[record.layout or layout.name] += 1
         if len(ignored) < 20:
             ignored |= dict.fromkeys(key for key in record.value if isinstance(key, str) and key not in layout.reads)
-    for at, default_id in without_id:
+    for index, default_id in without_id:
         id = default_id
         while id in place_of_id:
             id = f"line-{id}"
-        questions[at] = replace(questions[at], id=id)
-    if any(question.answers for question in questions):  # else the file has no answers at all: they are not known
-        for at in empty:
-            questions[at] = replace(questions[at], is_impossible=True)
-    found = " and ".join(name for name, _ in layouts.most_common())
-    return QuestionFile(path, found, questions, places, tuple(ignored))
+        questions[index] = replace(questions[index], id=id)
+    if any(question.answers for question in questions):  # else the file has no answers, so they are unknown
+        for index in empty:
+            questions[index] = replace(questions[index], is_impossible=True)
+    layout_names = " and ".join(name for name, _ in layouts.most_common())
+    return QuestionFile(path, layout_names, questions, places, tuple(ignored))
 
 
 def _question(
     record: Record, id: str, value: dict[str, Any], names: dict[str, str], default: AnswersAre | None
 ) -> Question:
-    """The question of a record from its canonical keys; `names` are the layout's own words for them."""
+    """Build the question from canonical keys; `names` maps them to the layout's own keys, for messages."""
     if value.get("question") is None:
         raise record.error(
             f"missing question among the keys {', '.join(map(repr, list(record.value)[:20])) or '(none)'}",
@@ -258,7 +260,7 @@ def _question(
         gold_passage_ids=texts(
             record,
             names.get("gold_passage_ids", "gold_passage_ids"),
-            [id_as_text(g) for g in gold] if isinstance(gold, list) else gold,
+            [id_as_text(passage_id) for passage_id in gold] if isinstance(gold, list) else gold,
         ),
         contexts=contexts,
         context_scores=scores,
@@ -287,7 +289,7 @@ def _contexts(record: Record, ctxs: object) -> tuple[tuple[Passage, ...] | None,
     if ctxs is None:
         return None, None
     if not isinstance(ctxs, list) or not ctxs or not all(isinstance(context, dict) for context in ctxs):
-        raise record.error("`ctxs` is no list of objects, or empty", "[{id, title, text, score}, …]")
+        raise record.error("`ctxs` is not a list of objects, or is empty", "[{id, title, text, score}, …]")
     passages = tuple(
         Passage(
             text(record, "ctxs id", id_as_text(context.get("id"))),

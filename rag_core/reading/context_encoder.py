@@ -1,7 +1,7 @@
-"""Contexts through the generator's encoder, in groups of like length, so that little padding is multiplied.
+"""Run contexts through the generator's encoder in groups of similar length, so that little padding is multiplied.
 
-A batch of contexts is as wide as its longest; groups of like length are each as wide as theirs. The price is a pass of
-the encoder for each group. This module knows nothing of passages or questions.
+A batch is as wide as its longest context; a group is only as wide as its own longest one. The price is one encoder pass
+per group. This module knows nothing of passages or questions.
 
 Legend: N contexts, S context tokens, D hidden size.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from rag_core.cpu.bfloat16 import matmul_attention
 from rag_core.reading.generator_limits import refuse_long_contexts
 
-# A group is closed when the next context is an eighth shorter than its first, but not before it has so many tokens: a
-# pass over fewer costs as much in overhead as the padding that it saves.
+# A group ends where the next context is an eighth shorter than the group's first, but only once it holds this many
+# tokens: a smaller pass costs as much in overhead as it saves in padding.
 MIN_GROUP_TOKENS = 768
 
 
 def encode_contexts(generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor) -> Tensor:
-    """The encoder's states of contexts, shape (N, S, D); zeros behind a group's longest context.
+    """Return the encoder's states, shape (N, S, D); zeros after a group's longest context.
 
     Args:
         generator: a transformers encoder-decoder model.
@@ -45,7 +45,7 @@ def encode_contexts(generator: Any, input_ids_NS: Tensor, attention_mask_NS: Ten
         embedded_NSD = embeddings(input_ids_NS)
         for rows in groups:
             part = (torch.tensor(rows, device=input_ids_NS.device), slice(0, max(1, widths[rows[0]])))
-            with _embedded_before(embeddings, input_ids_NS[part], embedded_NSD[part]) as ids_nw:
+            with _reusing_embeddings(embeddings, input_ids_NS[part], embedded_NSD[part]) as ids_nw:
                 output = encoder(input_ids=ids_nw, attention_mask=attention_mask_NS[part], return_dict=True)
             states_nwD = output.last_hidden_state
             states.append(torch.nn.functional.pad(states_nwD, (0, 0, 0, S - states_nwD.shape[1])))
@@ -54,11 +54,11 @@ def encode_contexts(generator: Any, input_ids_NS: Tensor, attention_mask_NS: Ten
 
 
 @contextmanager
-def _embedded_before(embeddings: Any, ids_nw: Tensor, embedded_nwD: Tensor) -> Iterator[Tensor]:
-    """Inside, the embedding of these very ids is the one that is there.
+def _reusing_embeddings(embeddings: Any, ids_nw: Tensor, embedded_nwD: Tensor) -> Iterator[Tensor]:
+    """Inside, the embedding layer returns `embedded_nwD` for `ids_nw` (that tensor object) without a look-up.
 
-    A vocabulary's gradient is as large as the vocabulary, however few tokens were looked up: with one look-up for all
-    groups it is made once. The model is called by ids all the same, as some families scale what they look up.
+    The gradient of a look-up is as large as the vocabulary, however few tokens it reads. One look-up for all groups
+    makes that gradient once. The model still gets ids, because some families scale the embeddings that they look up.
     """
     usual = embeddings.forward
 
@@ -73,7 +73,7 @@ def _embedded_before(embeddings: Any, ids_nw: Tensor, embedded_nwD: Tensor) -> I
 
 
 def groups_by_width(widths: list[int]) -> list[list[int]]:
-    """Rows in groups of like width, widest first."""
+    """Group rows of similar width, widest first."""
     groups: list[list[int]] = []
     for row in sorted(range(len(widths)), key=lambda row: -widths[row]):
         first = widths[groups[-1][0]] if groups else 0

@@ -1,9 +1,9 @@
-"""Question and passage to the generator's input.
+"""Turn questions and passages into the generator's input.
 
-How the two are joined is one template, stored with the model, so that inference cannot differ from training. When a
-context is too long the passage's text is cut, never the question, and how many were cut is counted. A tokenizer that
-tells offsets loses whole tokens of the text; for one that does not (Marian's) the text is cut to a prefix found by
-bisection, about ten tokenisations for each context that is too long. This module knows nothing of retrieval.
+One template joins the two. It is stored with the model, so that inference cannot differ from training. A context that
+is too long loses text of the passage, never of the question, and the number of cut contexts is counted. Fast tokenizers
+report offsets, so whole tokens of the text are dropped. Slow ones (Marian's) do not: bisection finds a prefix of the
+text that fits, with about ten tokenisations per context that is too long. This module knows nothing of retrieval.
 
 Shapes: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -29,7 +29,7 @@ from rag_core.reading.prompt import PromptConfig
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """Contexts for the generator: ids and mask int64, padded on the right to the longest; how many lost text."""
+    """Contexts for the generator: int64 ids and mask, padded on the right; `cut` counts those that lost text."""
 
     input_ids_BKS: torch.Tensor
     attention_mask_BKS: torch.Tensor
@@ -38,7 +38,7 @@ class Contexts:
 
 @dataclass(slots=True)
 class ContextCount:
-    """How many contexts were read, and how many of them had their passage's text cut."""
+    """How many contexts were read, and in how many of them the passage's text was cut."""
 
     contexts: int = 0
     contexts_cut: int = 0
@@ -48,13 +48,13 @@ class ContextCount:
 
     @property
     def cut_share(self) -> float:
-        """Between 0 and 1; 0 where nothing was read."""
+        """Share of contexts that were cut, between 0 and 1; 0 if none was read."""
         return self.contexts_cut / max(self.contexts, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _Filled:
-    """A context as text, and where in it the passage's text starts and ends."""
+    """A context as text, and the characters at which the passage's text starts and ends."""
 
     text: str
     start: int
@@ -78,11 +78,11 @@ def assemble_contexts(
         for question, passages_K in zip(questions, passages_BK, strict=True)
         for passage in passages_K
     ]
-    room, ids, cut = prompt.max_context_tokens, tokenizer([one.text for one in filled])["input_ids"], 0
+    room, ids, cut = prompt.max_context_tokens, tokenizer([context.text for context in filled])["input_ids"], 0
     cut_text = _drop_tokens if tokenizer.is_fast else _drop_characters
-    for place, one in enumerate(filled):
-        if len(ids[place]) > room:
-            ids[place] = cut_text(tokenizer, one, room)
+    for row, context in enumerate(filled):
+        if len(ids[row]) > room:
+            ids[row] = cut_text(tokenizer, context, room)
             cut += 1
     input_ids_PS, mask_PS = pad_ids(ids, tokenizer.pad_token_id, device)
     shape = (len(questions), len(passages_BK[0]), -1)
@@ -92,23 +92,23 @@ def assemble_contexts(
 def check_questions(
     tokenizer: Any, prompt: PromptConfig, questions: Sequence[Question], place: Path | str, *, learnt: bool
 ) -> None:
-    """Raise InputError for the first question that cannot be read, before hours of work meet it.
+    """Raise InputError for the first question that the generator cannot read, before hours of work reach it.
 
     Args:
         tokenizer: the generator's.
-        prompt: how contexts are made.
-        questions: those of a file.
+        prompt: template and limits of the contexts.
+        questions: the questions of a file.
         place: the file's name, for the message.
-        learnt: whether the first answer of each is to be learnt; it then needs a token.
+        learnt: whether each question's first answer is trained on; it then needs at least one token.
     """
     empty = Passage(id="", title="", text="")
     contexts = [_fill(prompt.template, question.question, empty).text for question in questions]
     for question, ids in zip(questions, tokenizer(contexts)["input_ids"] if contexts else (), strict=True):
         if len(ids) > prompt.max_context_tokens:
             raise InputError(
-                f"{place}: question {question.id!r} takes {len(ids)} tokens without any passage, but max_context_tokens is "
-                f"{prompt.max_context_tokens} (it begins {excerpt(question.question)[:60]!r}). Shorten it, leave it out, or "
-                "raise max_context_tokens."
+                f"{place}: question {question.id!r} takes {len(ids)} tokens without any passage, but "
+                f"max_context_tokens is {prompt.max_context_tokens} (it begins {excerpt(question.question)[:60]!r}). "
+                "Shorten it, leave it out, or raise max_context_tokens."
             )
     answered = [question for question in questions if learnt and question.answers]
     answers = [question.answers[0] for question in answered]
@@ -116,22 +116,22 @@ def check_questions(
     for question, ids in zip(answered, labels, strict=True):
         if not ids:
             raise InputError(
-                f"{place}: question {question.id!r} has an answer without tokens ({question.answers[0]!r}), so there is "
-                "nothing to learn. Correct the answer, or leave the question out."
+                f"{place}: question {question.id!r} has an answer without tokens ({question.answers[0]!r}), so there "
+                "is nothing to learn. Correct the answer, or leave the question out."
             )
 
 
 def answer_labels(
     tokenizer: Any, answers: Sequence[str], max_answer_tokens: int, device: torch.device, *, end: int | None = None
 ) -> torch.Tensor:
-    """labels_BT int64: the answers' tokens with the end token, padded with -100, without a start token.
+    """labels_BT int64: the answers' tokens and the end token, padded with -100, no start token.
 
-    `end` is the token that ends an answer; default: the tokenizer's, and ConfigError if it has none.
+    `end` is the id of the token that ends an answer; default: the tokenizer's. ConfigError if it has none.
     """
     end = end_token_id(tokenizer) if end is None else end
-    # As target: some tokenizers (Marian's, mBART's) write another language, with other pieces, than they read.
+    # text_target: some tokenizers (Marian's, mBART's) split the language they write differently from the one they read.
     ids = tokenizer(text_target=list(answers), add_special_tokens=False)["input_ids"]
-    labels = [[*one[: max_answer_tokens - 1], end] for one in ids]
+    labels = [[*answer_ids[: max_answer_tokens - 1], end] for answer_ids in ids]
     labels_BT, mask_BT = pad_ids(labels, IGNORE_INDEX, device)
     return labels_BT.masked_fill(mask_BT == 0, IGNORE_INDEX)
 
@@ -156,11 +156,11 @@ def _fill(template: str, question: str, passage: Passage) -> _Filled:
 def _drop_tokens(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
     """Drop tokens from the end of the passage's text until the context fits."""
     encoded = tokenizer(filled.text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    # A token that reaches out of the text stays, for it may hold a part of the question; a space before the text may
-    # go. A token of white space alone can have an empty span (BART's), at its end.
+    # Keep a token that reaches beyond the text, as it may hold a part of the question; only a space before the text may
+    # go with it. BART's tokens of white space alone can have an empty span, which lies at their end.
     inside = [
-        place
-        for place, ((first, last), special) in enumerate(
+        position
+        for position, ((first, last), special) in enumerate(
             zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
         )
         if not special and filled.start < last <= filled.end and not filled.text[first : filled.start].strip()
@@ -170,11 +170,11 @@ def _drop_tokens(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
     if excess > len(inside):
         raise _no_room(filled, len(ids) - len(inside), room)
     dropped = set(inside[len(inside) - excess :])
-    return [one for place, one in enumerate(ids) if place not in dropped]
+    return [token for position, token in enumerate(ids) if position not in dropped]
 
 
 def _drop_characters(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
-    """The context with a prefix of the passage's text that fits, while one character more would not."""
+    """Cut the passage's text to a prefix that fits, while one more character would not; return the context's ids."""
 
     def with_prefix(characters: int) -> list[int]:
         text = filled.text[: filled.start + characters] + filled.text[filled.end :]
@@ -186,9 +186,9 @@ def _drop_characters(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
         raise _no_room(filled, len(ids), room)
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        found = with_prefix(middle)
-        if len(found) <= room:
-            ids, fits = found, middle
+        candidate = with_prefix(middle)
+        if len(candidate) <= room:
+            ids, fits = candidate, middle
         else:
             too_many = middle
     return ids
@@ -197,6 +197,6 @@ def _drop_characters(tokenizer: Any, filled: _Filled, room: int) -> list[int]:
 def _no_room(filled: _Filled, tokens: int, room: int) -> ConfigError:
     rest = excerpt(filled.text[: filled.start] + filled.text[filled.end :])
     return ConfigError(
-        f"A question with its title takes {tokens} tokens, but max_context_tokens is {room}: {rest!r}. Shorten the question "
-        "or raise max_context_tokens."
+        f"A question with its title takes {tokens} tokens, but max_context_tokens is {room}: {rest!r}. Shorten the "
+        "question or raise max_context_tokens."
     )

@@ -1,9 +1,9 @@
-"""The tokens that steer generation, as the generator's own generation config has them.
+"""The tokens that steer generation, read from the generator's own generation config.
 
-The one place where likelihood and decoders look up what the decoder reads first, what ends an answer and what may not
-be generated. What the decoder reads before the answer is its *prompt*: the start token and, where the generation config
-forces a first token (BART's <s>, mBART's language), that one too. It is given, not predicted: log-probabilities are
-conditional on it, in training and in decoding alike.
+The likelihood and the decoders look up here what the decoder reads first, what ends an answer and what must not be
+generated. The decoder's *prompt* is what it reads before the answer: the start token and, if the generation config
+forces a first token (BART's <s>, mBART's language), that token too. The prompt is not predicted: log-probabilities are
+conditional on it, in training and in decoding.
 
 Shapes: N rows, P prompt tokens, T answer tokens.
 """
@@ -23,9 +23,9 @@ class GenerationTokens:
     """Token ids of a generator.
 
     Attributes:
-        prompt: what the decoder reads before the answer: start, and the forced first token if there is one.
-        ends: each of them ends an answer.
-        pad: fills up batches.
+        prompt: read by the decoder before the answer: the start token, and the forced first token if there is one.
+        ends: end tokens; any of them ends an answer.
+        pad: padding of batches.
         forced_end: ends every answer that is still running when max_new_tokens is reached; None forces nothing.
         suppressed: never generated.
         suppressed_first: never generated as the answer's first token.
@@ -42,17 +42,17 @@ class GenerationTokens:
     def of(cls, generator: Any) -> GenerationTokens:
         """Read a generator's generation config; start, end and padding also from its config and its decoder's config.
 
-        Read are decoder_start_token_id, eos_token_id, pad_token_id, forced_bos_token_id, forced_eos_token_id,
-        suppress_tokens, begin_suppress_tokens, and bad_words_ids of one token each. Search settings of the generation
-        config (num_beams, length_penalty, no_repeat_ngram_size, …) are not: callers say how to search.
+        It reads decoder_start_token_id, eos_token_id, pad_token_id, forced_bos_token_id, forced_eos_token_id,
+        suppress_tokens, begin_suppress_tokens, and bad_words_ids of one token each. It ignores search settings of the
+        generation config (num_beams, length_penalty, no_repeat_ngram_size, …): the caller decides how to search.
 
         Raises:
-            ConfigError: start, end or padding token is set nowhere, or a setting has a form that is not supported.
+            ConfigError: no start, end or padding token is set, or a setting has a form that is not supported.
         """
         generation = getattr(generator, "generation_config", None)
         ends = _as_tuple(_find(generator, "eos_token_id"))
-        start = _one(generator, "decoder_start_token_id", _find(generator, "decoder_start_token_id"))
-        first = _one(generator, "forced_bos_token_id", getattr(generation, "forced_bos_token_id", None))
+        start = _single(generator, "decoder_start_token_id", _find(generator, "decoder_start_token_id"))
+        first = _single(generator, "forced_bos_token_id", getattr(generation, "forced_bos_token_id", None))
         forced_end = _as_tuple(getattr(generation, "forced_eos_token_id", None))
         bad_words = getattr(generation, "bad_words_ids", None) or []
         if any(len(word) != 1 for word in bad_words):
@@ -60,12 +60,12 @@ class GenerationTokens:
                 f"The generation config of the generator ({type(generator).__name__}) forbids words of several tokens "
                 "(bad_words_ids), which is not supported. Remove them from generation_config.json."
             )
-        # As transformers does: a bad word that would forbid ending is no bad word.
+        # As in transformers: a bad word that is an end token does not count.
         bad_tokens = tuple(word[0] for word in bad_words if word[0] not in ends)
         return cls(
             prompt=(start,) if first is None else (start, first),
             ends=ends,
-            pad=_one(generator, "pad_token_id", _find(generator, "pad_token_id")),
+            pad=_single(generator, "pad_token_id", _find(generator, "pad_token_id")),
             forced_end=forced_end[0] if forced_end else None,
             suppressed=_as_tuple(getattr(generation, "suppress_tokens", None)) + bad_tokens,
             suppressed_first=_as_tuple(getattr(generation, "begin_suppress_tokens", None)),
@@ -77,7 +77,7 @@ class GenerationTokens:
         return len(self.prompt) - 1
 
     def decoder_input_ids(self, labels_NT: torch.Tensor) -> torch.Tensor:
-        """What the decoder reads to predict labels: prompt and labels but the last, shape (N, P + T − 1), int64.
+        """What the decoder reads to predict labels: the prompt, and all labels but the last; (N, P + T − 1), int64.
 
         The logits of the last T positions belong to the labels. Ignored labels (negative) are read as padding.
         """
@@ -100,13 +100,13 @@ def _find(generator: Any, name: str) -> Any:
         generator.config,
         getattr(generator.config, "decoder", None),
     )
-    found = next((value for place in places if (value := getattr(place, name, None)) is not None), None)
-    if found is None:
+    token = next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+    if token is None:
         raise ConfigError(
             f"The generator ({type(generator).__name__}) has no {name}, neither in its generation_config nor "
             "in its config; the likelihood and decoding need it. Set it in the model's folder (generation_config.json)."
         )
-    return found
+    return token
 
 
 def _as_tuple(tokens: Any) -> tuple[int, ...]:
@@ -115,10 +115,10 @@ def _as_tuple(tokens: Any) -> tuple[int, ...]:
     return (tokens,) if isinstance(tokens, int) else tuple(tokens)
 
 
-def _one(generator: Any, name: str, token: Any) -> Any:
+def _single(generator: Any, name: str, token: Any) -> Any:
     if token is not None and not isinstance(token, int):
         raise ConfigError(
-            f"The generator ({type(generator).__name__}) sets {name} to {token!r}; one token id is needed. "
+            f"The generator ({type(generator).__name__}) sets {name} to {token!r}; expected one token id. "
             "Set it in the model's folder (generation_config.json)."
         )
     return token

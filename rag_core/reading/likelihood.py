@@ -6,14 +6,17 @@ passages of a question:
     RAG-Sequence    p(a|q) = Σ_z p(z|q) Π_t p(a_t | q, z, a_<t)
     RAG-Token       p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t)
 
-The document's probability enters once an answer (Sequence) or once a token (Token), whatever the first token is.
-The log-softmax of the logits, the largest tensor of a training step, is never held, neither forwards nor for the
-gradient; the price is that second derivatives are not defined. What is V times smaller, one number a token, is float64:
-a long answer's log-probability of −1000 in float32 would tell one passage from another only to the fourth digit. The
-price is a device that has float64.
+The document's probability enters once per answer (Sequence) or once per token (Token), whatever the first token is.
+
+The logits are the largest tensor of a training step. Their log-softmax is never stored, neither forwards nor for the
+gradient; the price is that second derivatives are not defined. Log-probabilities of tokens are float64, as they are V
+times fewer: in float32, a long answer's log-probability of −1000 would separate passages only to the fourth digit. The
+price is that the device must have float64.
+
 This module knows nothing about retrieval, tokenisers, optimisers or devices.
 
-Legend: B questions, K passages per question, N contexts (B·K), S context tokens, T answer tokens, M labels, V vocabulary.
+Legend: B questions, K passages per question, N contexts (B·K), S context tokens, T answer tokens, M labels,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,14 +38,14 @@ from rag_core.reading.generator_limits import refuse_long_answers
 
 Variant = Literal["sequence", "token"]
 
-# The label of positions that count for nothing.
+# The label of ignored positions: they add nothing to the loss.
 IGNORE_INDEX = -100
 
-# Logits handled at once, in elements: the float32 temporaries of half-precision logits stay within 4 MB.
+# Logits per chunk, in elements: the float32 temporaries of half-precision logits stay within 4 MB.
 _CHUNK_ELEMENTS = 1 << 20
 
-# The least log-probability of a token in a loss, in nats. Logits near the end of their type's range would give −inf, and
-# with it a gradient of NaN. Sums of floors stay finite in float32, and no logit within ±10²⁹ gets here.
+# Lower bound of a token's log-probability in a loss, in nats. Without it, logits near the end of their type's range
+# give −inf, and a gradient of NaN. Sums of this bound stay finite in float32; logits within ±10²⁹ do not reach it.
 _FLOOR = -1e30
 
 
@@ -55,13 +58,13 @@ def rag_sequence_nll(
         logits_BKTV: the generator's logits for every (question, passage) pair, floating point. Half precision is
             accumulated in float32; float64 stays float64.
         doc_scores_BK: the retriever's scores before the softmax, floating point. −inf marks an absent passage; each
-            question has one passage at least.
+            question has at least one passage.
         labels_BT: int64 token ids of the answer, end token included, no start token.
-        ignore_index: label of positions that count for nothing; they may be anywhere.
+        ignore_index: label of ignored positions; they may be anywhere.
 
     Returns:
         nll_B in nats, summed over tokens, float32 (float64 if an input is float64). Loss and gradients are finite for
-        all finite inputs; a token less probable than e^−10³⁰ counts as that, and gives no gradient.
+        all finite inputs; a token less probable than e^−10³⁰ counts as e^−10³⁰ and gives no gradient.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -92,7 +95,7 @@ def rag_nll(
 ) -> Tensor:
     """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
 
-    Contexts are encoded in groups of like length, and the vocabulary is projected where a label stands, nowhere else.
+    Contexts are encoded in groups of similar length. Logits are computed only at positions that have a label.
 
     Args:
         generator: a transformers encoder-decoder model. The decoder reads the generator's prompt (the start token, and
@@ -107,8 +110,8 @@ def rag_nll(
         nll_B in nats, summed over tokens, float32 (float64 for a float64 generator).
 
     Raises:
-        ConfigError: unknown variant, a generator that is not an encoder-decoder, or contexts or answers that are longer
-            than it has positions for.
+        ConfigError: the variant is unknown, the generator is not an encoder-decoder, or contexts or answers are longer
+            than its positions.
         ValueError: the shapes do not fit each other.
 
     Source: Lewis et al. 2020, section 2.1.
@@ -134,27 +137,27 @@ def doc_log_probs(doc_scores_BK: Tensor) -> Tensor:
 
 
 def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
-    """log Σ_z p(z|q) p(·|q,z): the passages, dimension 1, are summed out.
+    """log Σ_z p(z|q) p(·|q,z): sum over the passages, dimension 1.
 
     Args:
         log_probs_BK: log p(·|q,z), shape (B, K, ...), −inf allowed: an answer (B, K), its tokens (B, K, T), or next
             tokens (B, K, H, V).
-        log_weights_BK: log p(z|q), −inf for an absent passage; shape (B, K), or (B, K, H) where hypotheses have
-            weights of their own.
+        log_weights_BK: log p(z|q), −inf for an absent passage; shape (B, K), or (B, K, H) if each hypothesis has its
+            own weights.
 
     Returns:
         log p(·|q), shape (B, ...).
     """
     missing = log_probs_BK.dim() - log_weights_BK.dim()
     joint_BK = log_probs_BK + log_weights_BK.reshape(log_weights_BK.shape + (1,) * missing)
-    # One passage is its own sum; this saves the beam search of RAG-Sequence four passes over the vocabulary.
+    # With one passage there is nothing to sum. This saves RAG-Sequence's beam search four passes over the vocabulary.
     return joint_BK.squeeze(1) if joint_BK.shape[1] == 1 else joint_BK.logsumexp(dim=1)
 
 
 def token_log_probs(logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
     """log p(label) = logit − logsumexp(logits) at each position, differentiable once in the logits.
 
-    Exact to the relative precision of the logits' type, however large the logits and however sure the label.
+    Exact to the relative precision of the logits' type, even for large logits and for a label whose p is nearly 1.
 
     Args:
         logits_RTV: floating point, shape (..., V); half precision is accumulated in float32.
@@ -209,7 +212,7 @@ def _nll(
             f"found {tuple(logits_BKTV.shape)}, {tuple(doc_scores_BK.shape)}, {tuple(labels_BT.shape)}"
         )
     ignored_BT = labels_BT == ignore_index
-    # Ignored positions look up token 0, which is always there; what they find is masked.
+    # Ignored positions look up token 0, which always exists; the result is masked.
     labels_BKT = labels_BT.masked_fill(ignored_BT, 0).unsqueeze(1).expand(logits_BKTV.shape[:3])
     log_probs_BKT = token_log_probs(logits_BKTV, labels_BKT)
     return _marginal_nll(log_probs_BKT, doc_scores_BK, ignored_BT, variant, logits_BKTV.dtype)
@@ -218,7 +221,7 @@ def _nll(
 def _marginal_nll(
     log_probs_BKT: Tensor, doc_scores_BK: Tensor, ignored_BT: Tensor, variant: Variant, logits_dtype: torch.dtype
 ) -> Tensor:
-    """−log p(a|q) of shape (B,) from log p(a_t | q, z, a_<t); positions that are ignored count for nothing."""
+    """−log p(a|q) of shape (B,) from log p(a_t | q, z, a_<t); ignored positions add nothing."""
     log_probs_BKT = log_probs_BKT.clamp(min=_FLOOR)
     log_docs_BK = doc_log_probs(doc_scores_BK.double())
     if variant == "sequence":
@@ -237,9 +240,9 @@ def _answer_log_probs(
     """log p(label) of each context's answer, (N, T) float64, 0 where a label is ignored; and the logits' type."""
     decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_NT)
     labelled_NT = labels_NT != IGNORE_INDEX
-    # The prompt's positions but the last predict nothing that is asked for.
-    asked_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
-    with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, asked_NT):
+    # Of the prompt's positions, only the last one predicts a label.
+    needed_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
+    with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, needed_NT):
         states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
         in_bf16 = states_NSD.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         with matmul_attention(generator.get_decoder()) if in_bf16 else nullcontext():
@@ -255,11 +258,11 @@ def _answer_log_probs(
 
 
 @contextmanager
-def _projected_only_at(generator: Any, asked_NT: Tensor) -> Iterator[None]:
-    """Inside, the generator's head projects the asked positions only: its logits have the shape (M, V)."""
+def _projected_only_at(generator: Any, needed_NT: Tensor) -> Iterator[None]:
+    """Inside, the generator's head projects the needed positions only: its logits have the shape (M, V)."""
 
     def select(head: Any, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (hidden[0][asked_NT], *hidden[1:])
+        return (hidden[0][needed_NT], *hidden[1:])
 
     hook = generator.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -273,16 +276,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log-softmax at the label, in chunks of positions; the gradient onehot − softmax is written into one buffer.
+    """log-softmax at the label, in chunks of positions; the gradient onehot − softmax goes into one buffer.
 
-    Autograd's own version holds a float32 copy of half-precision logits and makes three more tensors of that size on
-    the way back. With m the greatest logit, rest = Σ_{v ≠ label} exp(x_v − m) and total = rest + exp(x_label − m):
+    Autograd's own version keeps a float32 copy of half-precision logits, and makes three more tensors of that size in
+    the backward pass. With m the greatest logit, rest = Σ_{v ≠ label} exp(x_v − m) and
+    total = rest + exp(x_label − m):
 
         log p = (x_label − m) − log(total)
         d log p / d x_v = rest / total at the label, −exp(x_v − m) / total elsewhere
 
-    `rest` is summed without the label, as 1 − p taken from a p that is nearly one would keep no digit; and m stays
-    apart, as m + log(total) rounds the logarithm away where logits are large.
+    `rest` is summed without the label, because 1 − p has no correct digit left where p is nearly 1. m is not added to
+    log(total), because that sum rounds the logarithm away where logits are large.
     """
 
     @staticmethod
@@ -302,7 +306,7 @@ class _TokenLogProbs(torch.autograd.Function):
         gap_N1 = logits_NV.gather(1, labels_N1).double() - top_N1.double()
         ctx.save_for_backward(logits_NV, labels_N1, top_N1, rest_N1, rest_N1 + gap_N1.exp())
         ctx.shape = logits_RTV.shape
-        # log(total), and exact where the label is the greatest: the gap is zero then and total = 1 + rest.
+        # log(total), written so that it is exact where the label has the greatest logit: gap = 0, total = 1 + rest.
         return (gap_N1 - (rest_N1 + gap_N1.expm1()).log1p()).view(logits_RTV.shape[:-1])
 
     @staticmethod
@@ -322,5 +326,5 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _exp_from(logits_NV: Tensor, top_N1: Tensor) -> Tensor:
-    """exp(logits − top) in float32 at least, in a buffer of its own."""
+    """exp(logits − top), at least float32, in a new buffer."""
     return (_at_least_float32(logits_NV) - top_N1).exp_()

@@ -1,11 +1,11 @@
-"""Folders that a stage publishes: written aside, described by a manifest, renamed into place last.
+"""Publish and open artifacts: the folders that stages write, each described by a manifest.
 
-A reader never sees half an artifact: everything is written into a hidden draft folder beside the target, flushed
-to disk, described in `manifest.json` (counts, bytes and SHA-256 of every file, what it was made from), and only
-then renamed. `open_artifact` checks what it reads. Work that is made of parts goes on where a killed run stopped:
-`publish(..., resume=True)` keeps the draft of unfinished work, `finished_file` puts only whole parts into it. One process
-at a time writes at a place (`writer_lock.py`). This module knows nothing about what the files mean: each kind
-of artifact (corpus, embeddings, index, model, predictions) has one owner module that does.
+A reader never sees half an artifact. `publish` writes into a hidden draft folder beside the target, flushes it to
+disk, describes it in `manifest.json` (counts, size and SHA-256 of every file, inputs), and renames it into place
+last. `open_artifact` checks what it reads. Work made of parts can resume after a kill: `publish(..., resume=True)`
+keeps the draft of unfinished work, and `finished_file` puts only whole parts into it. Only one process at a time
+writes at a place (`writer_lock.py`). This module does not know what the files mean: each kind of artifact (corpus,
+embeddings, index, model, predictions) has one owner module that does.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_core.errors import ArtifactError
-from rag_core.storage.draft import (
-    Draft,
-    finished_file,
-)
+from rag_core.storage.draft import Draft, finished_file
 from rag_core.storage.local import finished_folder, open_folder, publish_folder, refuse_foreign_folder
 from rag_core.storage.manifest import (
     MANIFEST,
@@ -58,31 +55,31 @@ __all__ = [
 
 
 def find_finished(out: Path, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
-    """The manifest of `out` if it is whole and was made by the same work, else None (so the stage has to run)."""
+    """The manifest of `out` if the same work made it and it is whole, else None (the stage has to run)."""
     try:
         if manifest_at(out, kind).key != stage_key(kind, config, made_from):
-            return None  # before all its files are fetched for nothing
+            return None  # do not fetch the files of other work
         return finished_folder(local_copy(out), kind, config, made_from)
     except ArtifactError:
         return None
 
 
 def manifest_at(path: Path, kind: str | None = None) -> Manifest:
-    """The manifest of an artifact, here or in an object store; the files that it names are not looked at.
+    """The manifest of an artifact, on disk or in an object store. Its files are not checked.
 
     Raises:
-        ArtifactError: there is none, it cannot be read, or (with `kind`) it is of another kind.
+        ArtifactError: there is no manifest, it cannot be read, or (with `kind`) it is of another kind.
     """
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return read_manifest(place, kind)
-    from rag_core.storage.stored_artifact import needed_manifest
+    from rag_core.storage.stored_artifact import require_manifest
 
-    return needed_manifest(place, kind).manifest
+    return require_manifest(place, kind).manifest
 
 
 def local_copy(path: Path) -> Path:
-    """A folder to read an artifact from: `path` itself, or what was fetched from an object store into the cache.
+    """The folder to read an artifact from: `path` itself, or a copy fetched from the object store into the cache.
 
     Raises:
         ArtifactError: the store has no artifact there, or a file of it is missing or changed.
@@ -96,7 +93,7 @@ def local_copy(path: Path) -> Path:
 
 
 def local_file(path: Path) -> Path:
-    """A file (or a folder of files) to read that is no artifact: `path` itself, or a copy from an object store."""
+    """A local path to read a plain file or folder from (not an artifact): `path` itself, or a copy from the store."""
     place = as_place(path)
     if not isinstance(place, ObjectPath):
         return place
@@ -106,7 +103,7 @@ def local_file(path: Path) -> Path:
 
 
 def finish_publishing(out: Path, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
-    """Upload what a run of the same work had made for an object store when it was stopped; None if there is nothing."""
+    """Upload an artifact that a stopped run of the same work had finished locally; None if there is none."""
     place = as_place(out)
     if not isinstance(place, ObjectPath):
         return None
@@ -116,7 +113,10 @@ def finish_publishing(out: Path, kind: str, config: dict[str, Any], made_from: d
 
 
 def working_place(out: Path) -> Path:
-    """The local folder beside which drafts, locks and notes of an artifact are: its own, or one in the cache."""
+    """The local folder in which an artifact is made: `out` itself, or one in the cache for an object store.
+
+    Drafts, locks and notes lie beside it.
+    """
     place = as_place(out)
     if not isinstance(place, ObjectPath):
         return place
@@ -135,23 +135,23 @@ def publish(
     resume: bool = False,
     wait_seconds: float | None = None,
 ) -> Iterator[Draft]:
-    """Write an artifact: yields a `Draft`; on a clean exit the folder appears at `out`, whole, replacing an older one.
+    """Write an artifact: yields a `Draft`; on a clean exit the whole folder appears at `out` and replaces an older one.
 
-    After an exception (Ctrl-C included) an artifact that stood at `out` still stands, and nothing else is left behind,
-    unless `resume` is set: then the draft stays, and the next call for the same kind, config and made_from goes on with
-    it. A draft of other work for `out` is deleted. Where `out` is a link to a folder, the artifact is written there.
+    After an exception (Ctrl-C included) an older artifact at `out` is untouched and the draft is deleted. With `resume`
+    the draft is kept, and the next call with the same kind, config and made_from continues it. Drafts of other work for
+    `out` are deleted. If `out` is a symbolic link to a folder, the artifact is written into that folder.
 
     Args:
         out: folder of the artifact, or `s3://bucket/prefix`.
-        kind: what it is.
+        kind: kind of artifact, such as "corpus".
         config: settings that decide the content; part of the key.
         made_from: fingerprints of the inputs; part of the key.
-        resume: keep the draft of work that was stopped, and go on with it.
+        resume: continue the draft of a stopped run, and keep this one if the run is stopped.
         wait_seconds: how long to wait for another writer; default: `RAG_WAIT_SECONDS`, else 0.
 
     Raises:
-        ArtifactError: `out` is a file, or a folder with content that no stage of ours published; another process
-            is writing there; the disk is full or refuses; or a link in the draft leads out of it.
+        ArtifactError: `out` is a file, or a folder with files but no manifest; another process is writing there; the
+            disk is full or refuses the write; or a link in the draft leads out of it.
     """
     place = as_place(out)
     options: dict[str, Any] = {"config": config, "made_from": made_from, "wait_seconds": wait_seconds}
@@ -170,10 +170,10 @@ def open_artifact(path: Path, kind: str, *, check_content: bool = True) -> Manif
 
     Args:
         path: the artifact's folder, or its place in an object store.
-        kind: what it must be ("corpus", "embeddings", "index", "generator", "rag-model", "predictions").
+        kind: the expected kind ("corpus", "embeddings", "index", "generator", "rag-model", "predictions").
         check_content: compare the SHA-256 of every file (default), or only presence and size.
 
     Raises:
-        ArtifactError: nothing there, another kind or schema version, or a file missing, cut or changed.
+        ArtifactError: no artifact there, another kind or schema version, or a file missing, cut or changed.
     """
     return open_folder(local_copy(path), kind, check_content=check_content)

@@ -1,7 +1,7 @@
-"""A folder while it is written: parts that are whole or absent, a description of all files, the swap into place.
+"""The draft folder of an artifact: write whole parts, describe all files, rename into place.
 
-What a killed run leaves beside its target is put right by the next one. Where the disk refuses (full, quota, read-only,
-no permission), that is an `ArtifactError` which says so, and what stood at the target still stands.
+The next run cleans up what a killed run left beside the target. If the disk refuses a write (full, quota, read-only, no
+permission), an `ArtifactError` says so, and an older artifact at the target is untouched.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 from rag_core.errors import ArtifactError, RagError
 from rag_core.storage.manifest import FileEntry, Manifest, fingerprint_of_content, sha256_of_file, stage_key
 
-# How names of parts begin while they are written.
+# Prefix of a part's file name while it is being written.
 UNFINISHED = ".unfinished-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Draft:
-    """A folder being written. Put files into `folder`; what is set in `counts` and `details` goes to the manifest.
+    """An artifact being written: put files into `folder`; `counts` and `details` go to the manifest.
 
-    Resumed work finds in `folder` what `finished_file` put there before.
+    In resumed work, `folder` already holds the parts that `finished_file` wrote before.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,13 +39,13 @@ class Draft:
 
 
 def draft_folder(out: Path, key: str) -> Path:
-    """Where the artifact for `out` is written by the work with this key."""
+    """The draft folder for `out` of the work with this key."""
     return out.parent / f".{out.name}.draft-{key[:16]}"
 
 
 @contextlib.contextmanager
 def finished_file(file: Path) -> Iterator[Path]:
-    """Yields a path to write to; on a clean exit it is flushed to disk and becomes `file`, so that `file` is whole."""
+    """Yields a path to write to; on a clean exit it is flushed to disk and renamed to `file`. So `file` is whole."""
     unfinished = file.parent / f"{UNFINISHED}{uuid.uuid4().hex[:8]}{file.suffix}"
     try:
         yield unfinished
@@ -57,10 +57,10 @@ def finished_file(file: Path) -> Iterator[Path]:
 
 
 def describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest:
-    """The manifest of what lies in the draft; every file is flushed to disk.
+    """Flush every file of the draft to disk and return the manifest that describes them.
 
     Raises:
-        ArtifactError: a link in the draft leads out of it, so the artifact would depend on a file that is not its own.
+        ArtifactError: a link in the draft leads out of it, so the artifact would depend on a file outside itself.
     """
     files: dict[str, FileEntry] = {}
     inside = draft.folder.resolve()
@@ -68,7 +68,7 @@ def describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[st
         name = file.relative_to(draft.folder).as_posix()
         if file.is_symlink() and not file.resolve().is_relative_to(inside):
             raise ArtifactError(
-                f"{file} is a link to {file.resolve()}, outside the artifact that is written; nothing was published. "
+                f"{file} is a link to {file.resolve()}, outside the artifact; nothing was published. "
                 "Put the file itself there, or remove the link."
             )
         if file.is_file():
@@ -88,9 +88,12 @@ def describe(draft: Draft, kind: str, config: dict[str, Any], made_from: dict[st
 
 
 def clear_up(out: Path, kept: Path | None) -> None:
-    """What killed runs left beside `out`: drafts go but for `kept`, and in that one the parts that were not finished."""
+    """Delete leftovers of killed runs: every draft except `kept`, and unfinished parts inside `kept`.
+
+    If a run was killed between the two renames of a swap, the older artifact is put back at `out`.
+    """
     name = glob.escape(out.name)
-    for old in out.parent.glob(f".{name}.old-*"):  # killed between the two renames of a swap, or after them
+    for old in out.parent.glob(f".{name}.old-*"):
         if out.exists():
             _remove(old)
         else:
@@ -103,7 +106,7 @@ def clear_up(out: Path, kept: Path | None) -> None:
 
 
 def drop_unfinished(folder: Path) -> None:
-    """Delete the halves of parts: their writers were killed before `finished_file` could."""
+    """Delete half-written parts whose writers were killed inside `finished_file`."""
     for part in list(folder.rglob(f"{UNFINISHED}*")):
         _remove(part)
 
@@ -112,11 +115,11 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()  # of a link, only the link
+        path.unlink()  # deletes a link itself, not its target
 
 
 def swap_into_place(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an older artifact there is moved aside first and deleted after."""
+    """Rename `folder` to `out`. An older artifact there is moved aside first and deleted last."""
     old = out.parent / f".{out.name}.old-{uuid.uuid4().hex[:8]}"
     if out.exists():
         out.rename(old)
@@ -138,7 +141,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to disk."""
+    """Flush a file, or a folder's list of entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -147,12 +150,12 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors_named(out: Path, *, resume: bool = False) -> Iterator[None]:
-    """Turn a disk's refusal while `out` is written into an ArtifactError; other errors pass as they are.
+def explain_disk_errors(out: Path, *, resume: bool = False) -> Iterator[None]:
+    """Turn an error of the disk (full, no permission) while writing `out` into an ArtifactError. Others pass unchanged.
 
     Args:
-        out: the place that is written.
-        resume: finished parts are kept, which the message says.
+        out: the place being written.
+        resume: finished parts are kept; the message then says so.
     """
     try:
         yield
@@ -162,25 +165,25 @@ def disk_errors_named(out: Path, *, resume: bool = False) -> Iterator[None]:
         reason = _full(error) or _refused(error, out)
         if reason is None:
             raise
-        stands = "the artifact that was there still stands" if out.exists() else "nothing was published"
-        kept = "; finished parts are kept, and the same command goes on from them" if resume else ""
-        raise ArtifactError(f"{out} could not be written: {reason} (so far {stands}{kept})") from error
+        state = "The older artifact there still stands" if out.exists() else "Nothing was published"
+        kept = "; finished parts are kept, and the same command continues from them" if resume else ""
+        raise ArtifactError(f"{out} could not be written: {reason} {state}{kept}.") from error
 
 
 def _full(error: Exception) -> str | None:
-    """Whether the disk, or the quota on it, is full.
+    """The reason and remedy if the disk or its quota is full, else None.
 
-    Libraries in C++ and Rust, and workers in other processes, hand on the system's words but not its number.
+    C++ and Rust libraries, and workers in other processes, pass on the system's message but not its errno.
     """
     for number in _FULL:
         words = os.strerror(number)
         if getattr(error, "errno", None) == number or words in str(error):
-            return f"{words}. Free some, or give an --out on another disk, and run it again."
+            return f"{words}. Free some space, or give an --out on another disk, and run it again."
     return None
 
 
 def _refused(error: Exception, out: Path) -> str | None:
-    """Whether the system does not let us write there; a file that could not be read elsewhere is another matter."""
+    """The reason and remedy if the system refuses to write at `out`; None for other errors and for files elsewhere."""
     if not isinstance(error, OSError) or error.errno not in _REFUSED:
         return None
     place = Path(os.path.abspath(error.filename)) if isinstance(error.filename, str) else out

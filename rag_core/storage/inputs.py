@@ -1,7 +1,7 @@
-"""Where the inputs of an artifact are found again: named by the user, by its manifest's details, or standing beside it.
+"""Find the inputs of an artifact again: where the user says, where its manifest says, or beside it.
 
-An artifact knows its inputs by fingerprint; the paths in `details.inputs` only say where they lay when it was made, and
-are no part of its key. An input is used only if its fingerprint is the right one.
+An artifact identifies its inputs by fingerprint. The paths in `details.inputs` only record where they were when it was
+made and are not part of its key. An input is used only if its fingerprint matches.
 """
 
 from __future__ import annotations
@@ -20,60 +20,60 @@ from rag_core.storage.places import absolute
 
 @dataclass(frozen=True, slots=True)
 class GivenInputs:
-    """Paths that the user named; None or empty: to be found."""
+    """Paths of inputs that the user gave; None or empty means: find them."""
 
     sources: tuple[Path, ...] = ()
     corpus: Path | None = None
     embeddings: Path | None = None
-    beside: Path | None = None  # where neighbours of the artifact are looked for; None: in its parent folder
+    beside: Path | None = None  # folder to search for inputs beside the artifact; None: its parent folder
 
 
 def input_paths(**paths: object) -> dict[str, Any]:
     """`inputs` for a manifest's details: absolute paths, or lists of them."""
     return {
-        name: [absolute(one) for one in path] if isinstance(path, (list, tuple)) else absolute(str(path))
+        name: [absolute(item) for item in path] if isinstance(path, (list, tuple)) else absolute(str(path))
         for name, path in paths.items()
     }
 
 
-def find_input(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) -> Path | None:
-    """The corpus or embeddings that the artifact at `folder` was made from; None where it is not found.
+def find_input(folder: Path, manifest: Manifest, kind: str, inputs: GivenInputs) -> Path | None:
+    """The corpus or embeddings that the artifact at `folder` was made from; None if it is not found.
 
     Raises:
-        ArtifactError: the path that was given holds another one.
+        ArtifactError: the path in `inputs` holds another artifact.
     """
-    wanted = manifest.made_from.get(kind)
-    named = getattr(given, kind)
-    for place in _places(folder, manifest, kind, given):
+    expected = manifest.made_from.get(kind)
+    named_path = getattr(inputs, kind)
+    for path in _candidate_paths(folder, manifest, kind, inputs):
         try:
-            found = manifest_at(place, kind).fingerprint
+            fingerprint = manifest_at(path, kind).fingerprint
         except (ArtifactError, ConfigError):
-            if place == named:
+            if path == named_path:
                 raise
             continue
-        if found == wanted:
-            return place
-        if place == named:
+        if fingerprint == expected:
+            return path
+        if path == named_path:
             raise ArtifactError(
-                f"{place} is not the {kind} that {folder} was made from: its fingerprint is {found[:16]}…, "
-                f"{str(wanted)[:16]}… was expected. Give the one that it was made from, or make {folder} again."
+                f"{path} is not the {kind} that {folder} was made from: its fingerprint is {fingerprint[:16]}…, "
+                f"{str(expected)[:16]}… was expected. Give the {kind} it was made from, or make {folder} again."
             )
     return None
 
 
-def _places(folder: Path, manifest: Manifest, kind: str, given: GivenInputs) -> Iterator[Path]:
-    named = getattr(given, kind)
-    if named is not None:
-        yield named
+def _candidate_paths(folder: Path, manifest: Manifest, kind: str, inputs: GivenInputs) -> Iterator[Path]:
+    named_path = getattr(inputs, kind)
+    if named_path is not None:
+        yield named_path
         return
     recorded = manifest.details.get("inputs", {}).get(kind)
     if recorded:
         yield Path(recorded)
-    yield (given.beside or folder.parent) / kind  # as `rag pipeline` lays them out
+    yield (inputs.beside or folder.parent) / kind  # the layout of `rag pipeline`
 
 
 def command_for(folder: Path, manifest: Manifest) -> str:
-    """The command that makes the artifact again; what the manifest does not tell stands in capital letters."""
+    """The command that makes the artifact again. Values that the manifest does not hold are in capital letters."""
     inputs, config = manifest.details.get("inputs", {}), manifest.config
     sources = inputs.get("sources") or ["SOURCE"]
     details = manifest.details
@@ -94,9 +94,9 @@ def command_for(folder: Path, manifest: Manifest) -> str:
 
 
 def _options(values: dict[str, Any], *names: str) -> list[str]:
-    found: list[str] = []
+    options: list[str] = []
     for name in names:
         value = values.get(name, name.upper())
         if value is not None:
-            found += [f"--{name.replace('_', '-')}", str(value)]
-    return found
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return options

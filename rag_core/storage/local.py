@@ -1,6 +1,6 @@
-"""Publishing and opening an artifact as a local folder: written aside, described by a manifest, renamed into place last.
+"""Publish and open an artifact in a local folder.
 
-`artifact.py` calls this for local places, `stored_artifact.py` for the folder from which it uploads.
+`artifact.py` uses this for local paths, `stored_artifact.py` for the folder from which it uploads.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rag_core.storage.draft import (
     Draft,
     clear_up,
     describe,
-    disk_errors_named,
     draft_folder,
     drop_unfinished,
+    explain_disk_errors,
     swap_into_place,
     write_synced,
 )
@@ -42,7 +42,7 @@ def publish_folder(
     out = Path(os.path.realpath(out))
     refuse_foreign_folder(out)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors_named(out, resume=resume))
+        stack.enter_context(explain_disk_errors(out, resume=resume))
         out.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(only_writer(out, wait_seconds))
         draft = Draft(draft_folder(out, stage_key(kind, config, made_from)))
@@ -73,18 +73,18 @@ def finished_folder(out: Path, kind: str, config: dict[str, Any], made_from: dic
     """`artifact.find_finished` for a local folder."""
     try:
         if read_manifest(out, kind).key != stage_key(kind, config, made_from):
-            return None  # before all its files are read for nothing
+            return None  # do not read the files of other work
         return open_folder(out, kind)
     except ArtifactError:
         return None
 
 
 def refuse_foreign_folder(out: Path) -> None:
-    """Raise ArtifactError if publishing at `out` would destroy something that is not an artifact of ours."""
+    """Raise ArtifactError if publishing at `out` would destroy files that this program did not make."""
     if out.is_file():
         raise ArtifactError(f"{out} is a file; the output must be a folder. Give another --out.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ArtifactError(
-            f"{out} already holds files and no {MANIFEST}, so it was not made by this program and is left alone. "
+            f"{out} already holds files and no {MANIFEST}, so it was not made by this program and is left unchanged. "
             "Give an empty or new folder as --out."
         )

@@ -1,7 +1,7 @@
-"""What an artifact's `manifest.json` says, and whether the files beside it are those that it describes.
+"""Read an artifact's `manifest.json` and compare the files beside it with it.
 
-The manifest names every file with its size and SHA-256, so a reader can tell a missing, cut, changed or foreign file from
-a good one without knowing what the files mean. This module only looks; who writes is `artifact.py`.
+The manifest lists every file with its size and SHA-256, so missing, cut, changed and foreign files are found without
+knowing what the files mean. This module only reads; `artifact.py` writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rag_core.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-# Kinds of which `rag verify --repair` can make single files again.
+# Kinds whose damaged files `rag verify --repair` can make again.
 REPAIRABLE = ("corpus", "embeddings", "index", "predictions")
 
 
@@ -31,11 +31,10 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` says of the folder it lies in.
+    """The content of `manifest.json`.
 
-    `fingerprint` identifies the content (it is made from the files' names and checksums); `key` identifies the work
-    (it is made from the kind, the settings and the fingerprints of the inputs), so that a stage whose key is
-    already on disk need not run again.
+    `fingerprint` identifies the content: a hash of the files' names and checksums. `key` identifies the work: a hash of
+    the kind, the settings and the fingerprints of the inputs. A stage whose key is already on disk need not run again.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -51,8 +50,8 @@ class Manifest(BaseModel):
 
     @field_validator("files")
     @classmethod
-    def _can_be_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        """No file system has files of other names: asked for one, it raises errors of its own."""
+    def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        """Refuse names that no file system allows; opening one would raise an error that does not name the manifest."""
         for name in files:
             if "\0" in name or len(name) > 1000 or any(len(part.encode()) > 255 for part in name.split("/")):
                 raise ValueError(f"{name[:60]!r} cannot be the name of a file")
@@ -64,7 +63,7 @@ State = Literal["missing", "size", "content", "outside", "foreign", "unreadable"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong with an artifact: which file, what was expected of it, and what was found instead."""
+    """One fault of an artifact: the file, what was expected of it, and what was found instead."""
 
     file: str
     state: State
@@ -72,17 +71,16 @@ class Finding:
     found: str
 
     def sentence(self, folder: Path) -> str:
-        """The finding in words, with the file's whole path."""
+        """The finding as a sentence, with the file's whole path."""
         file = folder / self.file
         return {
             "missing": f"{file} is missing, the manifest says {self.expected}.",
             "size": f"{file} has {self.found}, the manifest says {self.expected}.",
             "content": f"{file} was changed since it was published: its SHA-256 is {self.found}, the manifest says "
             f"{self.expected}.",
-            "outside": f"{file} lies outside the folder ({self.found}); {self.expected} was expected. Do not trust this "
-            "artifact.",
-            "foreign": f"{file} is no part of the artifact: {self.found}, {self.expected} was expected.",
-        }.get(self.state, f"{file}: {self.found}; {self.expected} was expected.")
+            "outside": f"{file} lies outside the folder ({self.found}). Do not trust this artifact.",
+            "foreign": f"{file} is not part of the artifact: {self.found}.",
+        }.get(self.state, f"{file}: {self.found}; expected {self.expected}.")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -92,7 +90,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def fingerprint_of_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the contents of several files, in the order given. Names do not count, so a renamed file is the same."""
+    """SHA-256 over the contents of several files, in the order given. File names do not count."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(bytes.fromhex(sha256_of_file(path)))
@@ -105,20 +103,20 @@ def fingerprint_of_json(value: Any) -> str:
 
 
 def fingerprint_of_content(files: dict[str, FileEntry]) -> str:
-    """Identity of an artifact's content, from the files' names and checksums."""
+    """The fingerprint of an artifact: a hash of its files' names and checksums."""
     return fingerprint_of_json({name: entry.sha256 for name, entry in files.items()})
 
 
 def stage_key(kind: str, config: dict[str, Any], made_from: dict[str, str]) -> str:
-    """Identity of a piece of work: what is made, with which settings, from which contents."""
+    """The key of a piece of work: a hash of the kind, the settings and the fingerprints of the inputs."""
     return fingerprint_of_json([SCHEMA_VERSION, kind, config, made_from])
 
 
 def parse_manifest(content: bytes, place: str) -> Manifest:
-    """A manifest from the bytes of its file; `place` is how messages call it.
+    """Parse the bytes of a manifest; `place` names it in messages.
 
     Raises:
-        ArtifactError: not JSON, not a manifest, of another schema version, or changed since it was written.
+        ArtifactError: not JSON, not a manifest, or of another schema version.
     """
     try:
         manifest = Manifest.model_validate_json(content)
@@ -138,15 +136,17 @@ def parse_manifest(content: bytes, place: str) -> Manifest:
 
 
 def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
-    """The manifest of an artifact's folder; the files that it names are not looked at.
+    """The manifest of an artifact's folder. Its files are not checked.
 
     Raises:
         ArtifactError: no such folder, no manifest, one that cannot be read, or (with `kind`) of another kind.
     """
     file = folder / MANIFEST
     if not file.is_file():
-        found = f"it has no {MANIFEST}" if folder.exists() else "no such folder"
-        raise ArtifactError(f"{folder} is not {_a(kind)} artifact: {found}. Make one first, or correct the path.")
+        reason = f"it has no {MANIFEST}" if folder.exists() else "no such folder"
+        raise ArtifactError(
+            f"{folder} is not {_with_article(kind)} artifact: {reason}. Make one first, or correct the path."
+        )
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -157,13 +157,15 @@ def read_manifest(folder: Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def _a(kind: str | None) -> str:
+def _with_article(kind: str | None) -> str:
     return "an" if kind is None else f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def examine_files(folder: Path, manifest: Manifest, *, check_content: bool) -> Iterator[Finding]:
-    """What is wrong with the files that the manifest names (presence, place, size and, if asked for, SHA-256), and with
-    the manifest's own fingerprint of them."""
+    """Faults of the files that the manifest lists, and of its own fingerprint.
+
+    Checks presence, place, size and, with `check_content`, SHA-256.
+    """
     for name, entry in manifest.files.items():
         finding = examine_file(folder, name, entry, check_content=check_content)
         if finding:
@@ -171,12 +173,12 @@ def examine_files(folder: Path, manifest: Manifest, *, check_content: bool) -> I
     fingerprint = fingerprint_of_content(manifest.files)
     if fingerprint != manifest.fingerprint:
         yield Finding(
-            MANIFEST, "manifest", f"fingerprint {fingerprint}, that of its files", f"fingerprint {manifest.fingerprint}"
+            MANIFEST, "manifest", f"fingerprint {fingerprint} (of its files)", f"fingerprint {manifest.fingerprint}"
         )
 
 
 def examine_file(folder: Path, name: str, entry: FileEntry, *, check_content: bool) -> Finding | None:
-    """What is wrong with one file of an artifact; None if it is as the manifest says."""
+    """The fault of one file of an artifact; None if the file is as the manifest says."""
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         return Finding(name, "outside", "a file within the folder", f"it leads to {file.resolve()}")
@@ -188,18 +190,18 @@ def examine_file(folder: Path, name: str, entry: FileEntry, *, check_content: bo
     try:
         if check_content and (found := sha256_of_file(file)) != entry.sha256:
             return Finding(name, "content", entry.sha256, found)
-    except OSError as error:  # no permission, or a disk that has begun to fail
+    except OSError as error:  # no permission, or a failing disk
         return Finding(name, "unreadable", f"{entry.bytes} readable bytes", str(error.strerror))
     return None
 
 
 def foreign_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
-    """Files and links in the folder that the manifest does not name."""
+    """Files and links in the folder that the manifest does not list."""
     known = {MANIFEST, *manifest.files}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in known and (path.is_symlink() or not path.is_dir()):
-            yield Finding(name, "foreign", "no such file", "the manifest does not name it")
+            yield Finding(name, "foreign", "no such file", "the manifest does not list it")
 
 
 def remedy(folder: Path, kind: str, finding: Finding) -> str:
@@ -208,4 +210,4 @@ def remedy(folder: Path, kind: str, finding: Finding) -> str:
         return "Move it elsewhere."
     if kind in REPAIRABLE and finding.state not in ("outside", "manifest"):
         return f"Run `rag verify --repair {folder}`, or make the artifact again."
-    return f"Make the artifact again; `rag verify {folder}` tells all that is wrong with it."
+    return f"Make the artifact again. `rag verify {folder}` lists everything that is wrong with it."

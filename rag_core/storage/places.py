@@ -1,7 +1,7 @@
-"""Where artifacts and files lie: a local path, or `s3://bucket/prefix` in an object store.
+"""Places of artifacts and files: a local path, or `s3://bucket/prefix` in an object store.
 
-Both are `Path`s, so that flows, tasks and configurations name places in one type. `Path("s3://b/x")` forgets a slash;
-`as_place` gives it back, and `ArtifactPath` does so wherever pydantic reads a parameter or a setting.
+Both are `Path`s, so flows, tasks and configurations use one type. `Path("s3://b/x")` drops a slash: `as_place` restores
+it, and `ArtifactPath` does so wherever pydantic reads a parameter or a setting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SCHEME = "s3://"
 
 
 class ObjectPath(PosixPath):
-    """A place in an object store; `/`, `name` and `parent` work as on any path, the file system knows nothing of it."""
+    """A place in an object store. `/`, `name` and `parent` work as for any path; methods that read the disk do not."""
 
     __slots__ = ()
 
@@ -26,32 +26,32 @@ class ObjectPath(PosixPath):
         return str(self)
 
     def resolve(self, strict: bool = False) -> ObjectPath:
-        """Itself: there is nothing to resolve."""
+        """The place itself; a store has no links."""
         return self
 
     @property
     def bucket(self) -> str:
-        """The first part of the place."""
+        """The bucket: the first part after `s3://`."""
         return self.parts[1] if len(self.parts) > 1 else ""
 
     @property
     def prefix(self) -> str:
-        """What follows the bucket, without slashes at its ends."""
+        """The key: everything after the bucket, without slashes at either end."""
         return "/".join(self.parts[2:])
 
 
 def as_place(path: str | Path) -> Path:
-    """A local path as it is, and `s3://…` (one slash lost or not) as an `ObjectPath`."""
+    """`s3://…` or `s3:/…` as an `ObjectPath`; any other path unchanged."""
     if isinstance(path, ObjectPath):
         return path
-    found = Path(path)
-    return ObjectPath(found) if found.parts[:1] == ("s3:",) else found
+    local = Path(path)
+    return ObjectPath(local) if local.parts[:1] == ("s3:",) else local
 
 
 def absolute(path: str | Path) -> str:
-    """A place by its full name, for processes with another current folder."""
+    """The absolute path or full `s3://` address of a place, for processes with another current folder."""
     return str(as_place(path).resolve())
 
 
-# A parameter or setting that may be in an object store.
+# Type of a parameter or setting that may be a place in an object store.
 ArtifactPath = Annotated[Path, AfterValidator(as_place)]

@@ -1,7 +1,6 @@
-"""What the AWS SDK is told of an object store, looked at before the first request: its endpoint and profile.
+"""Check the AWS endpoint and profile before the first request to an object store.
 
-The SDK itself waits minutes for an endpoint that does not answer, and takes any server's 404 for an object that is not
-there.
+The SDK itself waits minutes for an endpoint that does not answer, and reads any web server's 404 as a missing object.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from urllib.parse import urlsplit
 
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import check_address, without_credentials
-from rag_core.network.server_probe import GRACE, SECONDS, reason_of, what_answers, within
+from rag_core.network.server_probe import GRACE, SECONDS, describe_response, reason_of, within
 
-# The first that is set counts.
+# In order of precedence.
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 EXAMPLE = "http://127.0.0.1:9000"
 
 
 def check_store_settings() -> None:
-    """Whether the profile exists and an S3 store answers at the endpoint, where those are set.
+    """Check that the profile exists and that an S3 store answers at the endpoint, if these are set.
 
     Raises:
-        ConfigError: one is wrong.
+        ConfigError: one of them is wrong.
     """
     _check_profile()
     name = next((name for name in ENDPOINTS if os.environ.get(name, "").strip()), None)
@@ -33,20 +32,21 @@ def check_store_settings() -> None:
         return
     address = os.environ[name]
     check_address(name, address, ("http", "https"), EXAMPLE)
-    if not urllib.request.getproxies():  # a proxy may be the only way there
+    if not urllib.request.getproxies():  # with a proxy, the endpoint may not be reachable directly
         _check_endpoint(name, address)
 
 
 def _check_profile() -> None:
     import botocore.session
 
-    wanted = os.environ.get("AWS_PROFILE", "").strip()
-    known = botocore.session.Session().available_profiles if wanted else []
-    if wanted and wanted not in known:
-        listed = f"known are {', '.join(known)}" if known else "there are no profiles"
+    profile = os.environ.get("AWS_PROFILE", "").strip()
+    known = botocore.session.Session().available_profiles if profile else []
+    if profile and profile not in known:
+        listed = f"the known profiles are {', '.join(known)}" if known else "there are no profiles"
         raise ConfigError(
-            f"AWS_PROFILE is {wanted!r}, but {listed} (~/.aws/config, ~/.aws/credentials, or the files that AWS_CONFIG_FILE "
-            "and AWS_SHARED_CREDENTIALS_FILE name). Name one of them, make it (aws configure --profile), or unset AWS_PROFILE."
+            f"AWS_PROFILE is {profile!r}, but {listed} (in ~/.aws/config, ~/.aws/credentials, or the files named by "
+            "AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE). Give a known profile, create this one "
+            "(aws configure --profile), or unset AWS_PROFILE."
         )
 
 
@@ -56,14 +56,14 @@ def _check_endpoint(name: str, address: str) -> None:
         status, headers = within(SECONDS + GRACE, lambda: _answer_of(address))
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(
-            f"{shown} does not answer ({reason_of(error)}). Start it, correct the address (such as {EXAMPLE}), or unset "
-            f"{name} to use Amazon's own."
+            f"{shown} does not answer ({reason_of(error)}). Start it, correct the address (such as {EXAMPLE}), or "
+            f"unset {name} to use Amazon S3."
         ) from error
     kind = headers.get("content-type", "")
     if "html" in kind and not any(header.startswith("x-amz") for header in headers):
         raise ConfigError(
-            f"{shown} {what_answers(status, kind)}, so it is no S3 store. Correct the address (its console may have another "
-            f"port), or unset {name} to use Amazon's own."
+            f"{shown} {describe_response(status, kind)}, so it is no S3 store. Correct the address (the web console "
+            f"may have another port than the API), or unset {name} to use Amazon S3."
         )
 
 
@@ -71,7 +71,7 @@ def _answer_of(address: str) -> tuple[int, dict[str, str]]:
     parts = urlsplit(address)
     host = parts.hostname or ""
     if parts.scheme == "https":
-        # Whose certificate it is, is the SDK's affair (AWS_CA_BUNDLE): nothing of ours is sent here.
+        # The SDK checks the certificate (AWS_CA_BUNDLE). This request sends nothing secret, so it need not.
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(
@@ -81,7 +81,7 @@ def _answer_of(address: str) -> tuple[int, dict[str, str]]:
         connection = http.client.HTTPConnection(host, parts.port, timeout=SECONDS)
     try:
         connection.request("GET", parts.path or "/")
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}
+        response = connection.getresponse()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}
     finally:
         connection.close()

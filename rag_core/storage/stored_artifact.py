@@ -1,9 +1,10 @@
 """Artifacts in an object store: `PREFIX/manifest.json`, and the files it describes in `PREFIX/files-FINGERPRINT/`.
 
-A store has no rename. So files go to names that belong to their content and are of no account until `manifest.json`,
-written last and on condition that it is still the one seen before, names them: of two publishers exactly one wins. Work
-is done in a local folder, under the local lock, and uploaded from there; a killed upload goes on with what is missing.
-Readers fetch the files into a local cache (`RAG_CACHE`), checked, and open that as any local artifact.
+A store has no rename. So files go to a folder named after their content, and readers ignore it until `manifest.json`
+points to it. The manifest is written last, on condition that nobody has changed it meanwhile: of two publishers
+exactly one wins. A stage works in a local folder, under the local lock, and uploads from there; after a kill, only
+missing files are uploaded. Readers fetch the files into a local cache (`RAG_CACHE`), check them, and open the copy as
+a local artifact.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_core.errors import ArtifactError
-from rag_core.storage.draft import Draft, disk_errors_named, finished_file
+from rag_core.storage.draft import Draft, explain_disk_errors, finished_file
 from rag_core.storage.local import finished_folder, publish_folder
 from rag_core.storage.manifest import MANIFEST, Manifest, examine_file, parse_manifest, read_manifest
 from rag_core.storage.object_store import (
@@ -38,7 +39,7 @@ from rag_core.storage.writer_lock import reserved
 
 @dataclass(frozen=True, slots=True)
 class StoredManifest:
-    """A manifest in a store, its bytes, and the ETag that tells it from any later one."""
+    """A manifest in a store, its bytes, and its ETag, which changes with every write."""
 
     manifest: Manifest
     content: bytes
@@ -46,25 +47,25 @@ class StoredManifest:
 
 
 def cache_folder(place: ObjectPath) -> Path:
-    """Where this machine keeps what belongs to a place: below `RAG_CACHE`, default `~/.cache/rag`."""
+    """The cache folder of a place on this machine, below `RAG_CACHE` (default `~/.cache/rag`)."""
     root = Path(os.environ.get("RAG_CACHE") or Path.home() / ".cache" / "rag")
     return root / hashlib.sha256(str(place).encode()).hexdigest()[:16]
 
 
 def work_folder(place: ObjectPath) -> Path:
-    """The local folder in which an artifact for a place is made, before it is uploaded."""
+    """The local folder in which an artifact is made before it is uploaded to a place."""
     return cache_folder(place) / "work" / place.name
 
 
 def copy_folder(place: ObjectPath, manifest: Manifest) -> Path:
-    """Where the local copy of an artifact is."""
+    """The folder of an artifact's local copy."""
     return cache_folder(place) / manifest.fingerprint[:16] / place.name
 
 
 def files_place(place: ObjectPath, manifest: Manifest) -> ObjectPath:
-    """Where the files of an artifact are."""
-    found: ObjectPath = place / f"files-{manifest.fingerprint[:16]}"
-    return found
+    """The place of an artifact's files in the store."""
+    files: ObjectPath = place / f"files-{manifest.fingerprint[:16]}"
+    return files
 
 
 def read_stored_manifest(place: ObjectPath) -> StoredManifest | None:
@@ -73,23 +74,23 @@ def read_stored_manifest(place: ObjectPath) -> StoredManifest | None:
     Raises:
         ArtifactError: it cannot be read, has another schema version, or the store does not answer.
     """
-    found = read_object(place / MANIFEST)
-    return found and StoredManifest(parse_manifest(found[0], str(place / MANIFEST)), *found)
+    stored = read_object(place / MANIFEST)
+    return stored and StoredManifest(parse_manifest(stored[0], str(place / MANIFEST)), *stored)
 
 
 def fetch(place: ObjectPath) -> Path:
-    """The artifact at a place as a local folder; files that are in the cache already are not fetched again.
+    """Fetch the artifact at a place into a local folder; files already in the cache are not fetched again.
 
     Raises:
-        ArtifactError: there is none, or a file is missing or changed.
+        ArtifactError: there is no artifact, or a file is missing or changed.
     """
     for last in (False, True):
-        stored = needed_manifest(place)
+        stored = require_manifest(place)
         try:
-            with disk_errors_named(cache_folder(place)):
+            with explain_disk_errors(cache_folder(place)):
                 return _fetch(place, stored)
         except FileNotFoundError as error:
-            # A publisher deletes the files of the artifact that it has replaced: look once more.
+            # A publisher may have replaced the artifact and deleted the old files: retry once with the new manifest.
             if last:
                 raise ArtifactError(
                     f"{error.args[-1]} is missing, though {place / MANIFEST} names it. "
@@ -98,7 +99,7 @@ def fetch(place: ObjectPath) -> Path:
     raise AssertionError("not reached")
 
 
-def needed_manifest(place: ObjectPath, kind: str | None = None) -> StoredManifest:
+def require_manifest(place: ObjectPath, kind: str | None = None) -> StoredManifest:
     """The manifest at a place; ArtifactError if there is none, or (with `kind`) of another kind."""
     stored = read_stored_manifest(place)
     if stored is None:
@@ -113,18 +114,21 @@ def _fetch(place: ObjectPath, stored: StoredManifest) -> Path:
     files = files_place(place, stored.manifest)
     sizes = list_objects(files)
     for name, entry in stored.manifest.files.items():
-        # A copy in the cache must not hide from this machine what others will miss.
+        # Checked even if the cache has the file: this machine must not miss damage that others would see.
         if name not in sizes:
             raise FileNotFoundError(files / name)
         if sizes[name] != entry.bytes:
             raise ArtifactError(
-                f"{files / name} has {sizes[name]} bytes, the manifest says {entry.bytes} bytes. Run `rag verify --repair "
-                f"{place}`, or make the artifact again."
+                f"{files / name} has {sizes[name]} bytes, the manifest says {entry.bytes} bytes. "
+                f"Run `rag verify --repair {place}`, or make the artifact again."
             )
         if examine_file(folder, name, entry, check_content=False) is None:
             continue
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise ArtifactError(f"{place / MANIFEST} names {name!r}, which lies outside. Do not trust this artifact.")
+            raise ArtifactError(
+                f"{place / MANIFEST} names {name!r}, which lies outside the artifact's folder. "
+                "Do not trust this artifact."
+            )
         try:
             download(files / name, folder / name, entry)
         except FileNotFoundError as error:
@@ -143,7 +147,7 @@ def _write_whole(file: Path, content: bytes) -> None:
 
 
 def fetch_file(place: ObjectPath) -> Path:
-    """A file, or all files of a folder, that somebody else put into the store, as a local copy of today.
+    """Fetch a file, or all files of a folder, that is not an artifact. It is fetched anew at every call.
 
     Raises:
         ArtifactError: there is nothing at the place, or an object's name would lead out of the local folder.
@@ -156,7 +160,7 @@ def fetch_file(place: ObjectPath) -> Path:
             for name in names:
                 if not (target / name).resolve().is_relative_to(target.resolve()):
                     raise ArtifactError(
-                        f"{place} holds an object {name!r}, whose name leads elsewhere. Rename or remove it."
+                        f"{place} holds an object {name!r}, whose name leads out of the folder. Rename or remove it."
                     )
                 download_plain(place / name, target / name)
         else:
@@ -179,13 +183,13 @@ def publish_to_store(
     """`artifact.publish` for a place in a store: the same arguments, and the same rules on this machine.
 
     Raises:
-        ArtifactError: as there; or another publisher, wherever it runs, replaced what was there in the meantime.
+        ArtifactError: as for `artifact.publish`; or another publisher, on any machine, published there meanwhile.
     """
     before = read_stored_manifest(place)
-    if before is None and (foreign := [one for one in list_objects(place) if not one.startswith("files-")]):
+    if before is None and (foreign := [name for name in list_objects(place) if not name.startswith("files-")]):
         raise ArtifactError(
             f"{place} already holds {foreign[0]!r} and no {MANIFEST}, so it was not made by this program and is left "
-            "alone. Give an empty or new place as --out."
+            "unchanged. Give an empty or new place as --out."
         )
     work = work_folder(place)
     with reserved(work, wait_seconds):
@@ -195,7 +199,7 @@ def publish_to_store(
 
 
 def finish_upload(place: ObjectPath, kind: str, config: dict[str, Any], made_from: dict[str, str]) -> Manifest | None:
-    """Upload the artifact that a run of the same work had made, when it was stopped before all was uploaded."""
+    """Upload an artifact that a run of the same work finished locally but did not upload; None if there is none."""
     work = work_folder(place)
     if finished_folder(work, kind, config, made_from) is None:
         return None
@@ -217,23 +221,24 @@ def _upload_all(place: ObjectPath, work: Path, before: StoredManifest | None) ->
         write_if_unchanged(place / MANIFEST, (work / MANIFEST).read_bytes(), before.etag if before else None)
     except ManifestChangedError as error:
         now = read_stored_manifest(place)
-        winner = f"{now.manifest.fingerprint[:16]}…, made {now.manifest.created_at}" if now else "none any more"
+        winner = f"{now.manifest.fingerprint[:16]}…, made {now.manifest.created_at}" if now else "already gone"
         raise ArtifactError(
-            f"{place} was published by another run in the meantime (the artifact there is {winner}); it stands, and this "
-            "run's was not put there. Run the command again: it is skipped if the other made the same, and else replaces it."
+            f"{place} was published by another run in the meantime (the artifact there is {winner}); it stands, and "
+            "this run's artifact was not published. Run the command again: it is skipped if the other run did the same "
+            "work, and replaces the artifact otherwise."
         ) from error
     if before and before.manifest.fingerprint != manifest.fingerprint:
         delete(files_place(place, before.manifest), list(before.manifest.files))
-    # Another publisher may have deleted files with the same content, as those of the artifact that it replaced.
+    # If another publisher replaced an artifact with the same content meanwhile, it deleted these files: upload again.
     upload_missing()
     _keep_as_copy(place, work, manifest)
     return manifest
 
 
 def _keep_as_copy(place: ObjectPath, work: Path, manifest: Manifest) -> None:
-    """What was uploaded need not be fetched again."""
+    """Move the uploaded folder into the cache, so that this machine need not fetch it again."""
     copy = copy_folder(place, manifest)
     copy.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError):  # it is there already
+    with contextlib.suppress(OSError):  # the cache already has it
         work.rename(copy)
     shutil.rmtree(work, ignore_errors=True)

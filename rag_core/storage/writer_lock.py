@@ -1,8 +1,8 @@
-"""One process at a time writes at a place; a second one waits or fails, by choice.
+"""Let only one process at a time write at a place; a second one waits or fails.
 
-The lock is a hidden file beside the place, held with `flock` and saying who holds it: the system ends the hold with the
-process, however that ends, so no lock has to be removed by hand. `RAG_WAIT_SECONDS` (`rag --wait`) is the choice: how
-long to wait for another writer; 0, the default, fails at once.
+The lock is a hidden file beside the place, locked with `flock`; its text names the holder. The system releases it
+when the process ends, even if killed, so nobody has to remove a lock by hand. `RAG_WAIT_SECONDS` (`rag --wait`) sets
+how long to wait for another writer; 0, the default, fails at once.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import IO
 
 from rag_core.errors import ArtifactError, ConfigError
-from rag_core.storage.draft import disk_errors_named
+from rag_core.storage.draft import explain_disk_errors
 
 WAIT_SETTING = "RAG_WAIT_SECONDS"
 POLL_SECONDS = 0.2
 REMIND_SECONDS = 30
 NAME_SECONDS = 2
 
-# Locks that this call chain holds for what it is going to publish.
+# Locks that `reserved` took in this context and that no `publish` uses at the moment.
 _reserved: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozenset())
 
 
 def wait_setting() -> float:
-    """Seconds that a writer waits for another one; ConfigError if `RAG_WAIT_SECONDS` is not such a number."""
+    """Seconds that a writer waits for another one; ConfigError if `RAG_WAIT_SECONDS` is not a number ≥ 0."""
     text = os.environ.get(WAIT_SETTING, "") or "0"
     try:
         seconds = float(text)
@@ -41,33 +41,33 @@ def wait_setting() -> float:
         seconds = math.nan
     if not seconds >= 0:
         raise ConfigError(
-            f"{WAIT_SETTING} is {text!r}; a number of seconds was expected: 0 fails at once where another run is writing, "
-            "600 waits up to ten minutes, inf waits as long as it takes."
+            f"{WAIT_SETTING} is {text!r}; expected a number of seconds: 0 fails at once if another run is writing, "
+            "600 waits up to ten minutes, inf waits without limit."
         )
     return seconds
 
 
 @contextlib.contextmanager
 def only_writer(out: Path, wait_seconds: float | None = None) -> Iterator[None]:
-    """This process alone writes at `out`; who has it `reserved` goes on with that hold.
+    """Hold the lock of `out`, so that only this process writes there. Inside `reserved`, use the lock held already.
 
     Args:
-        out: the place; its folder must exist.
-        wait_seconds: how long to wait for another writer, who is named on standard error meanwhile; default: the setting.
+        out: the place; its parent folder must exist.
+        wait_seconds: how long to wait for another writer (standard error names it meanwhile); default: the setting.
 
     Raises:
-        ArtifactError: another run still writes there; the message names it and says since when.
+        ArtifactError: another run is still writing there; the message names it and says since when.
     """
     lock = lock_file(out)
-    mine = _reserved.get()
-    if lock in mine:
-        _reserved.set(mine - {lock})
+    reserved_locks = _reserved.get()
+    if lock in reserved_locks:
+        _reserved.set(reserved_locks - {lock})
         try:
             yield
         finally:
-            _reserved.set(mine)
+            _reserved.set(reserved_locks)
         return
-    with _held(lock, out, wait_setting() if wait_seconds is None else wait_seconds) as file:
+    with _locked(lock, out, wait_setting() if wait_seconds is None else wait_seconds) as file:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
         file.flush()
@@ -79,13 +79,13 @@ def only_writer(out: Path, wait_seconds: float | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reserved(out: Path, wait_seconds: float | None = None) -> Iterator[None]:
-    """Hold `out` from before it is known what there is to do until it is done; one `publish` at a time uses the hold.
+    """Hold the lock of `out` while deciding what to do and doing it; one `publish` at a time inside uses the lock.
 
-    Who had to wait looks again, under the hold, whether the other has done the work.
+    After waiting for another run, check under the lock whether that run has done the work.
     """
     out = Path(os.path.realpath(out))
     with contextlib.ExitStack() as stack:
-        with disk_errors_named(out):
+        with explain_disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(only_writer(out, wait_seconds))
         before = _reserved.get()
@@ -97,14 +97,14 @@ def reserved(out: Path, wait_seconds: float | None = None) -> Iterator[None]:
 
 
 def lock_file(out: Path) -> Path:
-    """Where the lock of a place is."""
+    """The lock file of a place."""
     return out.parent / f".{out.name}.lock"
 
 
 @contextlib.contextmanager
-def _held(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
+def _locked(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
     began = time.monotonic()
-    said = -math.inf
+    reminded = -math.inf
     while True:
         with lock.open("a+", encoding="utf-8") as file:
             try:
@@ -112,17 +112,18 @@ def _held(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
             except BlockingIOError as error:
                 waited = time.monotonic() - began
                 if waited >= wait_seconds:
-                    raise ArtifactError(_refusal(out, _owner(file), wait_seconds)) from error
-                if waited - said >= REMIND_SECONDS:
-                    said = waited
+                    raise ArtifactError(_refusal(out, _holder(file), wait_seconds)) from error
+                if waited - reminded >= REMIND_SECONDS:
+                    reminded = waited
                     limit = "" if math.isinf(wait_seconds) else f" of at most {wait_seconds:.0f} s"
                     print(
-                        f"{out} is being written by another run ({_owner(file)}). Waited {waited:.0f} s{limit} for it.",
+                        f"{out} is being written by another run ({_holder(file)}). "
+                        f"Waited {waited:.0f} s{limit} for it.",
                         file=sys.stderr,
                         flush=True,
                     )
             else:
-                # The former holder deletes the file that it holds: a lock on a deleted one keeps nobody out.
+                # The previous holder deletes its lock file. A lock on a deleted file protects nothing: open it again.
                 if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                     file.truncate(0)
                     yield file
@@ -131,8 +132,11 @@ def _held(lock: Path, out: Path, wait_seconds: float) -> Iterator[IO[str]]:
         time.sleep(POLL_SECONDS)
 
 
-def _owner(file: IO[str]) -> str:
-    """Who holds the lock, as it wrote itself, and for how long already; who has it since a moment is given time to write."""
+def _holder(file: IO[str]) -> str:
+    """Describe the lock's holder and how long it has held it.
+
+    A holder that has just started gets `NAME_SECONDS` to write its name.
+    """
     end = time.monotonic() + NAME_SECONDS
     while True:
         file.seek(0)
@@ -144,9 +148,9 @@ def _owner(file: IO[str]) -> str:
     return f"{name or 'it has just begun'}, {age:.0f} s ago"
 
 
-def _refusal(out: Path, owner: str, wait_seconds: float) -> str:
+def _refusal(out: Path, holder: str, wait_seconds: float) -> str:
     waited = f", still after {wait_seconds:.0f} s of waiting" if wait_seconds else ""
     return (
-        f"{out} is being written by another run ({owner}){waited}. Wait until it has ended (`rag --wait SECONDS`, or "
-        f"{WAIT_SETTING}, does so), or give another --out."
+        f"{out} is being written by another run ({holder}){waited}. Wait until it has ended (`rag --wait SECONDS` or "
+        f"{WAIT_SETTING} waits for it), or give another --out."
     )

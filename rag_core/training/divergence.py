@@ -1,7 +1,7 @@
-"""What is said when training leaves the finite numbers: at which step, at which rates, which part, what to do.
+"""Stop training when a number is not finite; report the step, the learning rates, the part that failed and a remedy.
 
-A run is checked where it can still be told which part failed: question vectors before the search (an index can only
-find nothing for them), the loss and the gradient before the update, the weights and dev scores before they are kept.
+The checks are placed so that the failing part is known: question vectors before the search (an index cannot rank NaN),
+the loss and the gradient before the update, the weights and dev scores before they are kept.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ class FiniteChecks:
 
     @contextlib.contextmanager
     def naming_the_step(self) -> Iterator[None]:
-        """A `NotFiniteError` inside the block becomes the ConfigError of a run that diverged."""
+        """Turn a `NotFiniteError` inside the block into a ConfigError that names the step."""
         try:
             yield
         except NotFiniteError as error:
             raise self._diverged(f"not finite: {error.part}{self._when()}") from error
 
     def loss_and_gradient(self, nll: float, norm: float) -> None:
-        """Raise ConfigError unless both are finite."""
+        """Raise ConfigError unless the loss and the gradient norm are finite."""
         if not math.isfinite(nll):
             part = getattr(self._objective, "loss_comes_from", "the loss")
             raise self._diverged(f"loss {nll}, gradient norm {norm}; not finite: {part}")
         if not math.isfinite(norm):
-            gradients = {name: one.grad for name, one in self._objective.named_parameters() if one.grad is not None}
+            weights = self._objective.named_parameters()
+            gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
             part = f"the gradient{_where(gradients) or ' (its norm)'}, while the loss is"
             raise self._diverged(f"loss {nll}, gradient norm {norm}; not finite: {part}")
 
     def weights(self) -> None:
         """After the update: raise ConfigError unless all trained weights are finite."""
         self._updated = True
-        trained = {name: one.detach() for name, one in self._objective.named_parameters() if one.requires_grad}
+        weights = self._objective.named_parameters()
+        trained = {name: weight.detach() for name, weight in weights if weight.requires_grad}
         if where := _where(trained):
             raise self._diverged(f"not finite: the weights{where}{self._when()}")
 
@@ -62,16 +64,16 @@ class FiniteChecks:
     def _when(self) -> str:
         return " after the update" if self._updated else ""
 
-    def _diverged(self, what: str) -> ConfigError:
+    def _diverged(self, finding: str) -> ConfigError:
         first = self._step == 1 and not self._updated
         damaged = " Nothing was learnt yet, so the model that training starts from may be damaged." if first else ""
         return ConfigError(
-            f"Training diverged at step {self._step}: {what}. The learning rate was {self._rates}.{damaged} Lower the "
-            "learning rates, lengthen the warm-up, or train in float32."
+            f"Training diverged at step {self._step}: {finding}. The learning rate was {self._rates}.{damaged} Lower "
+            "the learning rates, lengthen the warm-up, or train in float32."
         )
 
 
 def _where(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Which of the tensors are not finite, by number and first name; empty if all are finite."""
-    bad = [name for name, one in tensors.items() if not torch.isfinite(one).all()]
+    """Describe the tensors that are not finite by their number and the first name; empty if all are finite."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     return f" ({len(bad)} of {len(tensors)} tensors, first {bad[0]})" if bad else ""

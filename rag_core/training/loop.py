@@ -1,9 +1,9 @@
 """The optimisation loop: batches in a seeded order, AdamW with warm-up, clipping, accumulation, evaluation.
 
-It trains anything whose forward pass returns the nll of a batch of examples (`objectives.py`). It knows nothing of Ray
-or MLflow: whoever runs it hands in hooks, and wraps the objective for data-parallel training. With R workers every
-global batch is dealt out over the ranks, so the examples of a step do not depend on R. With a place for checkpoints it
-goes on after the last one (`checkpoint.py`), and what follows is what would have followed, to the last bit on a CPU.
+It trains any module whose forward pass returns the nll of a batch of examples (`objectives.py`). It knows nothing of
+Ray or MLflow: the caller passes hooks, and wraps the objective for data-parallel training. With R workers, every global
+batch is split over the ranks, so the examples of a step do not depend on R. With checkpoints (`checkpoint.py`), a run
+continues after the last one; the result equals that of an undisturbed run, to the last bit on a CPU.
 
 Shapes: B examples in a rank's part of a batch.
 """
@@ -27,20 +27,20 @@ from rag_core.training.checkpoint import Checkpoints
 from rag_core.training.divergence import FiniteChecks
 from rag_core.training.own_draws import own_draws, recomputes_activations
 
-# Settings that do not decide what is trained, so they are no part of an artifact's key.
+# Settings that do not affect the result of training, so they are not part of an artifact's key.
 NOT_IN_KEY = {"log_every", "checkpoint_every"}
-# After the seed in a key of `own_draws`, so that a run's two uses of it differ.
+# The number after the seed in a key of `own_draws`: it separates the two uses of random draws in a run.
 DROPOUT, FRESH_WEIGHTS = 2, 3
 
 
 class OptimizerConfig(BaseModel):
-    """One optimisation run. Learning rates belong to the objective's parameter groups."""
+    """Settings of an optimisation run. Learning rates belong to the objective's parameter groups."""
 
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step, over all workers and accumulated parts")
-    accumulation: int = Field(1, ge=1, description="parts into which each worker's share of a batch is cut")
+    accumulation: int = Field(1, ge=1, description="parts into which each worker's share of a batch is divided")
     warmup_steps: int = Field(
         0, ge=0, description="steps over which the learning rates rise from zero; then linear decay to zero"
     )
@@ -52,15 +52,15 @@ class OptimizerConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="decides the order of the data, dropout and fresh weights")
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(
-        100, ge=1, description="steps between evaluations on the dev questions; one comes at the end, too"
+        100, ge=1, description="steps between evaluations on the dev questions; there is always one at the end"
     )
     checkpoint_every: int | None = Field(
-        None, ge=1, description="steps between checkpoints, from which a killed run goes on; empty: ten minutes"
+        None, ge=1, description="steps between checkpoints, from which a killed run continues; empty: every ten minutes"
     )
 
 
 class Objective(Protocol):
-    """What the loop trains: an nn.Module whose call returns nll_B for a list of examples."""
+    """A module that the loop can train: its call returns nll_B for a list of examples."""
 
     def __call__(self, examples: Sequence[Any]) -> torch.Tensor: ...
     def parameter_groups(self) -> list[dict[str, Any]]: ...
@@ -69,10 +69,11 @@ class Objective(Protocol):
 
 @dataclass
 class Hooks:
-    """What the caller wants to hear. `evaluate` returns dev metrics; `keep` is called after each evaluation.
+    """Functions of the caller that the loop calls.
 
-    `stop` is asked after every step whether to end there, with a checkpoint. `state` is what the caller wants kept in a
-    checkpoint, as JSON, one for each worker; `restore` gets it back.
+    `log` gets training metrics, `evaluate` returns dev metrics, `keep` is called after each evaluation, and `batch` may
+    replace the examples of a step. `stop` decides after every step whether to end there, with a checkpoint. `state`
+    returns what a worker wants to store in a checkpoint, as JSON; `restore` gets it back.
     """
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
@@ -86,7 +87,7 @@ class Hooks:
 
 @dataclass
 class Place:
-    """Which worker this is, and how a module is wrapped for data-parallel training."""
+    """This worker's rank, the number of workers, and the function that wraps a module for data-parallel training."""
 
     rank: int = 0
     world_size: int = 1
@@ -101,15 +102,15 @@ def run_training(
     hooks: Hooks,
     checkpoints: Checkpoints | None = None,
 ) -> int:
-    """Train `objective` for `config.steps` steps on `examples`, going on after the newest of `checkpoints`.
+    """Train `objective` for `config.steps` steps on `examples`, continuing after the newest of `checkpoints`.
 
     Returns:
-        Steps done: `config.steps`, or fewer if `hooks.stop` ended it.
+        Steps done: `config.steps`, or fewer if `hooks.stop` ended the run.
 
     Raises:
-        ConfigError: the batch cannot be dealt out over workers and parts, there are no examples, every learning rate is 0,
-            loss, gradient, weights or dev scores are not finite, or the checkpoint was made by another number of workers.
-        ArtifactError: a checkpoint finds no room on the disk; the one before it stands.
+        ConfigError: the batch does not divide into workers and parts, there are no examples, every learning rate is 0,
+            loss, gradient, weights or dev scores are not finite, or another number of workers made the checkpoint.
+        ArtifactError: the disk is full, so a checkpoint could not be written; earlier ones stay complete.
     """
     part = part_size(config, place)
     if not examples:
@@ -119,7 +120,7 @@ def run_training(
         if checkpoints and place.rank == 0:
             held.enter_context(checkpoints.sole_writer())
         wrapped = place.wrap(objective)
-        done = run.go_on(checkpoints) if checkpoints else 0
+        done = run.resume(checkpoints) if checkpoints else 0
         steps = range(done + 1, config.steps + 1)
         for step, batch in zip(steps, global_batches(examples, config, skip=done), strict=False):
             run.step(wrapped, step, hooks.batch(step, batch), part)
@@ -129,7 +130,7 @@ def run_training(
 
 
 class _Run:
-    """What changes from step to step."""
+    """The state of a run that changes from step to step."""
 
     def __init__(self, objective: nn.Module, config: OptimizerConfig, place: Place, hooks: Hooks) -> None:
         self._groups = objective.parameter_groups()  # type: ignore[operator]
@@ -143,17 +144,18 @@ class _Run:
         self._meter = _Meter()
 
     def step(self, wrapped: nn.Module, step: int, batch: Sequence[Any], part: int) -> None:
-        """One optimiser step on this worker's share of `batch`, and the report and the evaluation that are due after it."""
+        """Do one optimiser step on this worker's share of `batch`; then log and evaluate if due."""
         config, hooks = self._config, self._hooks
         self._objective.train()
-        mine = batch[self._place.rank :: self._place.world_size]
+        share = batch[self._place.rank :: self._place.world_size]
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         finite = FiniteChecks(self._objective, step, rates)
-        # Dropout of a step follows from seed, rank and step, whatever was drawn before, and by whom.
+        # A step's dropout follows from seed, rank and step only, whatever was drawn before.
         draws = own_draws([config.seed, DROPOUT, self._place.rank, step], self._device, recomputes=self._recomputes)
         with draws, finite.naming_the_step():
-            nll = _backward(wrapped, [mine[at : at + part] for at in range(0, len(mine), part)], self._device, config)
-        trained = (one for group in self._groups for one in group["params"])
+            parts = [share[start : start + part] for start in range(0, len(share), part)]
+            nll = _backward(wrapped, parts, self._device, config)
+        trained = (weight for group in self._groups for weight in group["params"])
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         finite.loss_and_gradient(nll, float(norm))
         self._optimizer.step()
@@ -171,53 +173,53 @@ class _Run:
                 hooks.keep(step, scores)
 
     def checkpoint(self, checkpoints: Checkpoints, step: int) -> bool:
-        """Write a checkpoint if one is due; whether to stop here. Rank 0 decides for all."""
+        """Write a checkpoint if one is due; return whether to stop here. Rank 0 decides for all."""
         ended = step == self._config.steps
-        wanted = {"stop": 0.0, "checkpoint": 0.0}
+        decision = {"stop": 0.0, "checkpoint": 0.0}
         if self._place.rank == 0:
             stop = self._hooks.stop()
             due = stop or ended or checkpoints.due(step, self._config.checkpoint_every)
-            wanted = {"stop": float(stop), "checkpoint": float(due)}
-        wanted = sum_over_workers(wanted)
-        if wanted["checkpoint"]:
+            decision = {"stop": float(stop), "checkpoint": float(due)}
+        decision = sum_over_workers(decision)
+        if decision["checkpoint"]:
             with self._meter.paused():
-                # With the last step done only the state is wanted: by a run that is killed while the model is published.
+                # After the last step only the state is needed, in case the run is killed while the model is published.
                 self._write(checkpoints, step, None if ended else self._optimizer)
-        return bool(wanted["stop"])
+        return bool(decision["stop"])
 
     def _write(self, checkpoints: Checkpoints, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        mine = {"meter": self._meter.state(), "caller": self._hooks.state()}
-        workers = gather_from_workers(mine)
+        own_state = {"meter": self._meter.state(), "caller": self._hooks.state()}
+        workers = gather_from_workers(own_state)
         if self._place.rank == 0:
             groups = self._optimizer.state_dict()["param_groups"]
             state = {"parameter_groups": groups, "schedule": self._schedule.state_dict(), "workers": workers}
             checkpoints.write(step, self._objective, optimizer, state)
 
-    def go_on(self, checkpoints: Checkpoints) -> int:
-        """Take up the newest checkpoint that is whole; returns the steps done."""
-        newest = checkpoints.take_up() if self._place.rank == 0 else None
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Load the newest complete checkpoint; return the steps done."""
+        newest = checkpoints.resume_from() if self._place.rank == 0 else None
         step = int(sum_over_workers({"step": float(newest.step if newest else 0)})["step"])
         if not step:
             return 0
         checkpoint = checkpoints.at(step)
         if checkpoint.workers != self._place.world_size:
             raise ConfigError(
-                f"The unfinished training in {checkpoints.folder} was done by {checkpoint.workers} workers, and now there "
-                f"are {self._place.world_size}, which would add up in another order. Go on with num_workers "
-                f"{checkpoint.workers}, or delete that folder to begin anew."
+                f"The unfinished training in {checkpoints.folder} ran with {checkpoint.workers} workers, but this run "
+                f"has {self._place.world_size}, which would add numbers up in another order. Set num_workers to "
+                f"{checkpoint.workers}, or delete that folder to start again."
             )
         state = checkpoints.read(checkpoint, self._objective, self._optimizer)
         self._schedule.load_state_dict(state["schedule"])
-        mine = state["workers"][self._place.rank]
-        self._hooks.restore(step, mine["caller"])
-        self._meter.restore(mine["meter"])
+        own_state = state["workers"][self._place.rank]
+        self._hooks.restore(step, own_state["caller"])
+        self._meter.restore(own_state["meter"])
         return step
 
 
 def global_batches(examples: Sequence[Any], config: OptimizerConfig, skip: int = 0) -> Iterator[list[Any]]:
-    """Endless batches of `batch_size` examples: every epoch in a new order that follows from the seed alone.
+    """Yield batches of `batch_size` examples without end; each epoch has a new order that follows from the seed alone.
 
-    A batch may run over from one epoch into the next, so that every batch is full. The first `skip` are left out, at no
+    A batch may continue into the next epoch, so that every batch is full. The first `skip` batches are left out, at no
     cost.
     """
     batch: list[Any] = []
@@ -232,7 +234,7 @@ def global_batches(examples: Sequence[Any], config: OptimizerConfig, skip: int =
 
 
 def sum_over_workers(values: dict[str, float]) -> dict[str, float]:
-    """Add each value up over all workers (or return them as they are in a single process)."""
+    """Add each value up over all workers. A single process gets its values back."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return values
     on_gpu = torch.distributed.get_backend() == "nccl"
@@ -242,7 +244,7 @@ def sum_over_workers(values: dict[str, float]) -> dict[str, float]:
 
 
 def gather_from_workers(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The values of all workers, by rank (or the only one's, in a single process)."""
+    """Return the values of all workers, by rank. A single process gets a list of its own value."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -251,14 +253,14 @@ def gather_from_workers(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.device, config: OptimizerConfig) -> float:
-    """Accumulate the gradients of the mean nll over this worker's examples; returns that mean in nats."""
+    """Accumulate the gradients of the mean nll over this worker's examples; return that mean in nats."""
     count = sum(len(part) for part in parts)
     total = 0.0
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         # DDP sums gradients over workers at every backward pass unless told that more parts follow.
-        waits = getattr(wrapped, "no_sync", None)
-        with contextlib.nullcontext() if last or waits is None else waits():
+        no_sync = getattr(wrapped, "no_sync", None)
+        with contextlib.nullcontext() if last or no_sync is None else no_sync():
             with autocast(device, config.precision):
                 nll_B = wrapped(part)
             (nll_B.sum() / count).backward()
@@ -267,12 +269,12 @@ def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.devi
 
 
 def part_size(config: OptimizerConfig, place: Place) -> int:
-    """Examples of a worker's forward pass; ConfigError if the batch cannot be dealt out over workers and parts."""
+    """Examples per forward pass of a worker; ConfigError if the batch does not divide into workers and parts."""
     share, rest = divmod(config.batch_size, place.world_size)
     part, more = divmod(share, config.accumulation)
     if rest or more or not part:
         raise ConfigError(
-            f"batch_size {config.batch_size} cannot be cut into {place.world_size} workers × {config.accumulation} "
+            f"batch_size {config.batch_size} cannot be divided into {place.world_size} workers × {config.accumulation} "
             "accumulated parts. Make it a multiple of their product."
         )
     return part
@@ -314,13 +316,13 @@ class _Meter:
         return {"nll": self._nll, "norm": self._norm, "examples": self._examples, "seconds": seconds}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the means that `state` told of."""
+        """Continue the means of an earlier `state`."""
         self._nll, self._norm, self._examples = list(state["nll"]), list(state["norm"]), state["examples"]
         self._since = time.perf_counter() - state["seconds"]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in the block takes no time, as far as the examples per second go."""
+        """Exclude the time of the block from the examples per second."""
         before = time.perf_counter()
         yield
         self._since += time.perf_counter() - before

@@ -1,8 +1,8 @@
-"""What is minimised: end to end through retrieval, or, to prepare a generator, copying and reading one passage.
+"""The training objectives: end to end through retrieval, or, to prepare a generator, copying and reading one passage.
 
-Each objective is a module whose call returns nll_B for a list of examples, and whose parameter groups carry their own
-learning rates. Retrieval happens inside the forward pass with the question encoder as it is now, so one pass of that
-encoder serves the search and the gradient.
+An objective is a module whose call returns nll_B for a list of examples, and whose parameter groups have their own
+learning rates. Retrieval happens inside the forward pass with the current question encoder, so one pass of that encoder
+serves the search and the gradient.
 
 Shapes: B questions, K passages per question, S context tokens, T answer tokens, D embedding.
 """
@@ -38,7 +38,7 @@ class EndToEnd(nn.Module):
     """−log p(answer | question), marginalised over the K passages that the current question encoder finds.
 
     No label says which passage is right. The gradient reaches the question encoder through p(z|q) (Lewis et al. 2020,
-    section 2.4); the passages' vectors are constants. Of several gold answers the first is learnt.
+    section 2.4); the passages' vectors are constants. If a question has several answers, the first is the target.
     """
 
     # The search refuses question vectors that are not finite, and the likelihood is finite for finite logits.
@@ -57,26 +57,26 @@ class EndToEnd(nn.Module):
                 part.requires_grad_(False)
 
     def forward(self, examples: Sequence[Question]) -> torch.Tensor:
-        """nll_B in nats of the examples' answers."""
+        """Return nll_B of the examples' answers, in nats."""
         questions = [example.question for example in examples]
         question_vectors_BD = self.model.question_encoder.embed(questions)
-        found = self._index.search(question_vectors_BD.detach().float().cpu().numpy(), self.model.settings.num_docs)
-        vectors_BKD = torch.from_numpy(found.vectors_BKD).to(question_vectors_BD.device)
+        matches = self._index.search(question_vectors_BD.detach().float().cpu().numpy(), self.model.settings.num_docs)
+        vectors_BKD = torch.from_numpy(matches.vectors_BKD).to(question_vectors_BD.device)
         with torch.autocast(question_vectors_BD.device.type, enabled=False):
             doc_scores_BK = self.model.doc_scores(question_vectors_BD.float(), vectors_BKD)
-        passages_BK = self._index.passages_of(found.rows_BK)
+        passages_BK = self._index.passages_of(matches.rows_BK)
         answers = [example.answers[0] for example in examples]
         return self.model.reader.nll(questions, passages_BK, doc_scores_BK, answers, self._variant)
 
     def train(self, mode: bool = True) -> EndToEnd:
-        """Training mode for the trained parts; a part at rate 0 stays as it answers, without dropout."""
+        """Put the trained parts into training mode; a part at rate 0 stays in evaluation mode, without dropout."""
         super().train(mode)
         for part, rate in self._parts():
             part.train(mode and rate > 0)
         return self
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group for each trained part, with its learning rate."""
+        """Return one group per trained part, with its learning rate."""
         return [{"params": _trainable(part), "lr": rate} for part, rate in self._parts() if rate > 0]
 
     def _parts(self) -> tuple[tuple[nn.Module, float], ...]:
@@ -88,7 +88,7 @@ class EndToEnd(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ReadingExample:
-    """One passage to read, the question asked of it ("" while only copying is learnt), and what to write."""
+    """A passage to read, its question ("" in copying examples), and the target text."""
 
     question: str
     passage: Passage
@@ -96,9 +96,9 @@ class ReadingExample:
 
 
 class Reading(nn.Module):
-    """−log p(target | question, passage) for a single given passage: the generator alone.
+    """−log p(target | question, passage) with one passage per example. It trains the generator alone.
 
-    Freshly made parameters (a decoder's cross-attention) learn at a multiple of the base rate.
+    Newly initialised parameters (a decoder's cross-attention) learn at a multiple of the base rate.
     """
 
     loss_comes_from = "the generator's logits"
@@ -110,19 +110,19 @@ class Reading(nn.Module):
         self._rate, self._fresh, self._fresh_factor = rate, tuple(fresh), fresh_factor
 
     def forward(self, examples: Sequence[ReadingExample]) -> torch.Tensor:
-        """nll_B in nats of the examples' targets."""
+        """Return nll_B of the examples' targets, in nats."""
         questions = [example.question for example in examples]
         passages_B1 = [[example.passage] for example in examples]
         targets = [example.target for example in examples]
-        # With one passage that has all the mass both variants are the plain sequence likelihood.
+        # With one passage, p(z|q) is 1, and both variants are the plain sequence likelihood.
         doc_scores_B1 = torch.zeros(len(examples), 1, device=self._reader.device)
         return self._reader.nll(questions, passages_B1, doc_scores_B1, targets, "sequence")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The parameters that were there before, and the fresh ones at their higher rate."""
-        named = [(name, one) for name, one in self.generator.named_parameters() if one.requires_grad]
-        fresh = [one for name, one in named if any(word in name for word in self._fresh)]
-        known = [one for name, one in named if not any(word in name for word in self._fresh)]
+        """Return two groups: pretrained parameters, and fresh ones at their higher rate."""
+        named = [(name, weight) for name, weight in self.generator.named_parameters() if weight.requires_grad]
+        fresh = [weight for name, weight in named if any(word in name for word in self._fresh)]
+        known = [weight for name, weight in named if not any(word in name for word in self._fresh)]
         groups = [{"params": known, "lr": self._rate}, {"params": fresh, "lr": self._rate * self._fresh_factor}]
         return [group for group in groups if group["params"]]
 

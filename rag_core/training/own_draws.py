@@ -1,13 +1,13 @@
-"""Random draws that nobody else can disturb: dropout and fresh weights from a generator of our own.
+"""Random draws that other code cannot disturb: dropout and fresh weights come from a separate generator.
 
-PyTorch's modules draw from its default generator, which the whole process shares: one draw by another thread, or by an
+PyTorch's modules draw from its default generator, which the whole process shares: a draw by another thread, or by an
 evaluation, would change every mask that follows. Inside `own_draws` this thread's draws come from a generator that
-follows from a key alone (for training: seed, rank and step), so a run that goes on needs no kept state.
+depends on a key alone (in training: seed, rank and step). So a checkpoint needs no random state.
 
-On a CPU, dropout, attention with dropout and the functions that take a generator get ours. Whatever else draws there,
-and all on a GPU, uses the default generator, which is seeded for the block and put back after it: draws before the block
-change nothing then, draws of another thread in the middle of it do. The price is a few microseconds more for every call of
-a PyTorch function (docs/log.md).
+On a CPU, dropout, attention with dropout and functions that take a generator use ours. Other draws on a CPU, and all
+draws on a GPU, use the default generator, which is seeded for the block and restored after it. Draws before the block
+then change nothing, but draws of another thread during the block do. The price is a few microseconds per call of a
+PyTorch function (docs/log.md).
 
 Shapes: B texts, H heads, S tokens, F features of a head.
 """
@@ -25,8 +25,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _DROPOUT = {functional.dropout, torch.dropout, torch.dropout_}
-# They make or fill a tensor, and take a generator by that name. Those of `nn.init` are told by their argument: Transformers
-# puts others in their place while it loads a model.
+# Functions that make or fill a tensor, and take an argument `generator`. Functions of `nn.init` are recognised by that
+# argument instead, because Transformers replaces them while it loads a model.
 _FILLING = {
     *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.randint_like),
     *(torch.normal, torch.bernoulli, torch.multinomial),
@@ -37,13 +37,13 @@ _FILLING = {
 
 @contextmanager
 def own_draws(key: Sequence[int], device: torch.device, *, recomputes: bool = False) -> Iterator[None]:
-    """In the block this thread's random draws follow from `key`.
+    """Inside the block, this thread's random draws depend on `key` alone.
 
     Args:
-        key: numbers ≥ 0: a seed, and what tells the draws of a run apart.
-        device: where the model lies.
-        recomputes: the model runs its layers again in the backward pass (`recomputes_activations`). PyTorch then puts
-            its default generator back for the same masks, and can do so with no other: that one alone is used.
+        key: numbers ≥ 0: a seed, and numbers that separate the draws of a run.
+        device: the model's device.
+        recomputes: the model runs its layers again in the backward pass (`recomputes_activations`). To get the same
+            masks, PyTorch restores its default generator, and no other. So only that generator is used.
     """
     number = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
     gpus = []
@@ -65,7 +65,7 @@ def recomputes_activations(module: nn.Module) -> bool:
 
 
 class _OwnGenerator(TorchFunctionMode):
-    """Gives draws on a CPU a generator. PyTorch keeps such modes for each thread apart."""
+    """Passes our generator to draws on a CPU. PyTorch keeps such a mode per thread."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -85,14 +85,14 @@ class _OwnGenerator(TorchFunctionMode):
         return func(*args, **options)
 
     def _dropout(
-        self, func: Callable[..., Any], input: torch.Tensor, p: float = 0.5, *given: Any, **options: Any
+        self, func: Callable[..., Any], input: torch.Tensor, p: float = 0.5, *flags: Any, **options: Any
     ) -> torch.Tensor:
-        """As PyTorch computes it on a CPU; what needs no draw there it does itself."""
+        """Dropout as PyTorch computes it on a CPU. Calls that need no draw on a CPU go to PyTorch."""
         # functional.dropout(input, p, training, inplace); torch.dropout(input, p, train)
-        training = given[0] if given else options.get("training", options.get("train", True))
-        in_place = func is torch.dropout_ or options.get("inplace", len(given) > 1 and given[1])
+        training = flags[0] if flags else options.get("training", options.get("train", True))
+        in_place = func is torch.dropout_ or options.get("inplace", len(flags) > 1 and flags[1])
         if not training or not 0 < p < 1 or input.device.type != "cpu":
-            return func(input, p, *given, **options)
+            return func(input, p, *flags, **options)
         kept = torch.empty_like(input).bernoulli_(1 - p, generator=self._generator).div_(1 - p)
         return input.mul_(kept) if in_place else input * kept
 
@@ -107,7 +107,7 @@ class _OwnGenerator(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """PyTorch's own but where it would draw on a CPU. There it computes in these steps, too."""
+        """PyTorch's attention, except where it would draw on a CPU. There, the same steps as PyTorch's."""
         if not dropout_p or query_BHSF.device.type != "cpu":
             return functional.scaled_dot_product_attention(
                 query_BHSF,
@@ -121,7 +121,7 @@ class _OwnGenerator(TorchFunctionMode):
             )
         if enable_gqa:
             times = query_BHSF.shape[-3] // key_BHSF.shape[-3]
-            key_BHSF, value_BHSF = (one.repeat_interleave(times, dim=-3) for one in (key_BHSF, value_BHSF))
+            key_BHSF, value_BHSF = (states.repeat_interleave(times, dim=-3) for states in (key_BHSF, value_BHSF))
         scaled_BHSF = query_BHSF * (query_BHSF.shape[-1] ** -0.5 if scale is None else scale)
         scores_BHSS = scaled_BHSF @ key_BHSF.transpose(-2, -1)
         if is_causal:
@@ -135,7 +135,7 @@ class _OwnGenerator(TorchFunctionMode):
 
 
 def _on_cpu(args: Sequence[Any], options: dict[str, Any]) -> bool:
-    tensors = [one for one in (*args, *options.values()) if isinstance(one, torch.Tensor)]
+    tensors = [value for value in (*args, *options.values()) if isinstance(value, torch.Tensor)]
     if tensors:
-        return all(one.device.type == "cpu" for one in tensors)
+        return all(tensor.device.type == "cpu" for tensor in tensors)
     return torch.device(options.get("device") or torch.get_default_device()).type == "cpu"

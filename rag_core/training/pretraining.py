@@ -1,9 +1,9 @@
-"""A generator where no pretrained seq2seq model can be had: put together from a text encoder, taught to copy and read.
+"""Make a generator from a text encoder, for cases without a pretrained seq2seq model, and teach it to copy and read.
 
-An `EncoderDecoderModel` (Rothe et al. 2020, arXiv 1907.12461) takes both sides from the encoder; the decoder keeps the
-first few layers, and its cross-attention starts from its self-attention's weights. It first writes out the passages it
-reads, which teaches the cross-attention to copy in a few hundred steps; then it answers questions over the passage that
-holds the answer. Measured prices of leaving out each step are in `docs/log.md`.
+An `EncoderDecoderModel` (Rothe et al. 2020, arXiv 1907.12461) takes both sides from the encoder. The decoder keeps the
+first few layers, and its cross-attention starts with the weights of its self-attention. Pretraining has two phases.
+First the model writes out the passages it reads, which teaches the cross-attention to copy in a few hundred steps. Then
+it answers questions over the passage that holds the answer. `docs/log.md` has the measured benefit of each step.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rag_core.reading.prompt import PromptConfig
 from rag_core.training.loop import NOT_IN_KEY, OptimizerConfig
 from rag_core.training.objectives import Reading, ReadingExample
 
-# Parameters that no pretrained model had: the cross-attention and the head that predicts tokens.
+# Parameters that are not pretrained: the cross-attention and the head that predicts tokens.
 FRESH = ("crossattention", "cls.predictions")
 
 
 class PretrainConfig(BaseModel):
-    """How a base generator is made. The defaults are the recipe that was measured to work on two cores."""
+    """Settings of pretraining. The defaults are a recipe that was measured to work on two cores."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,36 +57,37 @@ class PretrainConfig(BaseModel):
     )
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is made of the encoder's weights. Only another rule than the published one is
-        among them by name."""
+        """The settings that affect the result, apart from the encoder's weights. `match` is included only if it differs
+        from the published rule."""
         undecisive: dict[str, Any] = {"encoder": True, "trust_remote_code": True, "optimizer": NOT_IN_KEY}
         return self.model_dump(mode="json", exclude=undecisive | ({"match": True} if self.match == "words" else {}))
 
 
 def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
-    """An `EncoderDecoderModel` from an encoder's weights, and its tokenizer.
+    """Build an `EncoderDecoderModel` from an encoder's weights; return it and its tokenizer.
 
     Raises:
-        ConfigError: the encoder cannot be loaded, is not a BERT, or has fewer layers than are to be kept.
+        ConfigError: the encoder cannot be loaded, is not a BERT, or has fewer layers than the settings keep.
     """
     source = resolve_model_source(config.encoder, trust_remote_code=config.trust_remote_code)
-    found = load_config(source, trust_remote_code=config.trust_remote_code)
-    if found.model_type != "bert":
+    encoder_config = load_config(source, trust_remote_code=config.trust_remote_code)
+    if encoder_config.model_type != "bert":
         raise ConfigError(
-            f"{config.encoder} is of type {found.model_type!r}; a generator can be made from a BERT (such as MiniLM) only."
+            f"{config.encoder} is of type {encoder_config.model_type!r}; a generator can only be made from a BERT "
+            "(such as MiniLM)."
         )
-    asked = max(config.encoder_layers, config.decoder_layers)
-    if asked > found.num_hidden_layers:
-        # Transformers would fill the missing layers with random weights and say nothing.
+    requested = max(config.encoder_layers, config.decoder_layers)
+    if requested > encoder_config.num_hidden_layers:
+        # Transformers would fill the missing layers with random weights without a warning.
         raise ConfigError(
-            f"{config.encoder} has {found.num_hidden_layers} layers, but {asked} are to be kept. "
+            f"{config.encoder} has {encoder_config.num_hidden_layers} layers, but the settings keep {requested}. "
             "Lower encoder_layers and decoder_layers."
         )
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
 
     def load(name: str, **options: Any) -> Any:
-        options.pop("trust_remote_code")  # a BERT is Transformers' own
+        options.pop("trust_remote_code")  # BERT's code is in Transformers
         return EncoderDecoderModel.from_encoder_decoder_pretrained(name, name, **options)
 
     sides: dict[str, Any] = {
@@ -108,17 +109,17 @@ def build_generator(config: PretrainConfig) -> tuple[Any, Any]:
 
 
 def reading_objective(reader: GeneratorReader, config: PretrainConfig) -> Reading:
-    """The loss of pretraining, with the learning rates of known and fresh parameters."""
+    """Make the objective of pretraining, with the learning rates of known and fresh parameters."""
     return Reading(reader, rate=config.learning_rate, fresh=FRESH, fresh_factor=config.fresh_factor)
 
 
 def copying_examples(passages: Sequence[Passage]) -> list[ReadingExample]:
-    """Passages to be written out as they stand."""
+    """Make examples in which the generator writes out the passage it reads."""
     return [ReadingExample("", passage, passage.text) for passage in passages]
 
 
 def reading_examples(questions: Sequence[Question], passages: Sequence[Passage]) -> list[ReadingExample]:
-    """Questions with the passage that holds the answer: the first of its gold passages that is among `passages`.
+    """Pair each question with the passage that holds the answer: its first gold passage that is among `passages`.
 
     Raises:
         InputError: no question names a gold passage that is among `passages`.
@@ -132,27 +133,27 @@ def reading_examples(questions: Sequence[Question], passages: Sequence[Passage])
     ]
     if not examples:
         raise InputError(
-            "None of the questions names a gold passage of this corpus (field gold_passage_ids), so reading cannot be "
-            "taught. Give questions made from this corpus."
+            "None of the questions names a gold passage of this corpus (field gold_passage_ids), so the generator "
+            "cannot learn to read. Give questions made from this corpus."
         )
     return examples
 
 
 def read_pairs(questions: Sequence[Question], passages: Sequence[Passage]) -> list[tuple[Question, Passage]]:
-    """Questions with the first of their gold passages that is among `passages`; those that have none are left out."""
+    """Pair each question with its first gold passage that is among `passages`; leave out questions without one."""
     by_id = {passage.id: passage for passage in passages}
     return [(question, by_id[gold]) for question in questions for gold in _first_known(question, by_id)]
 
 
 def _first_known(question: Question, by_id: Mapping[str, Passage]) -> list[str]:
-    """A list of one gold passage, or of none. KILT names headings, too, and a corpus may be a part of a data set's."""
+    """At most one gold passage id. Some are not in `by_id`: KILT also names headings, and a corpus may be partial."""
     return [gold for gold in question.gold_passage_ids if gold in by_id][:1]
 
 
 def copy_then_read(
     copying: Sequence[ReadingExample], step: int, batch: Sequence[Any], config: PretrainConfig
 ) -> Sequence[ReadingExample]:
-    """The examples of a step: passages to copy while `step` ≤ `copy_steps`, then the batch of questions as it is."""
+    """Return the examples of a step: passages to copy while `step` ≤ `copy_steps`, then the batch of questions."""
     if step > config.copy_steps:
         return batch
     rows = np.random.default_rng([config.optimizer.seed, 1, step]).choice(len(copying), len(batch))

@@ -1,7 +1,7 @@
-"""Whether what an artifact holds is what its manifest counts: every row is read, and ids are compared with the inputs'.
+"""Read every row of an artifact, and compare counts with its manifest and ids with its inputs.
 
-The checksums have been compared before (`manifest.py`); what is found here was wrong when it was published, or belongs to
-another artifact.
+The checksums have been compared before (`manifest.py`). So a fault found here was already there when the artifact was
+published, or the artifact does not fit its input.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from rag_core.evaluation.predictions import JSONL, PARQUET, read_predictions
 from rag_core.evaluation.predictions import SCHEMA as PREDICTIONS_SCHEMA
 from rag_core.storage.manifest import MANIFEST, Finding, Manifest
 
-# What readers raise for content that is not theirs: Arrow's, NumPy's and FAISS's errors among them.
+# Errors that readers (ours, Arrow, NumPy, FAISS) raise for content they cannot read.
 UNREADABLE = (RagError, pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, EOFError)
 
 
 def content_findings(
     folder: Path, manifest: Manifest, corpus: Path | None, embeddings: Path | None
 ) -> Iterator[Finding]:
-    """What is wrong with the content of an artifact whose files are those of its manifest.
+    """Faults in the content of an artifact whose files match its manifest.
 
     Args:
         folder: the artifact.
         manifest: its manifest.
-        corpus: the corpus that it was made from, if it is known: ids are compared with it.
-        embeddings: likewise, for an index.
+        corpus: the corpus it was made from, if known; ids are compared with it.
+        embeddings: the embeddings it was made from, if known; not read at present.
     """
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "corpus": lambda: _corpus(folder, manifest),
@@ -51,12 +51,12 @@ def content_findings(
     try:
         yield from check()
     except UNREADABLE as error:
-        yield Finding(".", "unreadable", f"what a {manifest.kind} holds", " ".join(str(error).split()))
+        yield Finding(".", "unreadable", f"readable content of kind {manifest.kind!r}", " ".join(str(error).split()))
 
 
-def _count(file: str, what: str, expected: int | None, found: int) -> Iterator[Finding]:
-    if expected != found:
-        yield Finding(file, "unreadable", f"{expected} {what} (by the manifest)", f"{found} {what}")
+def _compare_counts(file: str, unit: str, expected: int | None, counted: int) -> Iterator[Finding]:
+    if expected != counted:
+        yield Finding(file, "unreadable", f"{expected} {unit} (according to the manifest)", f"{counted} {unit}")
 
 
 def _corpus(folder: Path, manifest: Manifest) -> Iterator[Finding]:
@@ -67,24 +67,24 @@ def _corpus(folder: Path, manifest: Manifest) -> Iterator[Finding]:
         except RagError as error:
             yield Finding(shard.name, "unreadable", "a Parquet file with columns id, title, text", str(error))
             return
-    yield from _count(".", "passages", manifest.counts.get("passages"), rows)
+    yield from _compare_counts(".", "passages", manifest.counts.get("passages"), rows)
     with (folder / REJECTS).open("rb") as file:
-        yield from _count(REJECTS, "rejects", manifest.counts.get("rejects"), sum(1 for _ in file))
+        yield from _compare_counts(REJECTS, "rejects", manifest.counts.get("rejects"), sum(1 for _ in file))
 
 
 def _embeddings(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Finding]:
-    opened, rows = Embeddings(folder, manifest), 0
-    for shard in opened.shards:
+    embeddings, rows = Embeddings(folder, manifest), 0
+    for shard in embeddings.shards:
         with pq.ParquetFile(shard) as file:
-            wanted = pa.list_(pa.from_numpy_dtype(np.dtype(opened.dtype)), opened.dim)
-            found = file.schema_arrow.field("embedding").type
-            if found != wanted:
-                yield Finding(shard.name, "unreadable", f"embedding: {wanted}", f"embedding: {found}")
+            expected_type = pa.list_(pa.from_numpy_dtype(np.dtype(embeddings.dtype)), embeddings.dim)
+            column_type = file.schema_arrow.field("embedding").type
+            if column_type != expected_type:
+                yield Finding(shard.name, "unreadable", f"embedding: {expected_type}", f"embedding: {column_type}")
                 return
             rows += file.metadata.num_rows
-    yield from _count(".", "passages", manifest.counts.get("passages"), rows)
+    yield from _compare_counts(".", "passages", manifest.counts.get("passages"), rows)
     row = 0
-    for ids, vectors_nD in opened.iter_vectors():
+    for ids, vectors_nD in embeddings.iter_vectors():
         bad_n = np.flatnonzero(~np.isfinite(vectors_nD).all(axis=1))
         if len(bad_n):
             yield Finding(
@@ -93,8 +93,7 @@ def _embeddings(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterat
             return
         row += len(ids)
     if corpus is not None:
-        ours = (id for ids, _ in opened.iter_vectors() for id in ids)
-        yield from _same_ids(ours, corpus)
+        yield from _compare_ids((id for ids, _ in embeddings.iter_vectors() for id in ids), corpus)
 
 
 def _index(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Finding]:
@@ -105,9 +104,9 @@ def _index(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Fi
     from rag_core.index.retriever import shard_ranges
 
     total = 0
-    for one in shard_ranges(manifest):
-        shard = folder / one.folder
-        name = (Path(one.folder) / "index.faiss").as_posix()
+    for shard_range in shard_ranges(manifest):
+        shard = folder / shard_range.folder
+        name = (Path(shard_range.folder) / "index.faiss").as_posix()
         indexed = faiss.read_index(str(folder / name), faiss.IO_FLAG_MMAP)
         vectors_nD = np.load(shard / "vectors.npy", mmap_mode="r", allow_pickle=False)
         passages = len(PassageStore(shard / "passages.arrow"))
@@ -122,29 +121,29 @@ def _index(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Fi
             yield Finding(
                 name,
                 "unreadable",
-                f"{manifest.details['dim']} dimensions (by the manifest)",
+                f"{manifest.details['dim']} dimensions (according to the manifest)",
                 f"{indexed.d} dimensions, vectors of {vectors_nD.shape[1]}",
             )
-        if one.folder and passages != one.rows:
-            yield from _count(one.folder, "passages", one.rows, passages)
+        if shard_range.folder and passages != shard_range.rows:
+            yield from _compare_counts(shard_range.folder, "passages", shard_range.rows, passages)
         total += passages
     if total != manifest.counts.get("passages"):
-        yield from _count(".", "passages", manifest.counts.get("passages"), total)
+        yield from _compare_counts(".", "passages", manifest.counts.get("passages"), total)
         return
     index = PassageIndex(folder, manifest)
     if corpus is not None:
         starts = range(0, len(index), 4096)
-        ours = (
+        ids = (
             passage.id
             for start in starts
             for passage in index.passages_of(np.arange(start, min(start + 4096, len(index)))[None])[0]
         )
-        yield from _same_ids(ours, corpus)
+        yield from _compare_ids(ids, corpus)
 
 
-def _same_ids(ours: Iterator[str], corpus: Path) -> Iterator[Finding]:
-    theirs = (passage.id for passage in Corpus.open(corpus, check_content=False).iter_passages())
-    for row, (id, expected) in enumerate(zip_longest(ours, theirs), 1):
+def _compare_ids(ids: Iterator[str], corpus: Path) -> Iterator[Finding]:
+    corpus_ids = (passage.id for passage in Corpus.open(corpus, check_content=False).iter_passages())
+    for row, (id, expected) in enumerate(zip_longest(ids, corpus_ids), 1):
         if id != expected:
             yield Finding(".", "unreadable", f"row {row} has id {expected!r}, as in {corpus}", f"id {id!r}")
             return
@@ -169,9 +168,9 @@ def _predictions(folder: Path, manifest: Manifest) -> Iterator[Finding]:
     if not table.schema.equals(PREDICTIONS_SCHEMA):
         yield Finding(PARQUET, "unreadable", f"columns {PREDICTIONS_SCHEMA.names}", f"columns {table.schema.names}")
         return
-    yield from _count(PARQUET, "questions", manifest.counts.get("questions"), table.num_rows)
+    yield from _compare_counts(PARQUET, "questions", manifest.counts.get("questions"), table.num_rows)
     rows = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
-    for number, (ours, theirs) in enumerate(zip_longest(read_predictions(folder), rows), 1):
-        if ours != theirs:
-            yield Finding(JSONL, "unreadable", f"line {number} equals row {number} of {PARQUET}", "they differ")
+    for number, (line, row) in enumerate(zip_longest(read_predictions(folder), rows), 1):
+        if line != row:
+            yield Finding(JSONL, "unreadable", f"line {number} equal to row {number} of {PARQUET}", "they differ")
             return

@@ -1,4 +1,4 @@
-"""What `rag verify` asks of an artifact in an object store: every object read and compared, and damaged ones replaced."""
+"""`rag verify` for an artifact in an object store: read and compare every object, and replace damaged ones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rag_core.storage.draft import finished_file
 from rag_core.storage.manifest import MANIFEST, Finding, Manifest, examine_file, sha256_of_file
 from rag_core.storage.object_store import download, download_plain, list_objects, upload
 from rag_core.storage.places import ObjectPath
-from rag_core.storage.stored_artifact import cache_folder, copy_folder, files_place, needed_manifest
+from rag_core.storage.stored_artifact import cache_folder, copy_folder, files_place, require_manifest
 
 
 def stored_artifacts_below(place: ObjectPath) -> list[ObjectPath]:
     """The places at or below `place` that have a manifest."""
-    found = [PurePosixPath(name).parent for name in list_objects(place) if PurePosixPath(name).name == MANIFEST]
-    return [place / one for one in sorted(found) if not any(part.startswith("files-") for part in one.parts)]
+    folders = [PurePosixPath(name).parent for name in list_objects(place) if PurePosixPath(name).name == MANIFEST]
+    return [place / folder for folder in sorted(folders) if not any(part.startswith("files-") for part in folder.parts)]
 
 
 def stored_findings(place: ObjectPath, manifest: Manifest) -> Iterator[Finding]:
-    """What is wrong with the objects themselves; every one is read, wherever copies of it may be."""
+    """Faults of the objects in the store. Every object is read from the store, even if the cache has a copy."""
     files = files_place(place, manifest)
     sizes = list_objects(place)
     scratch = cache_folder(place) / "verify"
@@ -33,26 +33,27 @@ def stored_findings(place: ObjectPath, manifest: Manifest) -> Iterator[Finding]:
                 yield Finding(stored, "size", f"{entry.bytes} bytes", f"{sizes[stored]} bytes")
             else:
                 download_plain(files / name, scratch)
-                if (found := sha256_of_file(scratch)) != entry.sha256:
-                    yield Finding(stored, "content", entry.sha256, found)
+                if (sha256 := sha256_of_file(scratch)) != entry.sha256:
+                    yield Finding(stored, "content", entry.sha256, sha256)
     finally:
         scratch.unlink(missing_ok=True)
     known = {MANIFEST, *(f"{files.name}/{name}" for name in manifest.files)}
     for name in sorted(set(sizes) - known):
-        yield Finding(name, "foreign", "no such object", "the manifest does not name it")
+        yield Finding(name, "foreign", "no such object", "the manifest does not list it")
 
 
 def replace_damaged(place: ObjectPath, make_again: Callable[[Path], list[str]]) -> list[str]:
-    """Upload damaged objects again, from the local copy or made again there; returns their names.
+    """Upload damaged objects again from the local copy, whose own damaged files are made again; returns their names.
 
     Args:
         place: the artifact.
         make_again: makes the damaged or missing files of a local artifact again.
     """
-    stored = needed_manifest(place)
+    stored = require_manifest(place)
     manifest, files = stored.manifest, files_place(place, stored.manifest)
     start = f"{files.name}/"
-    damaged = [one.file.removeprefix(start) for one in stored_findings(place, manifest) if one.state != "foreign"]
+    findings = stored_findings(place, manifest)
+    damaged = [finding.file.removeprefix(start) for finding in findings if finding.state != "foreign"]
     if not damaged:
         return []
     copy = copy_folder(place, manifest)

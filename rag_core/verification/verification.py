@@ -1,4 +1,4 @@
-"""`rag verify`: all that is wrong with an artifact, or with every artifact below a folder."""
+"""`rag verify`: list all faults of an artifact, or of every artifact below a folder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rag_core.storage.places import ObjectPath, as_place
 from rag_core.verification.contents import content_findings
 from rag_core.verification.stored import stored_artifacts_below, stored_findings
 
-# In the order in which they are made: what is repaired first may be needed for what follows.
+# In the order in which they are made, because a repair may need the artifacts before it.
 ORDER = ("corpus", "embeddings", "index", "generator", "rag-model", "predictions")
 NOT_REPAIRED = ("outside", "foreign", "manifest")
 
 
 @dataclass
 class Report:
-    """What was found out about one artifact; `manifest` is None where it cannot be read."""
+    """Findings about one artifact; `manifest` is None if it cannot be read."""
 
     path: Path
     manifest: Manifest | None
@@ -34,7 +34,7 @@ class Report:
         if finding.state == "foreign":
             return "Move it elsewhere; repair leaves it alone."
         if self.manifest is None:
-            return "Run the command that made it again; what it holds is not trusted."
+            return "Run the command that made it again; its content cannot be trusted."
         again = f"make it again: {command_for(self.path, self.manifest)}"
         damaged = finding.state in ("missing", "size", "content") or finding.file != "."
         if self.manifest.kind in REPAIRABLE and finding.state not in NOT_REPAIRED and damaged:
@@ -43,9 +43,9 @@ class Report:
 
 
 def artifacts_below(path: Path) -> list[Path]:
-    """The artifact at `path`, or all those below it, in the order in which they are made.
+    """The artifact at `path`, or all artifacts below it, in the order in which they are made.
 
-    A folder that a stage has made, and that has lost its manifest, counts as one.
+    A folder that a stage made but that lost its manifest counts as an artifact.
 
     Raises:
         ArtifactError: there is none.
@@ -58,18 +58,19 @@ def artifacts_below(path: Path) -> list[Path]:
         return sorted(stored, key=_stage)
     if not path.is_dir():
         raise ArtifactError(f"There is no folder {path}. Give an artifact's folder, or one that holds artifacts.")
-    found: list[Path] = []
-    for folder, folders, files in os.walk(path):
+    artifacts: list[Path] = []
+    for folder, subfolders, files in os.walk(path):
         place = Path(folder)
         if MANIFEST in files or (place.parent / f".{place.name}.mlflow-run").is_file():
-            found.append(place)
-            folders.clear()
-        folders[:] = sorted(one for one in folders if not one.startswith("."))
-    if not found:
+            artifacts.append(place)
+            subfolders.clear()
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    if not artifacts:
         raise ArtifactError(
-            f"{path} holds no artifact: no {MANIFEST} in it or below. Correct the path, or run the command that makes it."
+            f"{path} holds no artifact: no {MANIFEST} in it or below. "
+            "Correct the path, or run the command that makes it."
         )
-    return sorted(found, key=_stage)
+    return sorted(artifacts, key=_stage)
 
 
 def _stage(path: Path) -> int:
@@ -79,13 +80,13 @@ def _stage(path: Path) -> int:
         return len(ORDER)
 
 
-def verify(path: Path, given: GivenInputs | None = None) -> Report:
+def verify(path: Path, inputs: GivenInputs | None = None) -> Report:
     """Check one artifact completely: manifest, every file's presence, size and SHA-256, foreign files, and content.
 
-    Content is read only where the files are right. Ids are compared with the corpus's where that is found.
+    Content is read only if the files are right. Ids are compared with those of the corpus if the corpus is found.
 
     Raises:
-        ArtifactError: `given` names a corpus or embeddings that the artifact was not made from.
+        ArtifactError: `inputs` names a corpus or embeddings that the artifact was not made from.
     """
     place = as_place(path)
     try:
@@ -93,16 +94,17 @@ def verify(path: Path, given: GivenInputs | None = None) -> Report:
     except ArtifactError as error:
         return Report(path, None, [Finding(MANIFEST, "manifest", "a manifest of schema version 1", str(error))])
     if isinstance(place, ObjectPath):
-        found = list(stored_findings(place, manifest))
+        findings = list(stored_findings(place, manifest))
     else:
-        found = [*examine_files(place, manifest, check_content=True), *foreign_files(place, manifest)]
-    report = Report(place, manifest, found)
-    if any(one.state != "foreign" for one in found):
+        findings = [*examine_files(place, manifest, check_content=True), *foreign_files(place, manifest)]
+    report = Report(place, manifest, findings)
+    if any(finding.state != "foreign" for finding in findings):
         return report
-    inputs: dict[str, Path | None] = {}
+    inputs = inputs or GivenInputs()
+    paths: dict[str, Path | None] = {}
     for kind in ("corpus", "embeddings"):
-        inputs[kind] = find_input(place, manifest, kind, given or GivenInputs()) if kind in manifest.made_from else None
-        if manifest.kind in ("embeddings", "index") and kind == "corpus" and inputs[kind] is None:
+        paths[kind] = find_input(place, manifest, kind, inputs) if kind in manifest.made_from else None
+        if manifest.kind in ("embeddings", "index") and kind == "corpus" and paths[kind] is None:
             report.notes.append(f"the {kind} that it was made from was not found, so ids were not compared with it")
-    report.findings += content_findings(local_copy(place), manifest, inputs["corpus"], inputs["embeddings"])
+    report.findings += content_findings(local_copy(place), manifest, paths["corpus"], paths["embeddings"])
     return report

@@ -1,5 +1,5 @@
-"""What a command needs from outside is looked at before its work begins: variables, folders, servers.
+"""Check what a command needs from outside before its work starts: variables, folders, servers.
 
-One module a service; each check returns nothing, or raises a ConfigError of one paragraph within 20 seconds. `rag doctor`
-shows the same words.
+One module per service. A check returns nothing, or raises within 20 seconds a ConfigError of one paragraph, which
+`rag doctor` shows too.
 """

@@ -1,4 +1,4 @@
-"""A SQLite file that MLflow is to keep runs in: whether it is one, of this release, and can be written."""
+"""Check the SQLite file in which MLflow keeps runs: is it MLflow's, of this release, and writable?"""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from urllib.parse import quote, unquote, urlsplit
 
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import without_credentials
+from tasks.environment.mlflow_internals import finish_tables, migrations
 from tasks.environment.variables import writable_folder
 
 HEADER = b"SQLite format 3\x00"
-# Two runs write in turns; a lock that lasts longer is somebody's who stays.
+# Runs lock the file only for the moment of a write; a longer lock is held by another program.
 LOCK_SECONDS = 8.0
 
 
 def check_database_file(uri: str, experiment: str) -> None:
-    """Whether runs of that experiment can be written to the file; one that is not there is made later.
+    """Check that runs of the experiment can be written to the file. A missing file passes, because it is made later.
+
+    The check never changes the file.
 
     Raises:
-        ConfigError: it is a folder, no database, another program's, of another release of MLflow, locked or not
-            writable, or the experiment was deleted. The file has not been changed.
+        ConfigError: the file is a folder, not a SQLite database, damaged, locked or not writable; it belongs to another
+            program or another release of MLflow; or the experiment was deleted.
     """
     file = _file_of(uri)
     if file is None:  # in memory
@@ -43,39 +46,39 @@ def check_database_file(uri: str, experiment: str) -> None:
             file, f"cannot be read ({(error.strerror or '').lower()})", "Correct its permissions"
         ) from error
     if header and header != HEADER:
-        raise _unusable(file, "is no SQLite database", "Move it away")
+        raise _unusable(file, "is not a SQLite database", "Move it away")
     if not os.access(file, os.W_OK) or not os.access(file.parent, os.W_OK):
         raise _unusable(file, "or its folder is read-only", "Correct the permissions")
     try:
         _check_content(file, uri, experiment)
     except sqlite3.OperationalError as error:
         if "locked" in str(error) or "busy" in str(error):
-            found, remedy = f"has been locked by another program for {LOCK_SECONDS:g} s", "End that program"
+            problem, remedy = f"has been locked by another program for {LOCK_SECONDS:g} s", "End that program"
         else:
-            found, remedy = f"cannot be used ({error})", "Correct its permissions, or move it away"
-        raise _unusable(file, found, remedy) from error
+            problem, remedy = f"cannot be used ({error})", "Correct its permissions, or move it away"
+        raise _unusable(file, problem, remedy) from error
     except sqlite3.DatabaseError as error:
-        raise _unusable(file, f"is damaged ({error})", "Move it away, or take a copy back") from error
+        raise _unusable(file, f"is damaged ({error})", "Move it away, or restore a backup") from error
 
 
-def deleted_experiment(experiment: str, number: str, uri: str) -> ConfigError:
-    """Runs of an experiment that was deleted cannot be written."""
+def deleted_experiment(experiment: str, experiment_id: str, uri: str) -> ConfigError:
+    """The error for an experiment that was deleted: MLflow refuses new runs in it."""
     shown = without_credentials(uri)
     return ConfigError(
         f"MLflow's experiment {experiment!r} at {shown} was deleted, so no run can be written to it. Restore it "
-        f"(MLFLOW_TRACKING_URI={shown} mlflow experiments restore --experiment-id {number}), or set MLFLOW_EXPERIMENT_NAME "
-        "to another name."
+        f"(MLFLOW_TRACKING_URI={shown} mlflow experiments restore --experiment-id {experiment_id}), or set "
+        "MLFLOW_EXPERIMENT_NAME to another name."
     )
 
 
 @contextlib.contextmanager
-def made_by_one(uri: str) -> Iterator[None]:
-    """Around what makes the tables where they are missing: one process at a time, and one that was killed is gone on for.
+def creation_lock(uri: str) -> Iterator[None]:
+    """Hold a lock while MLflow creates a SQLite store's tables, and first complete those that a killed process left.
 
-    MLflow's client takes no lock, so two commands that are started in a new folder would both make them.
+    MLflow's client takes no lock, so two commands started in a new folder would both create the tables.
 
     Raises:
-        ConfigError: what a killed process left cannot be gone on with.
+        ConfigError: the tables that a killed process left cannot be completed.
     """
     from mlflow.utils.file_utils import ExclusiveFileLock
 
@@ -86,12 +89,12 @@ def made_by_one(uri: str) -> Iterator[None]:
     name = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
     with ExclusiveFileLock(f"{tempfile.gettempdir()}/rag-mlflow-{os.getuid()}-{name}.lock"):
         if file.is_file() and _is_unfinished(file):
-            _finish_making(file, uri)
+            _finish_tables(file, uri)
         yield
 
 
 def _is_unfinished(file: Path) -> bool:
-    """Whether the process that made the database was killed: MLflow writes an experiment at the end."""
+    """Whether creating the database was interrupted: MLflow writes the first experiment last."""
     with contextlib.closing(_connected(file)) as connection:
         tables = _tables(connection)
         return "experiments" in tables and _is_empty(connection)
@@ -124,47 +127,37 @@ def _check_content(file: Path, uri: str, experiment: str) -> None:
         connection.close()
 
 
-def _finish_making(file: Path, uri: str) -> None:
-    """Go on with MLflow's migrations where they stopped. No run can be in the database yet."""
+def _finish_tables(file: Path, uri: str) -> None:
+    """Continue MLflow's migrations where they stopped. No run can be in the database yet."""
     import sqlalchemy
     from alembic.util import CommandError
-    from mlflow.store.db.utils import (
-        _get_latest_schema_revision,
-        _get_schema_version,
-        _safe_initialize_tables,
-        _upgrade_db,
-    )
 
     engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
     try:
-        _safe_initialize_tables(engine)
-        if _get_schema_version(engine) != _get_latest_schema_revision():
-            _upgrade_db(engine)
+        finish_tables(engine)
     except (sqlalchemy.exc.SQLAlchemyError, CommandError) as error:
         raise _unusable(
             file,
-            "is half made, and cannot be gone on with",
-            "If no other command is at it, delete it: no run is in it yet",
+            "was only partly created, and its creation cannot be completed",
+            "If no other command is creating it now, delete it: it holds no run yet",
         ) from error
 
 
 def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path) -> None:
-    from alembic.script import ScriptDirectory
-    from mlflow.store.db.utils import _get_alembic_config
     from mlflow.version import VERSION
 
     rows = connection.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else ()
-    found = {revision for (revision,) in rows}
-    scripts = ScriptDirectory.from_config(_get_alembic_config(db_url=""))
-    if found == set(scripts.get_heads()):
+    revisions = {revision for (revision,) in rows}
+    scripts = migrations()
+    if revisions == set(scripts.get_heads()):
         return
-    if found <= {script.revision for script in scripts.walk_revisions()}:
-        if _is_empty(connection):  # its making goes on, or will be gone on with
+    if revisions <= {script.revision for script in scripts.walk_revisions()}:
+        if _is_empty(connection):  # another process is creating it now, or `creation_lock` will complete it
             return
         raise _unusable(
             file,
             f"was written by an older release of MLflow than {VERSION}",
-            f"Take a copy of it, then run: mlflow db upgrade sqlite:///{file}",
+            f"Back it up, then run: mlflow db upgrade sqlite:///{file}",
         )
     raise _unusable(
         file,
@@ -175,9 +168,9 @@ def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path)
 
 def _check_experiment(connection: sqlite3.Connection, experiment: str, uri: str) -> None:
     query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
-    for number, stage in connection.execute(query, (experiment,)):
+    for experiment_id, stage in connection.execute(query, (experiment,)):
         if stage == "deleted":
-            raise deleted_experiment(experiment, str(number), uri)
+            raise deleted_experiment(experiment, str(experiment_id), uri)
 
 
 def _file_of(uri: str) -> Path | None:
@@ -185,8 +178,8 @@ def _file_of(uri: str) -> Path | None:
     return Path(unquote(path)).absolute() if path and path != ":memory:" else None
 
 
-def _unusable(file: Path, found: str, remedy: str) -> ConfigError:
+def _unusable(file: Path, problem: str, remedy: str) -> ConfigError:
     return ConfigError(
-        f"MLflow's database {file} {found}, so no run can be written to it. Nothing was begun. {remedy}, or set "
+        f"MLflow's database {file} {problem}, so no run can be written to it. No work was started. {remedy}, or set "
         "MLFLOW_TRACKING_URI to another store, such as sqlite:///runs.db."
     )

@@ -1,7 +1,7 @@
-"""The store of MLflow's runs before it is used: a server, a database file, or something that is no store any more.
+"""Check MLflow's tracking store before it is used: a server, a database, or a folder of an older release.
 
-MLflow itself tries a database that is not there for an hour, changes an older one without asking, and makes its tables in
-the database of another program.
+Without this check MLflow retries an unreachable database for an hour, migrates an older one without asking, and creates
+its tables in another program's database.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from urllib.parse import urlsplit
 
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import check_address, without_credentials
-from rag_core.network.server_probe import GRACE, SECONDS, reason_of, what_answers, within
+from rag_core.network.server_probe import GRACE, SECONDS, describe_response, reason_of, within
 from tasks.environment.mlflow_database import check_database_file, deleted_experiment
+from tasks.environment.mlflow_internals import store_schemes
 
 SERVERS, DATABASES = ("http", "https"), ("postgresql", "mysql", "mssql")
 EXAMPLES = "http://127.0.0.1:5000 or sqlite:///mlflow.db"
-NAME_QUESTION = "/api/2.0/mlflow/experiments/get-by-name"
+EXPERIMENT_BY_NAME = "/api/2.0/mlflow/experiments/get-by-name"
 INSTEAD = "or unset MLFLOW_TRACKING_URI: runs are then kept in mlflow.db in the current folder"
 CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 def check_store(uri: str, experiment: str) -> None:
-    """Whether runs of that experiment can be written to the store.
+    """Check that runs of the experiment can be written to the store. The check never changes the store.
 
     Args:
-        uri: as MLflow understands it.
+        uri: the tracking URI, as MLflow understands it.
         experiment: name of the experiment; it need not exist.
 
     Raises:
-        ConfigError: they cannot; nothing in the store has been changed.
+        ConfigError: no run can be written there.
     """
     scheme = urlsplit(uri).scheme.lower() if "://" in uri or uri.startswith("file:") else ""
     kind = scheme.partition("+")[0]
@@ -52,11 +53,12 @@ def check_store(uri: str, experiment: str) -> None:
 
 
 def check_server_is_there() -> None:
-    """Whether anybody answers at MLFLOW_TRACKING_URI, in whatever way. For before other services are started: it takes no
-    import of MLflow, which takes seconds.
+    """Check that some server answers at MLFLOW_TRACKING_URI, whatever its answer.
+
+    This runs before other services are started. It does not import MLflow, which would take seconds.
 
     Raises:
-        ConfigError: nobody does.
+        ConfigError: no server answers.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if urlsplit(uri).scheme.lower() not in SERVERS:
@@ -69,7 +71,7 @@ def check_server_is_there() -> None:
     except urllib.error.HTTPError:
         return
     except (OSError, ValueError, http.client.HTTPException) as error:
-        if not isinstance(getattr(error, "reason", error), ssl.SSLError):  # what is trusted, MLflow's own settings say
+        if not isinstance(getattr(error, "reason", error), ssl.SSLError):  # MLflow has own settings for certificates
             raise _not_there(_shown(uri), error) from error
 
 
@@ -84,7 +86,7 @@ def _check_server(uri: str, experiment: str) -> None:
     def ask() -> Any:
         limits = {"max_retries": 0, "timeout": SECONDS, "raise_on_status": False}
         names = {"experiment_name": experiment}
-        return http_request(get_default_host_creds(uri), NAME_QUESTION, "GET", params=names, **limits)
+        return http_request(get_default_host_creds(uri), EXPERIMENT_BY_NAME, "GET", params=names, **limits)
 
     try:
         response = within(SECONDS + GRACE, ask)
@@ -99,23 +101,23 @@ def _shown(uri: str) -> str:
 
 def _not_there(shown: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{shown} does not answer ({reason_of(error)}). Nothing was begun. Start it, correct the address, {INSTEAD}."
+        f"{shown} does not answer ({reason_of(error)}). No work was started. Start it, correct the address, {INSTEAD}."
     )
 
 
 def _check_answer(response: Any, shown: str, uri: str, experiment: str) -> None:
     status, kind = response.status_code, response.headers.get("content-type", "")
     if status in (401, 403):
-        given = [name for name in CREDENTIALS if os.environ.get(name)]
-        had = f"refuses what {' and '.join(given)} say" if given else "asks who we are"
+        variables = [name for name in CREDENTIALS if os.environ.get(name)]
+        problem = f"rejects the value of {' and '.join(variables)}" if variables else "asks for credentials"
         raise ConfigError(
-            f"{shown} {had} (answer {status}). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            f"MLFLOW_TRACKING_TOKEN, to what it knows, {INSTEAD}."
+            f"{shown} {problem} (answer {status}). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            f"MLFLOW_TRACKING_TOKEN, to credentials that it accepts, {INSTEAD}."
         )
     if status >= 500 or status == 429:
         raise ConfigError(
-            f"{shown} {what_answers(status, kind)}: it is not well, or something before it is. Nothing was begun. Look at its "
-            f"log, {INSTEAD}."
+            f"{shown} {describe_response(status, kind)}: the server, or a proxy in front of it, has a problem. No work "
+            f"was started. Look at its log, {INSTEAD}."
         )
     try:
         content = response.json()
@@ -123,10 +125,10 @@ def _check_answer(response: Any, shown: str, uri: str, experiment: str) -> None:
         content = None
     known = isinstance(content, dict) and ("experiment" in content or "error_code" in content)
     if not known or not (status == 200 or content["error_code"] == "RESOURCE_DOES_NOT_EXIST"):
-        said = f" ({content['error_code']})" if known and "error_code" in content else ""
+        code = f" ({content['error_code']})" if known and "error_code" in content else ""
         raise ConfigError(
-            f"{shown} {what_answers(status, kind)}{said}, so there is no MLflow of ours at that address. Correct it (the page "
-            f"that a browser shows, without what follows #), {INSTEAD}."
+            f"{shown} {describe_response(status, kind)}{code}, so it is not an MLflow server that we can use. Correct "
+            f"the address (copy it from a browser that shows MLflow's page, up to the #), {INSTEAD}."
         )
     if status == 200 and content["experiment"].get("lifecycle_stage") == "deleted":
         raise deleted_experiment(experiment, content["experiment"]["experiment_id"], uri)
@@ -139,18 +141,18 @@ def _check_folder(uri: str) -> None:
         return
     folder = without_credentials(uri).removeprefix("file://").removeprefix("file:")
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        found = f"MLFLOW_TRACKING_URI is {without_credentials(uri)!r}, a folder"
+        problem = f"MLFLOW_TRACKING_URI is {without_credentials(uri)!r}, a folder"
     else:
-        found = f"{folder} holds MLflow runs of an older release"
+        problem = f"{folder} holds MLflow runs of an older release"
     raise ConfigError(
-        f"{found}, and MLflow keeps runs in folders no more. To take the runs along: mlflow migrate-filestore --source "
-        f"{folder} --target sqlite:///mlflow.db; to leave them there, or after that: set "
-        "MLFLOW_TRACKING_URI=sqlite:///mlflow.db (MLFLOW_ALLOW_FILE_STORE=true uses the folder all the same)."
+        f"{problem}, and MLflow no longer keeps runs in folders. To take the runs along, first run: mlflow "
+        f"migrate-filestore --source {folder} --target sqlite:///mlflow.db. In any case set "
+        "MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or MLFLOW_ALLOW_FILE_STORE=true to use the folder all the same."
     )
 
 
 def _check_database_server(uri: str, kind: str) -> None:
-    """One attempt, where MLflow's own go on for an hour."""
+    """Connect once. MLflow itself would retry for an hour."""
     import sqlalchemy
 
     shown = f"MLflow's database at {without_credentials(uri)} (MLFLOW_TRACKING_URI)"
@@ -161,36 +163,36 @@ def _check_database_server(uri: str, kind: str) -> None:
         within(SECONDS + GRACE, lambda: engine.connect().close())
     except ImportError as error:
         raise ConfigError(
-            f"{shown} needs the Python package {error.name or 'of its driver'}, which is not installed. Install it, {INSTEAD}."
+            f"{shown} needs the Python package {error.name or 'of its driver'}, which is not installed. Install it, "
+            f"{INSTEAD}."
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, OSError, ValueError) as error:
         reason = "no such address" if isinstance(error, sqlalchemy.exc.ArgumentError) else type(error).__name__
         raise ConfigError(
-            f"{shown} does not let us in ({reason}). Nothing was begun. Start it, correct address, user and password, "
-            f"{INSTEAD}."
+            f"Connecting to {shown} failed ({reason}). No work was started. Start it, correct address, user and "
+            f"password, {INSTEAD}."
         ) from error
 
 
 def _check_other(uri: str, kind: str) -> None:
-    """Databricks, and what plugins of MLflow's know."""
+    """Check Databricks, or a store that an MLflow plugin provides."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
-    from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-    known = sorted({*SERVERS, *DATABASES, "sqlite", *_tracking_store_registry._registry} - {"", "file"})
+    known = sorted({*SERVERS, *DATABASES, "sqlite", *store_schemes()} - {"", "file"})
     shown = without_credentials(uri)
     if (kind or uri.partition(":")[0]) not in known:
-        near = difflib.get_close_matches(kind, known, 1)
-        meant = f" (is {near[0]}:// meant?)" if near else ""
+        matches = difflib.get_close_matches(kind, known, 1)
+        suggestion = f" (is {matches[0]}:// meant?)" if matches else ""
         raise ConfigError(
-            f"MLFLOW_TRACKING_URI is {shown!r}: MLflow does not know {kind}://{meant}. Give the address of a server "
-            f"(http://…) or of a database (sqlite:///mlflow.db), {INSTEAD}."
+            f"MLFLOW_TRACKING_URI is {shown!r}: MLflow does not know {kind}://{suggestion}. Set it to the address of a "
+            f"server (http://…) or of a database (sqlite:///mlflow.db), {INSTEAD}."
         )
     try:
         within(SECONDS + GRACE, lambda: MlflowClient(uri).search_experiments(max_results=1))
     except Exception as error:  # a plugin's own, or Databricks'
-        said = str(error).partition(". ")[0].strip() if isinstance(error, MlflowException) else reason_of(error)
+        reason = str(error).partition(". ")[0].strip() if isinstance(error, MlflowException) else reason_of(error)
         raise ConfigError(
-            f"MLflow cannot use {shown} (MLFLOW_TRACKING_URI): {said}. Give it what it needs to log in (for "
-            f"Databricks DATABRICKS_HOST and DATABRICKS_TOKEN), {INSTEAD}."
+            f"MLflow cannot use {shown} (MLFLOW_TRACKING_URI): {reason}. Set its credentials (for Databricks "
+            f"DATABRICKS_HOST and DATABRICKS_TOKEN), {INSTEAD}."
         ) from error

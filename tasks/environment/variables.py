@@ -1,4 +1,4 @@
-"""Variables that hold a number, a folder, a name or a secret. An empty one counts as one that is not set."""
+"""Check environment variables that hold a number, a folder, a name or a secret. An empty one counts as unset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rag_core.errors import ConfigError
 from rag_core.network.addresses import check_address
 from rag_core.storage.writer_lock import wait_setting
 
-# As MLflow has it.
+# MLflow's own limit, in characters.
 LONGEST_EXPERIMENT_NAME = 500
 _TRUTHS = {"1", "ON", "YES", "TRUE", "0", "OFF", "NO", "FALSE"}
 
@@ -20,7 +20,7 @@ Check = Callable[[str, str], None]
 
 
 def seconds(name: str, text: str) -> None:
-    """A number of seconds from 0 to inf."""
+    """Check for a number of seconds, 0 to inf."""
     try:
         number = float(text)
     except ValueError:
@@ -30,7 +30,7 @@ def seconds(name: str, text: str) -> None:
 
 
 def whole_seconds(name: str, text: str) -> None:
-    """A whole number of seconds, 1 or more."""
+    """Check for a whole number of seconds, 1 or more."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise ConfigError(
             f"{name} is {text!r}; a whole number of seconds from 1 was expected, such as 10. Correct or unset it."
@@ -38,63 +38,63 @@ def whole_seconds(name: str, text: str) -> None:
 
 
 def writable_folder(name: str, text: str) -> None:
-    """A folder that may be written, or made: nothing is left there by looking."""
-    there = Path(text).expanduser().absolute()
-    while not os.path.lexists(there):
-        there = there.parent
+    """Check for a folder that can be written to, or created. The check leaves nothing behind."""
+    existing = Path(text).expanduser().absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
     problem = ""
-    if not there.is_dir():
-        problem = f"{there} is no folder"
+    if not existing.is_dir():
+        problem = f"{existing} is not a folder"
     else:
         try:
-            with tempfile.TemporaryFile(dir=there):
+            with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            problem = f"nothing can be written in {there} ({(error.strerror or str(error)).lower()})"
+            problem = f"nothing can be written in {existing} ({(error.strerror or str(error)).lower()})"
     if problem:
-        raise ConfigError(f"{name} is {text!r}, but {problem}. Set it to a folder that you may write in, or unset it.")
+        raise ConfigError(f"{name} is {text!r}, but {problem}. Set it to a folder that you may write to, or unset it.")
 
 
 def folder(name: str, text: str) -> None:
-    """A folder that is there, or can be made."""
+    """Check for a folder that exists or can be created."""
     if not Path(text).expanduser().is_dir():
         writable_folder(name, text)
 
 
 def truth(name: str, text: str) -> None:
-    """Yes or no, in one of the words that the hub's library takes for yes, or their opposites."""
+    """Check for yes or no: the hub's library's words for yes, or their opposites."""
     if text.strip().upper() not in _TRUTHS:
         raise ConfigError(f"{name} is {text!r}; 1 or 0 was expected. Correct or unset it.")
 
 
 def http_address(name: str, text: str) -> None:
-    """The address of a server that speaks HTTP."""
+    """Check for the address of an HTTP server."""
     check_address(name, text, ("http", "https"), "https://huggingface.co")
 
 
 def experiment_name(name: str, text: str) -> None:
-    """A name that MLflow takes."""
-    problem = f"{len(text)} characters, MLflow takes {LONGEST_EXPERIMENT_NAME}" * (len(text) > LONGEST_EXPERIMENT_NAME)
+    """Check for an experiment name that MLflow accepts."""
+    problem = f"{len(text)} characters, MLflow allows {LONGEST_EXPERIMENT_NAME}" * (len(text) > LONGEST_EXPERIMENT_NAME)
     problem = problem or "control characters in it" * (not text.isprintable())
     if problem:
         raise ConfigError(f"{name} is {text[:60]!r}, a name with {problem}. Choose another name, or unset it.")
 
 
 def secret(name: str, text: str) -> None:
-    """What can travel in a header of HTTP. The value is not shown."""
+    """Check for text that fits into an HTTP header. Messages never show the value."""
     if not (text.strip("\r\n").isprintable() and text.isascii()):
         raise ConfigError(
-            f"{name} holds a line break or a character that is not ASCII, which no such secret does. Copy it again, or "
-            "unset it."
+            f"{name} holds a line break, a control character or a non-ASCII character, which no such secret does. "
+            "Copy it again, or unset it."
         )
 
 
 def waiting(name: str, text: str) -> None:
-    """The setting of the writer lock, which has words of its own."""
+    """Check RAG_WAIT_SECONDS with the writer lock's own check and message."""
     wait_setting()
 
 
-# The hub's library reads its own when it is imported; a number of seconds that is none would be a traceback there.
+# The hub's library reads its variables when it is imported; there a wrong number of seconds would end in a traceback.
 FOR_EVERY_COMMAND: dict[str, Check] = {
     "RAG_WAIT_SECONDS": waiting,
     "RAG_CACHE": writable_folder,
@@ -113,7 +113,7 @@ FOR_STAGES: dict[str, Check] = {
     "PREFECT_API_KEY": secret,
     "RAY_AUTH_TOKEN": secret,
 }
-# Others that are read by the tools themselves, some of which take an empty one for a value.
+# Variables that only the tools read. Some tools take an empty one for a value.
 OTHERS = (
     "AWS_ENDPOINT_URL",
     "AWS_PROFILE",
@@ -129,7 +129,7 @@ OTHERS = (
 
 
 def check_variables(checks: Mapping[str, Check]) -> None:
-    """Look at those that are set.
+    """Check the variables that are set.
 
     Raises:
         ConfigError: a value is wrong; the message names the variable.
@@ -141,7 +141,7 @@ def check_variables(checks: Mapping[str, Check]) -> None:
 
 
 def forget_empty_ones() -> None:
-    """Unset what is set to nothing: MLflow and boto would take it for a value."""
+    """Unset empty variables: MLflow and boto would take them for values."""
     for name in (*FOR_EVERY_COMMAND, *FOR_STAGES, *OTHERS):
         if name in os.environ and not os.environ[name].strip():
             del os.environ[name]

@@ -1,7 +1,8 @@
-"""Questions to parts of predictions, on Ray's long-lived workers.
+"""Answers questions on Ray's long-lived workers, one shard of questions at a time.
 
-Workers load the model and map the index once, retrieve (unless the file brings its own contexts) and decode, one shard of
-questions at a time. A worker imports this module and neither Prefect nor MLflow, which would take it seconds.
+A worker loads the model and maps the index once. For each shard it retrieves (unless the questions bring their
+own contexts), decodes, and writes one part of the predictions. This module imports neither Prefect nor MLflow,
+which would cost each worker seconds at its start.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tasks.on_ray.retriever_shards import RetrievalConfig
 from tasks.on_ray.runtime import ensure_ray, progress, share_of_cluster
 from tasks.on_ray.workers import map_on_workers
 
-# Beside each part: how many contexts were read for it.
+# Suffix of the file beside each part that holds the number of contexts read for it.
 COUNT = ".count"
 
 
@@ -52,7 +53,7 @@ class InferConfig(BaseModel):
 
 
 class QuestionAnswerer:
-    """In a worker: loads model and index once, then answers one shard of questions a call."""
+    """In a worker: loads model and index once, then answers one shard of questions per call."""
 
     def __init__(
         self,
@@ -72,14 +73,14 @@ class QuestionAnswerer:
     def __call__(self, number: int) -> ContextCount:
         size = self._config.shard_questions
         part = self._parts / part_name(number, size)
-        if part.is_file():  # the worker that finished it was lost before it could say so
+        if part.is_file():  # a worker finished it, but was lost before it could report that
             return _count_of(part)
-        mine = self._questions[number * size : (number + 1) * size]
+        questions = self._questions[number * size : (number + 1) * size]
         with self._model.reader.counting() as count:
             answers = answer_questions(
-                self._model, self._index, mine, self._config, lambda done: self._meter.advance.remote(done)
+                self._model, self._index, questions, self._config, lambda done: self._meter.advance.remote(done)
             )
-        rows = [prediction_row(question, answer) for question, answer in zip(mine, answers, strict=True)]
+        rows = [prediction_row(question, answer) for question, answer in zip(questions, answers, strict=True)]
         with finished_file(part.with_suffix(COUNT)) as file:
             file.write_text(json.dumps(asdict(count)), encoding="utf-8")
         write_part(rows, part)
@@ -87,14 +88,14 @@ class QuestionAnswerer:
 
 
 def load_model(model: str | ModelConfig, config: InferConfig) -> RagModel:
-    """A trained model from its folder, or an untrained one from its parts."""
+    """Load a trained model from its folder, or an untrained one from its parts."""
     if isinstance(model, ModelConfig):
         return RagModel.from_parts(model)
     return RagModel.from_pretrained(model, trust_remote_code=config.trust_remote_code)
 
 
 def part_name(number: int, size: int) -> str:
-    """File name of one shard of predictions, of so many questions; names sort in the order of the questions."""
+    """File name of the predictions of a shard of `size` questions; names sort in the order of the questions."""
     return f"part-{number:08d}-of-{size}.jsonl"
 
 
@@ -105,49 +106,54 @@ def answer_questions(
     config: InferConfig,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Answers in the questions' order, closed-book, over the file's own contexts, or over what the index finds.
+    """Answer questions closed-book, from the file's own contexts, or from passages that the index finds.
 
-    Questions with equally many contexts of like length are decoded together, the longest first, so that little padding
-    is read and memory that does not suffice is found out at once. `on_progress` gets the questions done of each batch.
+    A batch holds questions with the same number of contexts and similar lengths, so it needs little padding.
+    The longest batch comes first, so too little memory shows at once. `on_progress` gets the number of
+    questions of each finished batch.
+
+    Returns:
+        the answers, in the order of the questions.
     """
     variant = model.variant_or(config.variant)
-    passages, scores = _what_to_read(model, index, questions, config)
-    lengths = [max(len(one.title) + len(one.text) for one in passages_K) for passages_K in passages]
-    order = sorted(range(len(questions)), key=lambda place: (len(passages[place]), lengths[place]), reverse=True)
+    passages, scores = _passages_to_read(model, index, questions, config)
+    lengths = [max(len(passage.title) + len(passage.text) for passage in passages_K) for passages_K in passages]
+    order = sorted(range(len(questions)), key=lambda row: (len(passages[row]), lengths[row]), reverse=True)
     answers: dict[int, Answer] = {}
     with model.reader.many_batches(config.decoding):
-        for _, alike in groupby(order, key=lambda place: len(passages[place])):
-            for batch in batches_of(list(alike), config.decoding.batch_size):
-                found = model.reader.answer_from(
-                    [questions[place].question for place in batch],
-                    [passages[place] for place in batch],
-                    torch.tensor([scores[place] for place in batch], dtype=torch.float32, device=model.device),
+        for _, rows in groupby(order, key=lambda row: len(passages[row])):
+            for batch in batches_of(list(rows), config.decoding.batch_size):
+                batch_answers = model.reader.answer_from(
+                    [questions[row].question for row in batch],
+                    [passages[row] for row in batch],
+                    torch.tensor([scores[row] for row in batch], dtype=torch.float32, device=model.device),
                     variant=variant,
                     decoding=config.decoding,
                 )
-                answers.update(zip(batch, found, strict=True))
+                answers.update(zip(batch, batch_answers, strict=True))
                 on_progress(len(batch))
-    return [answers[place] for place in range(len(questions))]
+    return [answers[row] for row in range(len(questions))]
 
 
-def _what_to_read(
+def _passages_to_read(
     model: RagModel, index: Retriever, questions: Sequence[Question], config: InferConfig
 ) -> tuple[list[list[Passage]], list[list[float]]]:
-    """Passages of every question and their scores; files may bring a different number of them for each question."""
+    """The passages of every question and their scores. A file's own contexts may differ in number between questions."""
     num_docs = config.num_docs or model.settings.num_docs
     if config.closed_book:
         return [[NO_PASSAGE]] * len(questions), [[0.0]] * len(questions)
     if not any(question.contexts for question in questions):
         texts = [question.question for question in questions]
-        found = index.search(model.question_encoder.encode(texts, precision=config.decoding.precision), num_docs)
-        return index.passages_of(found.rows_BK), (model.settings.score_scale * found.scores_BK).tolist()
+        vectors_BD = model.question_encoder.encode(texts, precision=config.decoding.precision)
+        retrieved = index.search(vectors_BD, num_docs)
+        return index.passages_of(retrieved.rows_BK), (model.settings.score_scale * retrieved.scores_BK).tolist()
     own = [list(question.contexts or ())[:num_docs] for question in questions]
     if not all(own):
         raise ConfigError(
-            "Some questions of the file bring their own contexts (ctxs) and some do not. Put them into separate files."
+            "Some questions of the file have their own contexts (ctxs) and some do not. Put them into separate files."
         )
-    given = [question.context_scores or (0.0,) * num_docs for question in questions]
-    return own, [list(scores[: len(contexts)]) for contexts, scores in zip(own, given, strict=True)]
+    own_scores = [question.context_scores or (0.0,) * num_docs for question in questions]
+    return own, [list(scores[: len(contexts)]) for contexts, scores in zip(own, own_scores, strict=True)]
 
 
 def answer_on_ray(
@@ -159,14 +165,15 @@ def answer_on_ray(
     total: int,
     stage: str,
 ) -> ContextCount:
-    """Every shard of the questions into a part of predictions in `parts`; returns the contexts that were read and cut.
+    """Answer every shard of the questions into a file in the folder `parts`; keep the files of finished shards.
 
-    Parts that a former run finished stay as they are.
+    Returns:
+        how many contexts were read and how many were cut, over all shards.
     """
     ensure_ray()
     share, size = share_of_cluster(config.num_workers), config.shard_questions
     names = [part_name(number, size) for number in range(-(-total // size))]
-    for file in parts.iterdir():  # a former run may have cut the questions otherwise
+    for file in parts.iterdir():  # an earlier run may have used shards of another size
         if file.with_suffix(".jsonl").name not in names:
             file.unlink()
     finished = [number for number, name in enumerate(names) if (parts / name).is_file()]
@@ -176,8 +183,9 @@ def answer_on_ray(
     with progress(stage, total, done=done) as meter:
         arguments = (model, open_retriever, *files, config, share.gpus > 0, meter)
         counts = map_on_workers(share, QuestionAnswerer, arguments, shards)
-    counts += [_count_of(parts / names[one]) for one in finished]
-    return ContextCount(**{name: sum(getattr(one, name) for one in counts) for name in ("contexts", "contexts_cut")})
+    counts += [_count_of(parts / names[number]) for number in finished]
+    totals = {name: sum(getattr(count, name) for count in counts) for name in ("contexts", "contexts_cut")}
+    return ContextCount(**totals)
 
 
 def _count_of(part: Path) -> ContextCount:

@@ -1,8 +1,8 @@
-"""Corpus shards to shards of embeddings, on Ray's long-lived workers.
+"""Embeds a corpus on Ray's long-lived workers, one corpus shard at a time.
 
-Each worker loads the encoder once and turns whole corpus shards into embedding shards, row for row. Sorting by length
-and token-budget batches happen inside a shard (`rag_core.embeddings.text_encoder`). A worker imports this module and neither Prefect
-nor MLflow, which would take it seconds.
+Each worker loads the encoder once and turns whole corpus shards into embedding shards, row for row. Inside a
+shard `rag_core.embeddings.text_encoder` sorts by length and batches by a token budget. This module imports
+neither Prefect nor MLflow, which would cost each worker seconds at its start.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rag_core.pretrained.model_source import pin_source
 from tasks.on_ray.runtime import ensure_ray, progress, share_of_cluster
 from tasks.on_ray.workers import map_on_workers
 
-# Passages between two messages to the progress meter, which another process on the same cores receives.
+# Passages between two messages to the progress meter, whose process shares the worker's cores.
 REPORT_EVERY = 500
 
 
 class ShardEmbedder:
-    """In a worker: loads the encoder once, then embeds one corpus shard a call."""
+    """In a worker: loads the encoder once, then embeds one corpus shard per call."""
 
     def __init__(self, config: EmbedConfig, out_folder: str, gpu: bool, meter: Any) -> None:
         self._config = config
@@ -34,7 +34,7 @@ class ShardEmbedder:
     def __call__(self, shard: tuple[int, str]) -> int:
         number, path = shard
         out_file = self._out_folder / shard_name(number)
-        if out_file.is_file():  # the worker that finished it was lost before it could say so
+        if out_file.is_file():  # a worker finished it, but was lost before it could report that
             return _rows_of(out_file)
         unreported = 0
 
@@ -51,18 +51,19 @@ class ShardEmbedder:
 
 
 def embed_on_ray(corpus: Corpus, folder: Path, config: EmbedConfig) -> int:
-    """Every shard of the corpus into a shard of embeddings in `folder`; returns the number of rows.
+    """Embed every shard of the corpus into a file in `folder`; keep the files of finished shards.
 
-    Shards that a former run finished stay as they are.
+    Returns:
+        number of rows in all shards.
     """
     ensure_ray()
     share = share_of_cluster(config.num_workers)
     finished = {number: file for number in range(len(corpus.shards)) if (file := folder / shard_name(number)).is_file()}
     shards = [(number, str(path.resolve())) for number, path in enumerate(corpus.shards) if number not in finished]
     rows = sum(map(_rows_of, finished.values()))
-    found = config.model_copy(update={"encoder": pin_source(config.encoder)})
+    pinned = config.model_copy(update={"encoder": pin_source(config.encoder)})
     with progress("embed-corpus", len(corpus), done=rows) as meter:
-        return rows + sum(map_on_workers(share, ShardEmbedder, (found, str(folder), share.gpus > 0, meter), shards))
+        return rows + sum(map_on_workers(share, ShardEmbedder, (pinned, str(folder), share.gpus > 0, meter), shards))
 
 
 def _rows_of(shard: Path) -> int:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while workers train: the first asks them to stop with a checkpoint, a second one stops at once."""
+"""Handles Ctrl-C and SIGTERM during training: the first stops it with a checkpoint, the second stops it at once."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def stopping_gently(stage: str, meter: Any) -> Iterator[None]:
-    """Inside, a signal is passed on to the workers through `meter`; on leaving it has the effect it would have had.
+    """Delay SIGINT and SIGTERM in the block: ask the workers to stop, and let the signal take effect after the block.
 
-    A second signal has its effect at once. Nothing happens outside of the main thread, which alone gets signals.
+    The stop request goes through `meter`, a `ProgressMeter`. A second signal takes effect at once. Outside the main
+    thread this does nothing, because only the main thread receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     received: list[int] = []
-    asked, over = threading.Event(), threading.Event()
+    wake, over = threading.Event(), threading.Event()
 
-    def take(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if received:
-            give_back(number, frame)
+            take_effect(number, frame)
             return
         received.append(number)
-        asked.set()
+        wake.set()
 
-    def give_back(number: int, frame: FrameType | None = None) -> None:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    def take_effect(number: int, frame: FrameType | None = None) -> None:
+        for other, handler in before.items():
+            signal.signal(other, handler)
         handler = before[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)
         else:
             os.kill(os.getpid(), number)
 
-    def pass_on() -> None:
-        # Not in the handler, which may interrupt whatever this process is in the middle of.
-        asked.wait()
+    def request_stop() -> None:
+        # Runs in a thread, because a signal handler may interrupt this process in the middle of anything.
+        wake.wait()
         if not over.is_set():
             meter.stop.remote()
             text = (
@@ -55,15 +56,15 @@ def stopping_gently(stage: str, meter: Any) -> Iterator[None]:
             say(text)
             meter.stop.remote()
 
-    threading.Thread(target=pass_on, name="pass a signal on", daemon=True).start()
+    threading.Thread(target=request_stop, name="pass a signal on", daemon=True).start()
     for number in SIGNALS:
-        signal.signal(number, take)
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         over.set()
-        asked.set()
+        wake.set()
     if received:
-        give_back(received[0])
+        take_effect(received[0])

@@ -1,9 +1,9 @@
 """Long-lived Ray workers: processes that keep their imports from one stage to the next.
 
-A worker process pays seconds for `import torch, transformers` before it does anything. So a process of ours has one set
-of workers, made when first wanted, and every stage that runs equal jobs side by side uses it: `map_on_workers` deals
-items out to them, `run_on_worker` gives one of them the whole job. They end with the process, when a stage wants another
-number of them, or when a job is interrupted.
+A worker process spends seconds on `import torch, transformers` before it can work. So all stages of a driver process
+share one set of workers, which starts when the first stage needs it. `map_on_workers` deals items out to the workers;
+`run_on_worker` gives one worker the whole job. The workers end with the process, when a stage needs another number of
+them, or when a job is interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tasks.environment.ray_cluster import cluster_address
 from tasks.on_ray.runtime import (
     CLUSTER,
     POLL_SECONDS,
-    Patience,
+    PlacementTimeout,
     Share,
     ensure_ray,
     job,
@@ -35,15 +35,15 @@ from tasks.on_ray.runtime import (
 )
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-# A worker that is lost (out of memory, a machine that was taken away) is replaced and its item done again, however many
-# machines are lost in a stage. An item that loses its worker so many times over is at fault itself.
+# A lost worker (out of memory, machine taken away) is replaced and its item is done again; a stage may lose any number
+# of machines. But an item that loses more than this many workers is taken to be the cause, and the stage fails.
 REPLACEMENTS = 3
-# How a lost worker, or one that is out of reach, shows in the calls that it was given.
+# Exceptions of a call whose worker is lost or cannot be reached.
 LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError)
-# The steps of a worker before its first item.
-HERE, PREPARE = "here", "prepare"
+# The two steps of a worker before its first item: its process starts, then `prepare` runs.
+START, PREPARE = "start", "prepare"
 
 _workers: list[Any] = []
 _made_for: tuple[Share, str] | None = None
@@ -51,7 +51,7 @@ _made_for: tuple[Share, str] | None = None
 
 @ray.remote
 class Worker:
-    """A process with everything imported. `prepare` makes what a stage's calls share: its model, its index."""
+    """A process with everything imported. `prepare` loads what all calls of a stage share, such as model and index."""
 
     def __init__(self, cpus: int) -> None:
         limit_threads(cpus)
@@ -59,19 +59,22 @@ class Worker:
         self.warm("tasks.on_ray.embedding", "tasks.on_ray.answering")
 
     def warm(self, *modules: str) -> None:
-        """Import these now, while the driver does something else."""
+        """Import these modules now, while the driver does something else."""
         for module in modules:
             importlib.import_module(module)
 
-    def here(self) -> None:
-        """Answered once the process runs."""
+    def ping(self) -> None:
+        """Returns as soon as the process runs."""
 
     def use_hub(self, access: HubAccess) -> None:
-        """Fetch models as the driver would. An argument of a call stays in memory; one of `__init__` would not."""
+        """Give this worker the driver's access to the hub.
+
+        It is an argument of a call, which stays in memory. An argument of `__init__` would not.
+        """
         access.use()
 
     def prepare(self, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
-        """Make the function that `call` calls."""
+        """Make the function that `call` applies to items."""
         self._function = make(*arguments)
 
     def call(self, item: Any) -> Any:
@@ -81,26 +84,26 @@ class Worker:
         return function(*arguments)
 
     def forget(self) -> None:
-        """Give back the memory of what `prepare` made."""
+        """Free the memory of what `prepare` made."""
         self.__dict__.pop("_function", None)
         gc.collect()
         return_freed_blocks()
 
 
 def workers_for(share: Share) -> list[Any]:
-    """The workers, started if they are not there or were made for another share of the cluster."""
+    """The workers of this process; start them if there are none for this share of the cluster."""
     global _made_for
     with CLUSTER:
-        wanted = (share, job())
-        if _made_for != wanted:
+        requested = (share, job())
+        if _made_for != requested:
             close_workers()
             _workers[:] = [_start(share) for _ in range(share.num_workers)]
-            _made_for = wanted
+            _made_for = requested
         return list(_workers)
 
 
 def close_workers() -> None:
-    """End the workers and give their cores back, for others to use or because what they do is not wanted any more."""
+    """End the workers and free their cores."""
     global _made_for
     with CLUSTER:
         if _made_for and _made_for[1] == job():
@@ -114,11 +117,11 @@ def start_early(*modules: str) -> Callable[[], None]:
     """Start Ray and its workers in the background, while this process is busy with its own imports.
 
     Args:
-        modules: what the workers will need beside what every one imports.
+        modules: modules to import in the workers, besides those that every worker imports.
 
     Returns:
-        a function that waits until this process is connected to a cluster at RAY_ADDRESS, and raises what `ensure_ray`
-        raised; Ray on this machine is not waited for.
+        a function that waits until this process is connected to the cluster at RAY_ADDRESS and raises the error of
+        `ensure_ray`, if any. It does not wait for Ray on this machine.
     """
     problems: list[RagError] = []
     connected = threading.Event()
@@ -136,7 +139,8 @@ def start_early(*modules: str) -> Callable[[], None]:
                 worker.warm.remote(*modules)
         except Exception as error:
             logging.getLogger(__name__).debug("Ray did not start early: %s", error)
-        # Linux ends Ray's processes with the thread that started them, so this one stays as long as the main thread.
+        # On Linux, Ray's processes end with the thread that started them, so this thread stays until the main
+        # thread ends.
         threading.main_thread().join()
         ray.shutdown()
 
@@ -146,33 +150,39 @@ def start_early(*modules: str) -> Callable[[], None]:
         if problems:
             raise problems[0]
 
+    # Ray and Prefect both import pydantic.v1, whose modules import each other. When two threads do so at once, Python
+    # breaks the deadlock by handing one of them a half-initialised module, so import it before there are two.
+    importlib.import_module("pydantic.v1")
     threading.Thread(target=start, name="start Ray early").start()
     return wait
 
 
 def map_on_workers(
     share: Share,
-    make: Callable[..., Callable[[Item], Found]],
+    make: Callable[..., Callable[[Item], Result]],
     arguments: Sequence[Any],
     items: Sequence[Item],
-) -> list[Found]:
-    """`make(*arguments)` once in each worker, then its result called on every item; what it found, in the items' order.
+) -> list[Result]:
+    """Call `make(*arguments)` once in each worker, and the function that it returns on every item.
+
+    Returns:
+        the function's results, in the order of the items.
 
     Raises:
-        RagError: as an item's call raised it.
+        RagError: an item's call raised it.
         ConfigError: no machine of the cluster has room for a worker. Other failures of workers come as Ray raises them.
     """
     with _closing_on_failure():
-        return _Deal(share, make, arguments, items).results()
+        return _Dispatcher(share, make, arguments, items).results()
 
 
-def run_on_worker(share: Share, function: Callable[..., Found], *arguments: Any) -> Found:
-    """`function(*arguments)` in the only worker of `share`; raises as `map_on_workers` does."""
+def run_on_worker(share: Share, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `function(*arguments)` in the only worker of `share`; raise the errors that `map_on_workers` raises."""
     with _closing_on_failure():
-        worker = _worker_that_is_here(share)
+        worker = _running_worker(share)
         worker.use_hub.remote(hub_access())
-        found: Found = ray.get(worker.run.remote(function, *arguments))
-        return found
+        result: Result = ray.get(worker.run.remote(function, *arguments))
+        return result
 
 
 @contextlib.contextmanager
@@ -180,7 +190,7 @@ def _closing_on_failure() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Ctrl-C, a fault, a lost machine: what the other workers are doing is of no use any more.
+        # Ctrl-C, an error, a lost machine: nobody needs the other workers' results any more.
         close_workers()
         cause = getattr(error, "cause", None)
         if isinstance(cause, RagError):
@@ -188,63 +198,64 @@ def _closing_on_failure() -> Iterator[None]:
         raise
 
 
-class _Deal(Generic[Item, Found]):
-    """Items dealt out to the workers of a share as these get ready, work, are lost and are replaced.
+class _Dispatcher(Generic[Item, Result]):
+    """Deals items out to the workers of a share, as workers get ready, finish items, are lost and are replaced.
 
-    A worker that cannot be placed holds up nobody: the others do its part.
+    A worker that finds no machine does not delay the others; they do its items.
     """
 
     def __init__(
         self,
         share: Share,
-        make: Callable[..., Callable[[Item], Found]],
+        make: Callable[..., Callable[[Item], Result]],
         arguments: Sequence[Any],
         items: Sequence[Item],
     ) -> None:
         self._share, self._make, self._items = share, make, items
-        self._shared = [ray.put(one) for one in arguments]
+        self._shared = [ray.put(argument) for argument in arguments]
         self._waiting = list(range(len(items)))[::-1]
-        self._found: dict[int, Found] = {}
+        self._results: dict[int, Result] = {}
         self._losses: Counter[str] = Counter()
-        # What each call under way is: the worker, and a place in `items` or one of the two steps before the first.
+        # For each unfinished call its worker, and the item's place in `items`, or START or PREPARE.
         self._running: dict[Any, tuple[Any, int | str]] = {}
-        # Workers that run but are not prepared, and those that are and wait for an item.
+        # Workers that run but are not prepared, and prepared workers that wait for an item.
         self._spare: list[Any] = []
         self._idle: list[Any] = []
 
-    def results(self) -> list[Found]:
-        """What was found for each item, in their order."""
+    def results(self) -> list[Result]:
+        """Do all items; their results in the order of the items."""
         for worker in workers_for(self._share):
-            self._running[worker.here.remote()] = (worker, HERE)
-        patience = Patience(self._share)
-        while len(self._found) < len(self._items):
+            self._running[worker.ping.remote()] = (worker, START)
+        timeout = PlacementTimeout(self._share)
+        while len(self._results) < len(self._items):
             for call in ray.wait(list(self._running), num_returns=1, timeout=POLL_SECONDS)[0]:
                 worker, step = self._running.pop(call)
                 try:
-                    self._go_on(worker, step, ray.get(call))
+                    self._advance(worker, step, ray.get(call))
                 except LOST as error:
-                    self._make_good(worker, step, error)
-            patience.check(waits=all(step == HERE for _, step in self._running.values()))
+                    self._replace_lost(worker, step, error)
+            timeout.check(waiting=all(step == START for _, step in self._running.values()))
         for worker in workers_for(self._share):
             worker.forget.remote()
-        return [self._found[place] for place in range(len(self._items))]
+        return [self._results[place] for place in range(len(self._items))]
 
-    def _go_on(self, worker: Any, step: int | str, found: Any) -> None:
+    def _advance(self, worker: Any, step: int | str, result: Any) -> None:
+        """Take the result of a worker's finished step, and give the worker its next one."""
         if isinstance(step, int):
-            self._found[step] = found
-        (self._spare if step == HERE else self._idle).append(worker)
+            self._results[step] = result
+        (self._spare if step == START else self._idle).append(worker)
         self._deal_out()
 
-    def _make_good(self, lost: Any, step: int | str, error: Exception) -> None:
-        """Another worker in the place of one that was lost; the item waits again, for whoever is free first."""
+    def _replace_lost(self, lost: Any, step: int | str, error: Exception) -> None:
+        """Start a worker in place of a lost one; the lost worker's item waits for the next free worker."""
         if isinstance(step, int):
             self._waiting.append(step)
         new = _replace(lost, self._share)
-        counted = f"item {step}" if isinstance(step, int) else f"start of worker {_workers.index(new)}"
-        self._losses[counted] += 1
-        if self._losses[counted] > REPLACEMENTS:
+        cause = f"item {step}" if isinstance(step, int) else f"start of worker {_workers.index(new)}"
+        self._losses[cause] += 1
+        if self._losses[cause] > REPLACEMENTS:
             raise error
-        self._running[new.here.remote()] = (new, HERE)
+        self._running[new.ping.remote()] = (new, START)
         self._deal_out()
 
     def _deal_out(self) -> None:
@@ -252,22 +263,22 @@ class _Deal(Generic[Item, Found]):
             worker, place = self._idle.pop(), self._waiting.pop()
             self._running[worker.call.remote(self._items[place])] = (worker, place)
         preparing = sum(1 for _, step in self._running.values() if step == PREPARE)
-        while self._spare and preparing < len(self._waiting):  # no more models than items
+        while self._spare and preparing < len(self._waiting):  # do not load more models than there are items
             worker, preparing = self._spare.pop(), preparing + 1
             worker.use_hub.remote(hub_access())
             self._running[worker.prepare.remote(self._make, *self._shared)] = (worker, PREPARE)
 
 
-def _worker_that_is_here(share: Share) -> Any:
-    """The only worker of `share`, once its process runs. One that was lost since the last stage is replaced."""
+def _running_worker(share: Share) -> Any:
+    """Wait until the only worker of `share` runs; replace it if it was lost since the last stage."""
     (worker,) = workers_for(share)
-    patience, losses = Patience(share), 0
+    timeout, losses = PlacementTimeout(share), 0
     while True:
-        here = worker.here.remote()
-        while not ray.wait([here], timeout=POLL_SECONDS)[0]:
-            patience.check(waits=True)
+        started = worker.ping.remote()
+        while not ray.wait([started], timeout=POLL_SECONDS)[0]:
+            timeout.check(waiting=True)
         try:
-            ray.get(here)
+            ray.get(started)
             return worker
         except LOST:
             losses += 1
@@ -277,13 +288,13 @@ def _worker_that_is_here(share: Share) -> Any:
 
 
 def _start(share: Share) -> Any:
-    # Spread: two workers on one machine would share its memory, while another has none to do.
+    # Spread: two workers on one machine would share its memory while another machine is idle.
     options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "scheduling_strategy": "SPREAD"}
     return Worker.options(**options).remote(share.cpus)  # type: ignore[attr-defined]
 
 
 def _replace(lost: Any, share: Share) -> Any:
-    # It may be out of reach only, and would come back to hold cores that its successor needs.
+    # The worker may only be unreachable; if it came back, it would hold cores that its replacement needs.
     ray.kill(lost)
-    _workers[_workers.index(lost)] = found = _start(share)
-    return found
+    _workers[_workers.index(lost)] = replacement = _start(share)
+    return replacement

@@ -1,4 +1,4 @@
-"""Plots for the MLflow pages. Figures are made without a display and returned, not shown."""
+"""Plots for the MLflow pages. Functions return figures, drawn without a display."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from rag_core.evaluation.scores import Evaluation, MeanScores
 from tasks.terminal import shortened
 
-# More bars could not be told apart, longer labels would leave them no room.
+# More bars could not be distinguished; longer labels would leave no room for them.
 MOST_BARS, MOST_LETTERS = 40, 40
-# Fonts with Chinese, Japanese, Korean, Thai and others, as systems install them.
+# Fonts that systems install for Chinese, Japanese, Korean, Thai and other scripts.
 OTHER_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
     "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC",
@@ -23,13 +23,13 @@ OTHER_FONTS = (
 
 
 def recall_against_latency(index_details: Mapping[str, Any]) -> Figure:
-    """Index recall@10 over milliseconds a query, one point for each search setting that was measured."""
+    """Index recall@10 over milliseconds per query: one point for each search setting that was measured."""
     figure, axes = _figure("milliseconds per query", "recall@10 against exact search")
     points = index_details["recall_curve"]
-    axes.plot([one["milliseconds_per_query"] for one in points], [one["recall_at_10"] for one in points], "o-")
-    for one in points:
-        label = f"{one['parameter']}={one['value']}" if one["parameter"] else index_details["factory"]
-        axes.annotate(label, (one["milliseconds_per_query"], one["recall_at_10"]))
+    axes.plot([point["milliseconds_per_query"] for point in points], [point["recall_at_10"] for point in points], "o-")
+    for point in points:
+        label = f"{point['parameter']}={point['value']}" if point["parameter"] else index_details["factory"]
+        axes.annotate(label, (point["milliseconds_per_query"], point["recall_at_10"]))
     axes.set_title(str(index_details["factory"]))
     return figure
 
@@ -37,21 +37,21 @@ def recall_against_latency(index_details: Mapping[str, Any]) -> Figure:
 def training_curves(
     history: Sequence[Mapping[str, float]], dev: Sequence[Mapping[str, float]]
 ) -> list[tuple[str, Figure]]:
-    """Loss over steps (training and dev), and dev EM, F1 and recall over steps."""
+    """Named figures: loss over steps (training and dev), and dev EM, F1 and recall over steps if there are scores."""
     loss, axes = _figure("step", "nats per answer")
-    axes.plot([one["step"] for one in history], [one["train_nll"] for one in history], label="train")
-    if any("dev_nll" in one for one in dev):
-        points = [one for one in dev if "dev_nll" in one]
-        axes.plot([one["step"] for one in points], [one["dev_nll"] for one in points], "o-", label="dev")
+    axes.plot([point["step"] for point in history], [point["train_nll"] for point in history], label="train")
+    if any("dev_nll" in point for point in dev):
+        points = [point for point in dev if "dev_nll" in point]
+        axes.plot([point["step"] for point in points], [point["dev_nll"] for point in points], "o-", label="dev")
     axes.legend()
     figures = [("loss.png", loss)]
     # The first points of a generator's curve have no scores yet.
-    names = dict.fromkeys(name for one in dev for name in one if name not in ("step", "dev_nll"))
+    names = dict.fromkeys(name for point in dev for name in point if name not in ("step", "dev_nll"))
     if names:
         scores, axes = _figure("step", "dev score")
         for name in names:
-            points = [one for one in dev if name in one]
-            axes.plot([one["step"] for one in points], [one[name] for one in points], "o-", label=name)
+            points = [point for point in dev if name in point]
+            axes.plot([point["step"] for point in points], [point[name] for point in points], "o-", label=name)
         axes.set_ylim(0, 1.02)
         axes.legend()
         figures.append(("dev_scores.png", scores))
@@ -59,9 +59,9 @@ def training_curves(
 
 
 def scores_by_type(evaluation: Evaluation, name: str) -> Figure | None:
-    """A bar for all questions and one for each question type; of many types those with the most questions.
+    """One bar for all questions and one for each question type; None if no question has the score.
 
-    None if no question has the score.
+    If there are more than MOST_BARS types, those with the most questions are shown.
     """
     if name not in evaluation.overall.means:
         return None
@@ -87,7 +87,7 @@ def scores_by_type(evaluation: Evaluation, name: str) -> Figure | None:
 
 
 def recall_curve(scores: MeanScores) -> Figure | None:
-    """Recall over k, by gold id and by answer string; None if nothing was retrieved."""
+    """Recall over k, by gold id and by answer string; None if there is no recall score."""
     curves = {
         prefix: sorted(
             (int(name.removeprefix(prefix)), value) for name, value in scores.means.items() if name.startswith(prefix)
@@ -106,7 +106,7 @@ def recall_curve(scores: MeanScores) -> Figure | None:
 
 
 def _label(kind: str) -> str:
-    """A question type in one short line; letters that no font on this machine has appear as escapes."""
+    """A question type as one short line. Letters that no installed font has appear as escapes."""
     shown = "".join(
         letter if ord(letter) in _letters() else f"\\u{ord(letter):04x}" for letter in shortened(kind, MOST_LETTERS)
     )
@@ -115,14 +115,14 @@ def _label(kind: str) -> str:
 
 @functools.cache
 def _families() -> list[str]:
-    """The default font, then installed ones for scripts that it lacks: Matplotlib takes a letter from the first that has it."""
+    """The default font, then installed fonts for other scripts; Matplotlib takes each letter from the first with it."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in OTHER_FONTS if name in installed)]
 
 
 @functools.cache
 def _letters() -> frozenset[int]:
-    """Code points that the families have."""
+    """The code points that the fonts of `_families` have."""
     files = [font_manager.findfont(name, fallback_to_default=False) for name in _families()]
     return frozenset(code for file in files for code in font_manager.get_font(file).get_charmap())
 

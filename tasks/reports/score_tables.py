@@ -1,4 +1,4 @@
-"""Scores as cells of a table: on the terminal, on Prefect's pages and in `summary.md`."""
+"""Scores as table cells: for the terminal, Prefect's pages and `summary.md`."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from tasks.markdown import table, text_cell
 MATCH_NAMES: dict[Match, str] = {"words": "words (the published rule)", "characters": "characters"}
 ALL = "all questions"
 NONE = "–"
-# A page with more types than that is read nowhere; scores.json has all.
+# Nobody reads a page with more types than that; scores.json has all of them.
 MOST_TYPES = 50
 
 
 def score_names(groups: Iterable[MeanScores]) -> list[str]:
-    """Names of the scores that any of the groups has, in their order."""
+    """Names of all scores that at least one group has, in order of appearance."""
     return list(dict.fromkeys(name for scores in groups for name in scores.means))
 
 
 def score_cell(scores: MeanScores, name: str) -> str:
-    """A score in percent; in brackets over how many questions, where these are fewer than the group's."""
+    """A score in percent, followed by its number of questions if that is smaller than the group's."""
     if name not in scores.means:
         return NONE
-    over = scores.counts[name]
-    return f"{100 * scores.means[name]:.1f}%" + (f" ({over:,})" if over != scores.count else "")
+    count = scores.counts[name]
+    return f"{100 * scores.means[name]:.1f}%" + (f" ({count:,})" if count != scores.count else "")
 
 
 def scores_markdown(scores: MeanScores) -> dict[str, str]:
-    """The scores of all questions, and over how many they are, as rows of two cells."""
+    """The scores of all questions and the numbers of questions, as rows of two cells."""
     rows = {name: score_cell(scores, name) for name in scores.means}
     return rows | {"questions": f"{scores.count:,}", "unanswerable questions, left out": f"{scores.unanswerable:,}"}
 
 
 def types_markdown(evaluation: Evaluation) -> str:
-    """A table with a row for each question type; of very many those with the most questions. Empty without types."""
+    """A table with one row per question type; "" without types. Of more than MOST_TYPES it shows the largest."""
     if not evaluation.by_type:
         return ""
     groups = {ALL: evaluation.overall}
@@ -57,7 +57,7 @@ def _row(label: str, scores: MeanScores, names: Sequence[str]) -> list[str]:
 
 
 def systems_markdown(scores: Mapping[str, Evaluation]) -> str:
-    """Systems as rows, scores of all test questions as columns, and how answers were compared."""
+    """A table with one row per system and one column per score of all test questions, and how answers were compared."""
     overall = {system: evaluation.overall for system, evaluation in scores.items()}
     names = score_names(overall.values())
     rows = [_row(system, group, names) for system, group in overall.items()]

@@ -1,4 +1,4 @@
-"""A pipeline's parent run, and the table that ends it."""
+"""A pipeline's parent MLflow run, and the summary table at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.stage import publish_page
 from tasks.tracking.metric_names import score_metrics
 from tasks.tracking.runs import RunAddress, open_run
 
-# Share of a stage's contexts above which the user is told what to do about it.
+# If a larger share of a stage's contexts was cut, the summary tells the user what to do.
 MANY_CUT = 0.03
 
 
@@ -24,7 +24,7 @@ def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
     """The parent MLflow run of a pipeline; yields its id, which the stages take as `parent_run_id`.
 
     Raises:
-        ConfigError: MLflow's store cannot be used, or Ray's settings are wrong: better now than after the first stages.
+        ConfigError: MLflow's store cannot be used, or Ray's settings are wrong. Better now than after the first stages.
     """
     check_ray_settings()
     with open_run(name) as run:
@@ -34,7 +34,7 @@ def pipeline_run(name: str, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[str, Evaluation]) -> None:
-    """Scores of every system and seconds of every stage: to the parent run, and as a table to Prefect."""
+    """Log every system's scores and every stage's seconds to the parent run, and publish both on the Prefect page."""
     address = RunAddress.of(run_id)
     for system, evaluation in scores.items():
         overall = score_metrics(evaluation.model_copy(update={"by_type": {}}))
@@ -46,21 +46,26 @@ def publish_summary(run_id: str, stages: Sequence[StageResult], scores: Mapping[
 
 
 def stages_markdown(stages: Sequence[StageResult]) -> str:
-    """Stages as rows: seconds, skipped or not, folder; below them, where too many contexts were cut."""
+    """A table with one row per stage (seconds, skipped or not, folder), and below it the `cut_note` of each stage."""
     rows = [
-        [text_cell(one.stage), f"{one.seconds:.1f}", "up to date" if one.skipped else "ran", code_cell(str(one.path))]
-        for one in stages
+        [
+            text_cell(result.stage),
+            f"{result.seconds:.1f}",
+            "up to date" if result.skipped else "ran",
+            code_cell(str(result.path)),
+        ]
+        for result in stages
     ]
     notes = [f"\n{text_cell(note)}" for note in map(cut_note, stages) if note]
     return "\n".join([table(["stage", "seconds", "", "artifact"], rows), *notes])
 
 
 def cut_note(result: StageResult) -> str:
-    """What to do if more than a few of a stage's contexts were cut; else an empty string."""
+    """Advice for the user if more than MANY_CUT of a stage's contexts were cut, else ""."""
     contexts, cut = (result.counts.get(name, 0) for name in ("contexts", "contexts_cut"))
     if cut <= MANY_CUT * contexts:
         return ""
     return (
         f"{result.stage}: {cut:,} of {contexts:,} contexts ({cut / contexts:.0%}) were too long and lost the end of "
-        "their passage. Raise prompt.max_context_tokens and train again, or make shorter passages."
+        "their passage. Raise prompt.max_context_tokens and train again, or make passages shorter."
     )

@@ -1,4 +1,4 @@
-"""Stage 3: vectors and passages to a FAISS index."""
+"""Stage 3: builds a FAISS index from vectors and passages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tasks.tracking.runs import StageRun
 def build_index(
     embeddings: Path, corpus: Path, out: Path, config: IndexConfig, parent_run_id: str | None = None
 ) -> StageResult:
-    """Build the index, measure its recall@10 against exact search, publish it with the passages."""
+    """Build the index, measure its recall@10 against exact search, and publish it with the passages."""
     vectors, passages = Embeddings.open(embeddings), Corpus.open(corpus)
 
     def work(run: StageRun) -> Manifest:

@@ -1,4 +1,4 @@
-"""Stage 2: a corpus to vectors, made on workers by `tasks/on_ray/embedding.py`."""
+"""Stage 2: embeds a corpus; the workers are in `tasks/on_ray/embedding.py`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def embed_corpus(corpus: Path, out: Path, config: EmbedConfig, parent_run_id: st
     """Embed every passage with the frozen document encoder and publish Parquet shards."""
     opened = Corpus.open(corpus)
     recorded = recorded_source(config.encoder)
-    # Before it is loaded: the workers load this commit, wherever the hub's branch is by then.
+    # Pin the commit before loading, so that the workers load the same one even if the hub's branch moves.
     config = config.model_copy(update={"encoder": pin_source(config.encoder)})
     encoder = load_document_encoder(config)
     fingerprint = encoder.fingerprint()
-    # What decides the vectors: not how many workers made them, nor what the encoder is called, nor whether it is trusted.
+    # Only what decides the vectors. The encoder counts by its fingerprint (`made_from`), not by its name.
     settings: dict[str, Any] = {
         "dtype": config.dtype,
         "precision": config.precision,

@@ -1,4 +1,4 @@
-"""Stage 6: how good answers and retrieval are, in MLflow, in a Prefect table, and as a JSON-like result."""
+"""Stage 6: scores answers and retrieval; the scores go to MLflow, to a Prefect table and to the caller."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def evaluate(
     match: Match = "words",
     answers_are: AnswersAre | None = None,
 ) -> tuple[StageResult, Evaluation]:
-    """EM, F1 and recall@k, overall and by question type. It is quick and writes no artifact, so it always runs."""
+    """Compute EM, F1 and recall@k, overall and by question type.
+
+    The stage is quick and writes no artifact, so it is never skipped.
+    """
     started = time.monotonic()
     manifest = open_artifact(predictions, PREDICTIONS)
     file = read_question_file(questions, answers_are)

@@ -1,4 +1,4 @@
-"""Stage 1: source files to a corpus artifact."""
+"""Stage 1: reads source files and publishes them as a corpus."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from tasks.tracking.runs import StageRun
 
 
 def read_as(manifest: Manifest) -> str:
-    """One line: what the sources were recognised as, and what was left out of them that is no fault."""
+    """One line: the layouts recognised in the sources, and the rows skipped because they hold no passage."""
     layouts: Mapping[str, int] = manifest.details["layouts"]
     skipped: Mapping[str, int] = manifest.details.get("skipped_by_reason", {})
     read = "; ".join(layout if files == 1 else f"{files:,} files of {layout}" for layout, files in layouts.items())
-    left = ", ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
-    return f"corpus: read as {read}{f' (no passages: {left})' if left else ''}"
+    skips = ", ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
+    return f"corpus: read as {read}{f' (no passages: {skips})' if skips else ''}"
 
 
 @task(name="make-corpus", **STAGE_RETRIES)
 def make_corpus(
     sources: Sequence[Path], out: Path, config: CorpusConfig, parent_run_id: str | None = None
 ) -> StageResult:
-    """Read passages, reject what is not one, publish canonical Parquet shards."""
+    """Read passages, reject rows that hold none, and publish canonical Parquet shards."""
     named, sources = sources, [local_file(source) for source in sources]
     fingerprint = source_fingerprint(sources, config.format)
     files = source_files(sources, config.format)

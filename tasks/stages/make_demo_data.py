@@ -1,4 +1,4 @@
-"""The demo's files: passages and questions about places, written as anybody would bring their own."""
+"""Writes the demo's files: passages and questions about places, in the format that users' own files have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from rag_core.questions.questions import write_questions
 
 @task(name="make-demo-data")
 def make_demo_data(config: GeonamesConfig, out: Path) -> Path:
-    """Write passages.jsonl, train.jsonl, dev.jsonl and test.jsonl; returns their folder. Same settings, same bytes."""
+    """Write passages.jsonl, train.jsonl, dev.jsonl and test.jsonl, and return their folder.
+
+    The same settings give the same bytes.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _write_passages(make_passages(config), out / "passages.jsonl")
     for split, questions in make_questions(config).items():
@@ -28,6 +31,7 @@ def make_demo_data(config: GeonamesConfig, out: Path) -> Path:
 def _write_passages(passages: Sequence[Passage], file: Path) -> None:
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w", encoding="utf-8") as lines:
-        for one in passages:
-            lines.write(json.dumps({"id": one.id, "title": one.title, "text": one.text}, ensure_ascii=False) + "\n")
+        for passage in passages:
+            row = {"id": passage.id, "title": passage.title, "text": passage.text}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(partial, file)

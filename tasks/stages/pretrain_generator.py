@@ -1,7 +1,7 @@
-"""Stage 0: a seq2seq generator from an encoder's weights, taught to copy and to read, on Ray Train.
+"""Stage 0: makes a seq2seq generator from an encoder's weights and teaches it to copy and to read, on Ray Train.
 
-It sees only the passages that training questions point to: other passages of the corpus, those of dev and test
-entities among them, stay unseen.
+The generator trains only on passages that training questions name as gold. It never sees the other passages of
+the corpus, such as those of dev and test entities.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pretrain_generator(
     num_workers: int = 0,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Teach a fresh seq2seq model to copy passages and to read answers off gold passages."""
+    """Teach a new seq2seq model to copy passages and to read answers from gold passages."""
     opened = Corpus.open(corpus)
     recorded = recorded_source(config.encoder)
     config = config.model_copy(update={"encoder": pin_source(config.encoder)})
@@ -83,9 +83,9 @@ def pretrain_generator(
         ).fingerprint(),
     }
     settings = config.decisive()
+    paths = {"corpus": corpus, "questions": questions, "dev": dev}
 
     def work(run: StageRun) -> Manifest:
-        paths = {"corpus": corpus, "questions": questions, "dev": dev}
         loop_settings = {"config": config, "address": run.address} | {
             name: absolute(path) for name, path in paths.items()
         }
@@ -112,11 +112,7 @@ def pretrain_generator(
         KIND,
         out,
         config=settings,
-        inputs={
-            "corpus": Input(corpus, made_from["corpus"]),
-            "questions": Input(questions, made_from["questions"]),
-            "dev": Input(dev, made_from["dev"]),
-        },
+        inputs={name: Input(path, made_from[name]) for name, path in paths.items()},
         made_from=made_from,
         models={"encoder": recorded},
         parent_run_id=parent_run_id,
@@ -125,11 +121,15 @@ def pretrain_generator(
 
 
 def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, num_workers: int) -> None:
-    """Raise RagError for all that can be wrong with a pretraining, before it begins."""
-    problems, asked = Problems(), None
+    """Check everything that pretraining needs before it starts.
+
+    Raises:
+        RagError: lists all problems at once.
+    """
+    problems, training_questions = Problems(), None
     with problems.of("questions"):
-        asked = trainable(read_question_file(questions))
-        check_gold(asked, questions, corpus)
+        training_questions = trainable(read_question_file(questions))
+        check_gold(training_questions, questions, corpus)
     with problems.of("dev"):
         check_gold(scorable(read_question_file(dev)), dev, corpus, purpose=NO_CHOICE)
     with problems.of("pretrain"):
@@ -138,12 +138,12 @@ def _check(corpus: Corpus, questions: Path, dev: Path, config: PretrainConfig, n
         check_optimizer("pretrain", config.optimizer, num_workers)
     with problems.of("pretrain"):
         reader = GeneratorReader(*build_generator(config), config.prompt)
-        check_questions(reader.tokenizer, reader.prompt, asked or (), questions, learnt=True)
+        check_questions(reader.tokenizer, reader.prompt, training_questions or (), questions, learnt=True)
     problems.raise_any("before pretraining, so it was not started")
 
 
 def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a worker does."""
+    """Run pretraining in one worker; return its reporter's `result`."""
     config: PretrainConfig = settings["config"]
     place = this_place(settings["cpus"], settings["meter"])
     with own_draws([config.optimizer.seed, FRESH_WEIGHTS], torch.device("cpu")):
@@ -157,11 +157,11 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
     reader = GeneratorReader(generator, tokenizer, config.prompt)
 
     def evaluate(step: int) -> dict[str, float]:
-        mine = dev_pairs[place.rank :: place.world_size]
-        return reading_scores(reader, mine, config) if step > config.copy_steps else {}
+        pairs = dev_pairs[place.rank :: place.world_size]  # this worker's part
+        return reading_scores(reader, pairs, config) if step > config.copy_steps else {}
 
     def better(dev: dict[str, float]) -> float:
-        # The end of the copying stage is worth keeping only until reading has begun.
+        # Weights from the copying phase have no dev_em; any weights from the reading phase replace them.
         return dev.get("dev_em", -1.0)
 
     reporter = Reporter.of(settings, place, reader.save_pretrained, better, reader.count)
@@ -170,19 +170,24 @@ def pretraining_loop(settings: dict[str, Any]) -> dict[str, Any]:
         batch=lambda step, batch: copy_then_read(copying, step, batch, config),
     )
     objective = reading_objective(reader, config)
-    done = run_training(objective, reading, config.optimizer, place, hooks, reporter.checkpoints)
-    return reporter.result(done)
+    steps_done = run_training(objective, reading, config.optimizer, place, hooks, reporter.checkpoints)
+    return reporter.result(steps_done)
 
 
 def gold_passages(corpus: Corpus, questions: Sequence[Question]) -> list[Passage]:
-    """The passages of the corpus that some question points to."""
-    wanted = {gold for question in questions for gold in question.gold_passage_ids}
-    return [passage for passage in corpus.iter_passages() if passage.id in wanted]
+    """The passages of the corpus that at least one question names as gold."""
+    gold_ids = {gold for question in questions for gold in question.gold_passage_ids}
+    return [passage for passage in corpus.iter_passages() if passage.id in gold_ids]
 
 
 def scorable_pairs(path: Path, dev: Sequence[Question], passages: Sequence[Passage]) -> list[tuple[Question, Passage]]:
-    """Dev questions that have an answer to compare with, each with its gold passage; InputError if there are none."""
-    pairs = read_pairs([one for one in dev if one.answers and not one.is_impossible], passages)
+    """Dev questions that have an answer to compare with, each with its gold passage.
+
+    Raises:
+        InputError: there are none, so no weights can be chosen.
+    """
+    answerable = [question for question in dev if question.answers and not question.is_impossible]
+    pairs = read_pairs(answerable, passages)
     if not pairs:
         raise InputError(
             f"{path}: none of the {len(dev)} dev questions has an answer and names a gold passage of the corpus "
@@ -200,17 +205,17 @@ def reading_scores(
     )
     scored = []
     with reader.counting() as contexts:
-        for part in batches_of(pairs, 64):
+        for batch in batches_of(pairs, 64):
             answers = reader.answer_from(
-                [question.question for question, _ in part],
-                [[passage] for _, passage in part],
-                torch.zeros(len(part), 1, device=reader.device),
+                [question.question for question, _ in batch],
+                [[passage] for _, passage in batch],
+                torch.zeros(len(batch), 1, device=reader.device),
                 variant="token",
                 decoding=decoding,
             )
             scored += [
                 answer_scores(answer.text, question, config.match)
-                for answer, (question, _) in zip(answers, part, strict=True)
+                for answer, (question, _) in zip(answers, batch, strict=True)
             ]
     scores = means_of(sum_over_workers(sums_and_counts(scored, ("em", "f1"))))
     scores["contexts_cut_share"] = count_over_workers(contexts).cut_share

@@ -66,9 +66,9 @@ class TrainConfig(BaseModel):
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is trained. Only another rule than the published one is among them by name."""
-        undecisive: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
-        return self.model_dump(mode="json", exclude=undecisive | ({"match": True} if self.match == "words" else {}))
+        """The settings that decide what is trained; `match` is among them only if it is not the published rule."""
+        not_in_key: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
+        return self.model_dump(mode="json", exclude=not_in_key | ({"match": True} if self.match == "words" else {}))
 
 
 @task(name="train", **STAGE_RETRIES)
@@ -82,7 +82,7 @@ def train(
     config: TrainConfig,
     parent_run_id: str | None = None,
 ) -> StageResult:
-    """Train question encoder and generator from the answers' marginal likelihood; publish and register the best."""
+    """Train question encoder and generator on the answers' marginal likelihood; publish and register the best."""
     start = _checked_start(index, questions, dev, model, config)
     recorded, model = start.recorded, start.settings
     inputs = {
@@ -90,25 +90,15 @@ def train(
         "questions": Input(questions, fingerprint_of_files(files_of_questions(questions))),
         "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
-    made_from = {name: one.fingerprint for name, one in inputs.items()} | {"start": start.model.fingerprint()}
-    settings = {
-        "variant": variant,
-        "model": model.decisive(),
-        "train": config.decisive(),
-    }
+    made_from = {name: entry.fingerprint for name, entry in inputs.items()} | {"start": start.model.fingerprint()}
+    settings = {"variant": variant, "model": model.decisive(), "train": config.decisive()}
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:
         run.set_tags({"variant": variant})
         start.log(run, stage)
-        loop_settings: dict[str, Any] = {
-            "variant": variant,
-            "model": model,
-            "config": config,
-            "address": run.address,
-            "questions": absolute(questions),
-            "dev": absolute(dev),
-        }
+        loop_settings: dict[str, Any] = {"variant": variant, "model": model, "config": config, "address": run.address}
+        loop_settings |= {"questions": absolute(questions), "dev": absolute(dev)}
         folder = training_folder(working_place(out), stage_key(KIND, settings, made_from))
         with deleted_when_done(folder), publish(out, KIND, config=settings, made_from=made_from) as draft:
             with retrieval(absolute(index), start.index.manifest, config.retrieval) as loop_settings["open_retriever"]:
@@ -144,8 +134,11 @@ def train(
 
 @dataclass(frozen=True)
 class _Start:
-    """What a training starts from, looked at: index, untrained model (its parts as they are recorded, its settings with
-    every hub model at one commit), and the questions of both files."""
+    """The checked inputs of a training run: index, untrained model and questions.
+
+    `recorded` holds the names of the model's parts for the manifest; `settings` has every hub model pinned to a
+    commit. `train` are the questions that are learnt, `dev` those that are scored.
+    """
 
     index: PassageIndex
     recorded: dict[str, str]
@@ -153,39 +146,39 @@ class _Start:
     model: RagModel
     train_file: QuestionFile
     dev_file: QuestionFile
-    asked: list[Question]
+    train: list[Question]
     dev: list[Question]
 
     def log(self, run: StageRun, stage: str) -> None:
-        """How many questions are learnt from and scored, and how many are left out since no answer to them is right."""
+        """Log how many questions are learnt, how many are scored, and how many are left out as unanswerable."""
         run.log_params({"questions_layout": self.train_file.layout})
-        run.log_metrics({"train_questions": len(self.asked), "dev_questions": len(self.dev)})
+        run.log_metrics({"train_questions": len(self.train), "dev_questions": len(self.dev)})
         texts = sum(map(has_text_answers, self.dev))
         if texts < len(self.dev):  # answers that are regular expressions have neither likelihood nor F1
             run.log_metrics({"dev_nll_count": texts, "dev_f1_count": texts})
-        left_out = sum(one.is_impossible for one in self.train_file.questions)
-        # Of the dev questions up to the last one that is scored.
+        left_out = sum(question.is_impossible for question in self.train_file.questions)
+        # Count unanswerable dev questions only up to the last question that is scored.
         all_dev = self.dev_file.questions
-        more = len(self.dev) < sum(bool(one.answers) for one in all_dev)
-        looked_at = all_dev[: all_dev.index(self.dev[-1]) + 1] if more else all_dev
-        left_out_of_dev = sum(one.is_impossible for one in looked_at)
+        only_some_scored = len(self.dev) < sum(bool(question.answers) for question in all_dev)
+        considered = all_dev[: all_dev.index(self.dev[-1]) + 1] if only_some_scored else all_dev
+        left_out_of_dev = sum(question.is_impossible for question in considered)
         run.log_metrics({"train_unanswerable": left_out, "dev_unanswerable": left_out_of_dev})
         if left_out:
             warn(
-                f"{stage}: {left_out:,} of the {len(self.train_file.questions):,} training questions are unanswerable and "
-                "are left out: there is no answer to learn."
+                f"{stage}: {left_out:,} of the {len(self.train_file.questions):,} training questions are unanswerable "
+                "and are left out: there is no answer to learn."
             )
 
 
 def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, config: TrainConfig) -> _Start:
-    """The index, the untrained model and the questions, once all that can be wrong with a training has been looked at.
+    """Open the index, the untrained model and the question files, and check everything that training needs.
 
     Raises:
-        RagError: what is wrong, all of it.
+        RagError: lists all problems at once.
     """
     problems, opened, start, train_file, dev_file = Problems(), None, None, None, None
     recorded = dict[str, str]()
-    asked, asked_of_dev = list[Question](), list[Question]()
+    train_questions, dev_questions = list[Question](), list[Question]()
     with problems.of("index"):
         opened = PassageIndex.open(index)
         opened.check_num_docs(model.num_docs)
@@ -194,10 +187,10 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
         start = RagModel.from_parts(model)
     with problems.of("questions"):
         train_file = read_question_file(questions)
-        asked = trainable(train_file)
+        train_questions = trainable(train_file)
     with problems.of("dev"):
         dev_file = read_question_file(dev)
-        asked_of_dev = scored_of_dev(dev_file, config)
+        dev_questions = scored_of_dev(dev_file, config)
     with problems.of("train.rates"):
         check_rates(config.rates)
     with problems.of("train.optimizer"):
@@ -207,52 +200,51 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
     if opened and start:
         with problems.of("index"):
             start.check_index(opened)
-    if start and asked:
+    if start and train_questions:
         with problems.of("questions"):
-            check_questions(start.generator_tokenizer, start.settings.prompt, asked, questions, learnt=True)
+            check_questions(start.generator_tokenizer, start.settings.prompt, train_questions, questions, learnt=True)
     problems.raise_any("before training, so it was not started")
     assert opened is not None
     assert start is not None
     assert train_file is not None
     assert dev_file is not None
-    return _Start(opened, recorded, model, start, train_file, dev_file, asked, asked_of_dev)
+    return _Start(opened, recorded, model, start, train_file, dev_file, train_questions, dev_questions)
 
 
 def scored_of_dev(file: QuestionFile, config: TrainConfig) -> list[Question]:
-    """The dev questions that each evaluation scores; InputError if they cannot tell the best weights."""
+    """The dev questions that each evaluation scores; InputError if the best weights cannot be chosen by them."""
     return scorable(file, config.eval_questions, as_texts=config.best_by != "em")
 
 
 def check_rates(rates: EndToEndRates) -> None:
-    """Raise ConfigError if neither part is trained."""
+    """Raise ConfigError if both learning rates are 0."""
     if rates.question_encoder == rates.generator == 0:
         raise ConfigError("There is nothing to train: every learning rate is 0. Set at least one above 0.")
 
 
 def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a worker does."""
+    """Run training in one worker; return its reporter's `result`."""
     config: TrainConfig = settings["config"]
     variant: Variant = settings["variant"]
     place = this_place(settings["cpus"], settings["meter"])
     index: Retriever = settings["open_retriever"]()
-    paths = Path(settings["questions"]), Path(settings["dev"])
-    questions = trainable(read_question_file(paths[0]))
-    dev = scored_of_dev(read_question_file(paths[1]), config)
+    questions = trainable(read_question_file(Path(settings["questions"])))
+    dev = scored_of_dev(read_question_file(Path(settings["dev"])), config)
     model = RagModel.from_parts(settings["model"]).to(this_device())
     model.settings.variant = variant
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
-    mine = dev[place.rank :: place.world_size]
+    own_dev = dev[place.rank :: place.world_size]  # this worker's part
     objective = EndToEnd(model, index, variant, config.rates)
 
     def better(scores: dict[str, float]) -> float:
-        # Equal EM is common on a small dev set; the likelihood decides then.
-        tie = -scores.get("dev_nll", 0.0)
-        return tie if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * tie
+        # Equal EM is common on a small dev set; then the likelihood decides.
+        log_likelihood = -scores.get("dev_nll", 0.0)
+        return log_likelihood if config.best_by == "nll" else scores[f"dev_{config.best_by}"] + 1e-6 * log_likelihood
 
     reporter = Reporter.of(settings, place, model.write_files, better, model.reader.count)
-    hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, mine, variant, config))
-    done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
-    return reporter.result(done)
+    hooks = reporter.hooks(evaluate=lambda step: dev_scores(model, objective, index, own_dev, variant, config))
+    steps_done = run_training(objective, questions, config.optimizer, place, hooks, reporter.checkpoints)
+    return reporter.result(steps_done)
 
 
 def dev_scores(
@@ -263,10 +255,10 @@ def dev_scores(
     variant: Variant,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """nll, EM, F1 (greedy answers), recall@1 and @K and the share of contexts cut on dev questions, over all workers.
+    """Dev scores over all workers: nll, EM and F1 of greedy answers, recall@1, recall@K, and the share of contexts cut.
 
-    `questions` are this worker's, of which there may be none. Every mean is over the questions of all workers that have
-    the score; one that no question has is left out.
+    `questions` are this worker's part and may be empty. Each mean is over those questions of all workers that
+    have the score; a score that no question has is left out.
     """
     import torch
 
@@ -286,7 +278,7 @@ def dev_scores(
         for answer, question in zip(answers, questions, strict=True)
     ]
     learnable = [question for question in questions if has_text_answers(question)]
-    # Read once more: not to be counted among the contexts of training either.
+    # These contexts are read a second time, so they count neither here nor among those of training.
     with model.reader.counting(), torch.inference_mode(), autocast(model.device, precision):
         for batch in batches_of(learnable, 8):
             scored += [{"nll": nll} for nll in objective(batch).tolist()]

@@ -1,4 +1,4 @@
-"""MLflow's client, with limits: how long a server may take to answer, and what counts as unreachable."""
+"""MLflow's client with time limits, and one error for all ways in which a server can be unreachable."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from mlflow.exceptions import MlflowException
 from rag_core.network.addresses import without_credentials
 from tasks.tracking.journal import UnreachableError
 
-# Seconds that a server may take to answer: a training step does not wait longer for its metrics than PROMPT_SECONDS,
-# anything else no longer than PATIENT_SECONDS, or what the user has set as MLFLOW_HTTP_REQUEST_TIMEOUT.
+# Seconds that a server may take to answer. A training step waits at most PROMPT_SECONDS for its metrics; everything
+# else waits at most PATIENT_SECONDS, or as long as the user's MLFLOW_HTTP_REQUEST_TIMEOUT.
 PROMPT_SECONDS, PATIENT_SECONDS = 1, 10
-# What is wrong with the caller or the moment, not with the entry.
-NOT_THE_ENTRY = (401, 403, 408, 429)
+# HTTP statuses caused by credentials or load: keep the entry and retry.
+RETRYABLE_STATUSES = (401, 403, 408, 429)
 
-_patience = threading.RLock()
+# Held while the environment has our time limits: MLflow reads them there, and all threads share it.
+_limits_lock = threading.RLock()
 
 
 @functools.lru_cache(maxsize=8)
 def client_of(uri: str) -> MlflowClient:
-    """One client for each address: a new one would read the store's settings again."""
-    # The address that MLflow prints when a run ends has the password in it.
+    """The client for an address, cached: a new client would read the store's settings again."""
+    # MLflow prints the address when a run ends, password included.
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     return MlflowClient(uri)
 
 
 @contextlib.contextmanager
 def reaching(uri: str, seconds: int | None = None, retries: int = 0) -> Iterator[MlflowClient]:
-    """A client whose calls end after about `seconds` (default: the patient ones), where MLflow's own try for minutes.
+    """A client whose calls end after about `seconds` (default: PATIENT_SECONDS); MLflow's own calls retry for minutes.
 
     Raises:
-        UnreachableError: instead of whatever an unreachable, overloaded or denying server makes MLflow raise.
+        UnreachableError: the server is unreachable, overloaded or denies access, whatever MLflow itself raises then.
     """
     try:
         with contextlib.ExitStack() as settings:
-            settings.enter_context(_patience)
+            settings.enter_context(_limits_lock)
             if seconds is None:
                 seconds = int(os.environ.get(MLFLOW_HTTP_REQUEST_TIMEOUT.name) or PATIENT_SECONDS)
             settings.enter_context(_setting(MLFLOW_HTTP_REQUEST_TIMEOUT.name, seconds))
@@ -54,16 +55,16 @@ def reaching(uri: str, seconds: int | None = None, retries: int = 0) -> Iterator
             yield client_of(uri)
     except MlflowException as error:
         status = error.get_http_status_code()
-        if 400 <= status < 500 and status not in NOT_THE_ENTRY:
+        if 400 <= status < 500 and status not in RETRYABLE_STATUSES:
             raise
         raise _unreachable(uri, error) from error
-    except OSError as error:  # among them everything that `requests` raises
+    except OSError as error:  # includes everything that `requests` raises
         raise _unreachable(uri, error) from error
 
 
 @contextlib.contextmanager
 def _setting(name: str, value: int) -> Iterator[None]:
-    # MLflow reads them from the environment at each call. They are for our own calls only.
+    # MLflow reads its settings from the environment at each call. Ours must apply to our own calls only.
     before = os.environ.get(name)
     os.environ[name] = str(value)
     try:
@@ -80,10 +81,10 @@ def _unreachable(uri: str, error: Exception) -> UnreachableError:
 
 
 def _short(text: str) -> str:
-    """What the network said; MLflow and urllib3 wrap it in sentences that name the address, password included."""
-    if found := re.search(r"\[Errno -?\d+\] [\w ]+", text):
-        return found.group().rpartition("] ")[2].lower()
-    if found := re.search(r"timed out|too many \d+ error responses|database is locked", text):
-        return found.group()
-    found = re.search(r"error code '?(\d{3}|[A-Z_]+)", text)
-    return found.group() if found else "no connection"
+    """The network error inside a message: MLflow and urllib3 wrap it in text with the address and the password."""
+    if match := re.search(r"\[Errno -?\d+\] [\w ]+", text):
+        return match.group().rpartition("] ")[2].lower()
+    if match := re.search(r"timed out|too many \d+ error responses|database is locked", text):
+        return match.group()
+    match = re.search(r"error code '?(\d{3}|[A-Z_]+)", text)
+    return match.group() if match else "no connection"

@@ -1,10 +1,11 @@
-"""What MLflow could not be told yet: one file of JSON lines a run, sent in order when the server answers again.
+"""Keep writes that MLflow did not take: one file of JSON lines per run, sent in order when the server answers again.
 
-A write goes straight to the server as long as it answers. Once it does not, the write is appended to the run's file and
-flushed to disk, and later writes queue behind it, from whatever process they come, until somebody has sent them all.
-Every entry carries its own time, and sending one twice changes nothing (`tasks.tracking.delivery`), so an entry is
-deleted only after the server has it: a kill in between costs nothing. The file belongs to no process: whoever finds it
-may send it. This module knows nothing about MLflow.
+A write goes straight to the server while it answers. When it does not, the write is appended to the run's file and
+flushed to disk. Later writes of any process queue behind it until all have been sent. The file belongs to no process:
+any process that finds it may send it.
+
+An entry is deleted only after the server has it. A kill in between loses nothing, because every entry carries its own
+time and sending it twice changes nothing (`tasks.tracking.delivery`). This module knows nothing about MLflow.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from rag_core.errors import ArtifactError
 from rag_core.storage.draft import sync
 
 SUFFIX = ".jsonl"
-# Seconds between two attempts while the server does not answer: doubled each time.
+# Seconds between two attempts while the server does not answer; doubled each time.
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
-# A write that finds older ones spends at most this long on sending those, so that a training step is not held up.
+# A write spends at most this long on sending older ones first, so that it does not hold up a training step.
 SECONDS_FOR_OLDER = 1.0
-# Entries sent with one call: MLflow takes at most 1,000 metrics in a batch.
+# Metrics sent with one call: MLflow takes at most 1,000 in a batch.
 MOST_AT_ONCE = 1000
 
 BUSY = "another process is sending it"
@@ -38,12 +39,12 @@ Entry = dict[str, Any]
 
 
 class UnreachableError(Exception):
-    """The server does not answer, or not now; nothing is wrong with what was to be sent."""
+    """The server does not answer, or refuses for now. The entry itself is fine and can be sent later."""
 
 
 @dataclass
 class Pause:
-    """When a server that did not answer may be asked again; shared by all runs of a process."""
+    """When a server that did not answer may be tried again; all runs of a process share it."""
 
     seconds: float = 0.0
     until: float = 0.0
@@ -65,13 +66,13 @@ class Journal:
     """The writes of one run.
 
     Args:
-        file: where entries wait; it exists only while some do.
-        header: first line of the file; says whose entries they are. `since` is added.
-        deliver: sends entries under that header, in a hurry or not; raises UnreachableError if the server does not
-            answer, and anything else if it refuses them.
+        file: holds the waiting entries; it exists only while there are some.
+        header: the file's first line; names the run. `since` is added.
+        deliver: sends (header, entries, hurry); raises UnreachableError if the server does not answer, and any other
+            exception if it refuses an entry.
         pause: of the server.
-        say: tells the user.
-        closing: makes a last entry from the header once all others have been sent.
+        say: shows a message to the user.
+        closing: makes a last entry from the header after all others have been sent.
     """
 
     file: Path
@@ -83,7 +84,7 @@ class Journal:
     _refused: bool = False
 
     def write(self, entry: Entry) -> None:
-        """Send the entry, or keep it. An entry's `content` (bytes) is kept as a file beside the journal."""
+        """Send the entry, or keep it. The `content` (bytes) of a kept entry becomes a file beside the journal."""
         if self.pause.over:
             if self.file.exists() and not self._refused:
                 self.send(SECONDS_FOR_OLDER, hurry=True)
@@ -92,14 +93,20 @@ class Journal:
         self._append(entry)
 
     def send(self, seconds: float, *, wait: float = 0.0, hurry: bool = False) -> str:
-        """Send what waits, oldest first, for about so many seconds; returns why the rest was not sent, or "".
+        """Send the waiting entries, oldest first.
 
-        `wait` is how long another process that is sending may hold it up, `hurry` that the server must answer at once.
+        Args:
+            seconds: stop after about this time.
+            wait: seconds to wait while another process is sending them.
+            hurry: the server must answer at once.
+
+        Returns:
+            Why entries are left, or "" if all were sent.
         """
         end = time.monotonic() + wait
-        while (why := self._send_alone(seconds, hurry)) == BUSY and time.monotonic() < end:
+        while (problem := self._send_alone(seconds, hurry)) == BUSY and time.monotonic() < end:
             time.sleep(0.1)
-        return why
+        return problem
 
     def _send_alone(self, seconds: float, hurry: bool) -> str:
         with self._only_sender() as alone:
@@ -110,30 +117,30 @@ class Journal:
             except ArtifactError as error:
                 self._refused = True
                 return str(error)
-            sent, why, end = 0, "", time.monotonic() + seconds
-            for together in _batches(entries):
+            sent, problem, end = 0, "", time.monotonic() + seconds
+            for batch in _batches(entries):
                 if time.monotonic() > end:
-                    why = "there was no time for the rest"
+                    problem = "there was no time for the rest"
                     break
                 try:
-                    self.deliver(header, [self._with_content(entry) for entry in together], hurry)
-                    if self.closing and sent + len(together) == len(entries):
+                    self.deliver(header, [self._with_content(entry) for entry in batch], hurry)
+                    if self.closing and sent + len(batch) == len(entries):
                         self.deliver(header, [self.closing(header)], hurry)
                 except UnreachableError as error:
                     self.pause.longer()
-                    why = str(error)
+                    problem = str(error)
                     break
                 except Exception as error:
-                    # Refused: the entry stays, and so does what it was kept for, until a person has looked at it.
-                    why, self._refused = f"line {sent + 2} was refused: {error}", True
+                    # Refused: this entry and all later ones stay in the file until a person has looked at it.
+                    problem, self._refused = f"line {sent + 2} was refused: {error}", True
                     break
-                sent += len(together)
+                sent += len(batch)
             if sent or not entries:
                 self._forget(sent)
-        if sent and not why:
+        if sent and not problem:
             self.pause.end()
             self.say(f"MLflow answers again: {sent} writes that were kept in {self.file} have been sent.")
-        return why
+        return problem
 
     def _delivered(self, entry: Entry) -> bool:
         try:
@@ -142,7 +149,7 @@ class Journal:
             first = not self.pause.seconds
             self.pause.longer()
             if first:
-                self.say(f"{error} The work goes on; what is for MLflow is kept in {self.file} and sent later.")
+                self.say(f"{error} The work continues; writes to MLflow are kept in {self.file} and sent later.")
             return False
         self.pause.end()
         return True
@@ -178,7 +185,7 @@ class Journal:
         return entry | {"content": (self.file.with_suffix(".files") / entry["kept"]).read_bytes()}
 
     def _forget(self, sent: int) -> None:
-        """Delete the first `sent` entries; the whole file if no others have come meanwhile."""
+        """Delete the first `sent` entries, or the whole file if no entries are left."""
         with _locked_folder(self.file.parent):
             header, entries = read_journal(self.file)
             left = entries[sent:]
@@ -196,7 +203,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _only_sender(self) -> Iterator[bool]:
-        """Whether this process alone sends the file, as long as the block lasts."""
+        """Try to lock the file for sending; yields whether this process holds the lock during the block."""
         try:
             file = self.file.open("rb")
         except FileNotFoundError:
@@ -205,7 +212,7 @@ class Journal:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The former sender may have deleted or replaced the file that was opened here.
+                # Another sender may have deleted or replaced the file since it was opened here.
                 alone = self.file.exists() and os.path.samestat(os.fstat(file.fileno()), self.file.stat())
             except (BlockingIOError, FileNotFoundError):
                 alone = False
@@ -213,7 +220,7 @@ class Journal:
 
 
 def read_journal(file: Path) -> tuple[Entry, list[Entry]]:
-    """Header and entries of a journal. A last line that was cut off is left out: its write never returned.
+    """Header and entries of a journal. A half last line is ignored: its write never returned.
 
     Raises:
         ArtifactError: a line is damaged.
@@ -223,38 +230,38 @@ def read_journal(file: Path) -> tuple[Entry, list[Entry]]:
         try:
             lines.append(json.loads(line))
         except ValueError as error:
-            raise ArtifactError(f"{file}, line {number} is no JSON ({error}). Mend or delete the line.") from error
+            raise ArtifactError(f"{file}, line {number} is not JSON ({error}). Correct or delete the line.") from error
     return (lines[0], lines[1:]) if lines else ({}, [])
 
 
 def header_of(file: Path) -> Entry:
-    """The first line of a journal; empty if it cannot be read, or was sent by somebody else just now."""
+    """The first line of a journal; empty if it cannot be read, for example because another process has just sent it."""
     with contextlib.suppress(OSError, ValueError), file.open("rb") as lines:
         return dict(json.loads(lines.readline()))
     return {}
 
 
 def now() -> str:
-    """The time, for people."""
+    """The current time (UTC), readable for people."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _batches(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """Neighbouring metrics together, everything else by itself."""
-    together: list[Entry] = []
+    """Group neighbouring metrics into batches; every other entry is a batch of its own."""
+    batch: list[Entry] = []
     points = 0
     for entry in entries:
         metrics = len(entry.get("metrics", ()))
-        if together and (not metrics or points + metrics > MOST_AT_ONCE):
-            yield together
-            together, points = [], 0
+        if batch and (not metrics or points + metrics > MOST_AT_ONCE):
+            yield batch
+            batch, points = [], 0
         if metrics:
-            together.append(entry)
+            batch.append(entry)
             points += metrics
         else:
             yield [entry]
-    if together:
-        yield together
+    if batch:
+        yield batch
 
 
 @contextlib.contextmanager
@@ -268,7 +275,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _whole_lines(file: IO[bytes]) -> int:
-    """Bytes in whole lines; half a line that a killed process left at the end is cut off."""
+    """Remove half a line that a killed process left at the end; returns the number of bytes that remain."""
     file.seek(0)
     size = file.read().rfind(b"\n") + 1
     file.truncate(size)

@@ -1,10 +1,11 @@
-"""Metric names for MLflow: any question type in a name that every store takes, and back.
+"""Metric names for MLflow: encode any question type in a name that every store accepts, and decode it.
 
-MLflow takes letters, digits and `_ - . / : space`, names of at most 250 characters that are no odd paths (`..`,
-`a//b`), and some of its stores do not tell `A` from `a`. A type's scores are named `TYPE/em`, so that its prefix must
-have no slash; scores of all questions have no slash. What MLflow does not take is written `:HEX:`, the character's
-code point. Of types that differ only by case or accents, every letter but a to z is written so;
-of a very long one the beginning is kept, with `:-` and a hash of the whole.
+MLflow accepts letters, digits and `_ - . / : space`, at most 250 characters, and no odd paths (`..`, `a//b`). Some of
+its stores do not distinguish `A` from `a`. A type's scores are named `TYPE/em`, so the prefix itself must have no
+slash; scores of all questions have no prefix.
+
+A character that MLflow refuses is written `:HEX:`, its code point. If types differ only by case or accents, all their
+letters except a to z are written so. A very long type is cut, and ends in `:-` and a hash of the whole.
 """
 
 from __future__ import annotations
@@ -20,36 +21,36 @@ from rag_core.evaluation.scores import Evaluation
 # MLflow's limit for a name is 250; the score's own name comes after the prefix.
 MOST_CHARACTERS = 180
 _ESCAPE = re.compile(":([0-9a-f]+):")
-# Dots that could begin a path; spaces at the ends, which some stores do not tell from none.
+# Dots that could begin a path, and spaces at the ends, which some stores ignore.
 _ENDS = re.compile(r"^[. ]+| +$")
 _ODD = re.compile(r"[^\w.\- ]")
 _ODD_OR_VARYING = re.compile(r"[^a-z0-9_.\- ]")
 
 
 def metric_name(name: str) -> str:
-    """MLflow refuses @ in names: recall@5 becomes recall_at_5."""
+    """A score's name without @, which MLflow refuses: recall@5 becomes recall_at_5."""
     return name.replace("@", "_at_")
 
 
 def metric_prefixes(types: Iterable[str]) -> dict[str, str]:
-    """For each type the beginning of its metrics' names; distinct even where case and accents do not count."""
+    """The prefix of each type's metric names. Prefixes stay distinct in a store that ignores case and accents."""
     types = list(types)
     alike = Counter(map(_folded, types))
     return {name: _shortened(_escaped(name, strict=alike[_folded(name)] > 1)) for name in types}
 
 
 def type_of_prefix(prefix: str) -> str | None:
-    """The type that a prefix stands for; None if it was too long to be written out (`scores.json` has it)."""
+    """The type that a prefix stands for; None if the type was too long and cut (`scores.json` has it whole)."""
     if ":" in _ESCAPE.sub("", prefix):
         return None
-    return _ESCAPE.sub(lambda found: chr(int(found.group(1), 16)), prefix)
+    return _ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), prefix)
 
 
 def score_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Every score by its metric's name.
+    """Every score by its metric name.
 
-    `count` is the number of questions, `unanswerable` that of those left out (where there are any), and `em_count` is
-    there where a mean is over fewer questions than `count`.
+    `count` is the number of questions scored, `unanswerable` the number left out (for a type only if there are any).
+    `em_count` exists only if that mean is over fewer questions than `count`.
     """
     groups = {"": evaluation.overall}
     prefixes = metric_prefixes(evaluation.by_type)
@@ -67,8 +68,8 @@ def score_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 def _escaped(name: str, strict: bool) -> str:
     odd = _ODD_OR_VARYING if strict else _ODD
-    text = odd.sub(lambda found: f":{ord(found.group()):x}:", name)
-    return _ENDS.sub(lambda found: "".join(f":{ord(one):x}:" for one in found.group()), text)
+    text = odd.sub(lambda match: f":{ord(match.group()):x}:", name)
+    return _ENDS.sub(lambda match: "".join(f":{ord(letter):x}:" for letter in match.group()), text)
 
 
 def _shortened(text: str) -> str:
@@ -80,4 +81,4 @@ def _shortened(text: str) -> str:
 
 def _folded(name: str) -> str:
     decomposed = unicodedata.normalize("NFKD", name.casefold())
-    return "".join(one for one in decomposed if not unicodedata.combining(one)).strip()
+    return "".join(letter for letter in decomposed if not unicodedata.combining(letter)).strip()

@@ -1,4 +1,4 @@
-"""A trained variant as an MLflow registered model with a signature, so that versions can be compared and served."""
+"""Register a trained variant as an MLflow model with a signature, so that versions can be compared and served."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rag_core.storage.places import absolute, as_place
 from tasks.tracking.client import reaching
 from tasks.tracking.journal import Entry
 
-# A server may answer an upload only when it has stored it.
+# Longer than for other calls, because a server may answer an upload only after it has stored it.
 UPLOAD_SECONDS = 120
-# Tag of a registered version: the fingerprint of the model's artifact.
+# Name of a registered version's tag: the fingerprint of the model's artifact.
 FINGERPRINT = "fingerprint"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "question")]),
@@ -31,10 +31,10 @@ SIGNATURE = ModelSignature(
 
 
 def model_entry(model: Path, index: Path, variant: str, *, unless_known: bool = False) -> Entry:
-    """What a stage writes to its run to have the model logged, and registered as `rag-sequence` or `rag-token`.
+    """The journal entry that logs the model and registers it as `rag-sequence` or `rag-token`.
 
     Args:
-        unless_known: do nothing if a model with these very weights is registered, by whatever run.
+        unless_known: register nothing if any run has already registered a model with exactly these weights.
     """
     manifest = open_artifact(model, KIND, check_content=False)
     return {
@@ -51,22 +51,23 @@ def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
     """Log and register the model of a `model_entry`, unless this run has registered its model already.
 
     Raises:
-        ArtifactError: another model lies there by now.
+        ArtifactError: the folder now holds another model.
     """
     if open_artifact(as_place(entry["model"]), KIND, check_content=False).fingerprint != entry["fingerprint"]:
         raise ArtifactError(
-            f"{entry['model']} holds another model than the one that MLflow run {run_id} trained, so it is not "
-            f"registered as {entry['name']}. Train again, or delete the line."
+            f"{entry['model']} no longer holds the model that MLflow run {run_id} trained, so nothing is registered as "
+            f"{entry['name']}. Train again, or delete the line."
         )
-    # An input example would make MLflow load the whole model just to try it; the signature is given instead.
+    # We pass a signature and no input example, because MLflow would load the whole model to try the example.
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     with reaching(uri, UPLOAD_SECONDS, retries=2) as client, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        registered = client.search_model_versions(f"name = '{entry['name']}'")
-        if any(one.run_id == run_id for one in registered):
+        versions = client.search_model_versions(f"name = '{entry['name']}'")
+        if any(version.run_id == run_id for version in versions):
             return
-        if entry.get("unless_known") and any(one.tags.get(FINGERPRINT) == entry["fingerprint"] for one in registered):
+        fingerprint = entry["fingerprint"]
+        if entry.get("unless_known") and any(version.tags.get(FINGERPRINT) == fingerprint for version in versions):
             return
         if mlflow.get_tracking_uri() != uri:
             mlflow.set_tracking_uri(uri)
@@ -80,6 +81,4 @@ def register_now(uri: str, run_id: str, entry: Mapping[str, Any]) -> None:
                 pip_requirements=["rag-pipeline"],
                 registered_model_name=entry["name"],
             )
-        client.set_model_version_tag(
-            entry["name"], str(logged.registered_model_version), FINGERPRINT, entry["fingerprint"]
-        )
+        client.set_model_version_tag(entry["name"], str(logged.registered_model_version), FINGERPRINT, fingerprint)

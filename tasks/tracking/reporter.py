@@ -1,7 +1,7 @@
-"""What a worker's training loop talks to: metrics, the best weights, progress, and whether it is to stop.
+"""A training worker's connection to MLflow and the driver: metrics, progress, the best weights, requests to stop.
 
-Only rank 0 writes. Points of the curves go to the stage's MLflow run once: a worker that goes on after a lost one knows
-from the driver which are there, and a run that goes on in another MLflow run sends those of the former one first.
+Only rank 0 writes. Every point of a curve goes to the stage's MLflow run once. A worker that replaces a lost one learns
+from the driver which points are there. Training that continues under another MLflow run sends the earlier points first.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from tasks.tracking.runs import RunAddress
 
 
 class DriverLink:
-    """A worker's end of the `ProgressMeter`. Where that cannot be reached training goes on, unseen by the driver."""
+    """A worker's end of the `ProgressMeter`. If the meter is lost, training continues without the driver seeing it."""
 
     def __init__(self, meter: Any) -> None:
         self._meter = meter
-        self._asked: Any = None
+        self._pending: Any = None
 
     def start_at(self, step: int) -> dict[str, int]:
-        """Training begins after `step`; returns up to which step each curve is in MLflow."""
+        """Report that training starts after `step`; returns up to which step each curve is in MLflow."""
         self._meter.start_at.remote(step)
-        return dict(self._answer(self._meter.told.remote()) or {})
+        return dict(self._answer(self._meter.logged_steps.remote()) or {})
 
     def advance(self, steps: int, note: str) -> None:
         self._meter.advance.remote(steps, note)
 
-    def tell(self, curve: str, step: int) -> None:
-        """The points of a curve are in MLflow up to `step`."""
-        self._meter.tell.remote(curve, step)
+    def mark_logged(self, curve: str, step: int) -> None:
+        """Report that the curve's points up to `step` are in MLflow."""
+        self._meter.mark_logged.remote(curve, step)
 
     def stop_wanted(self) -> bool:
-        """Whether training is to stop; never waits for the answer, which may come a step later."""
-        asked = self._asked or self._meter.stopping.remote()
-        ready, _ = ray.wait([asked], timeout=0)
-        self._asked = None if ready else asked
-        return bool(ready and self._answer(asked))
+        """Whether training is to stop. Never waits: the driver's answer may arrive a step later."""
+        call = self._pending or self._meter.stopping.remote()
+        ready, _ = ray.wait([call], timeout=0)
+        self._pending = None if ready else call
+        return bool(ready and self._answer(call))
 
     def _answer(self, call: Any) -> Any:
         try:
@@ -56,7 +56,10 @@ class DriverLink:
 
 @dataclass
 class Reporter:
-    """A worker's way out: metrics, best weights, progress. `count` is its reader's, as it grows."""
+    """Sends a worker's metrics and progress, and keeps its best weights.
+
+    `count` is the context reader's own counter, which grows while the worker trains.
+    """
 
     address: RunAddress
     link: DriverLink
@@ -71,7 +74,7 @@ class Reporter:
     _seen: int = 0
     _best: float | None = None
     _best_step: int = 0
-    _told: dict[str, int] | None = None
+    _logged: dict[str, int] | None = None
 
     @classmethod
     def of(
@@ -82,18 +85,18 @@ class Reporter:
         better: Callable[[dict[str, float]], float],
         count: ContextCount,
     ) -> Reporter:
-        """The reporter of a worker whose loop was given `settings`."""
+        """The reporter of a worker whose loop has these `settings`."""
         link, checkpoints = DriverLink(settings["meter"]), Checkpoints(Path(settings["checkpoints"]))
         return cls(settings["address"], link, save, better, place.rank, count, checkpoints)
 
     def hooks(self, **others: Any) -> Hooks:
-        """For `run_training`, with the caller's own `evaluate` and `batch`."""
+        """Hooks for `run_training`, with the caller's own `evaluate` and `batch`."""
         return Hooks(
             log=self.log, keep=self.keep, stop=self.link.stop_wanted, state=self.state, restore=self.restore, **others
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A point of the training curves, with the share of contexts cut since the last one, over all workers.
+        """Add a point to the training curves, with the share of contexts cut since the last point, over all workers.
 
         All ranks must call it. The other metrics are those of rank 0.
         """
@@ -106,7 +109,7 @@ class Reporter:
             self._seen = step
 
     def keep(self, step: int, dev: dict[str, float]) -> None:
-        """A point of the dev curves; the weights are kept if they are the best so far. All ranks must call it."""
+        """Add a point to the dev curves, and keep the weights if they are the best so far. All ranks must call it."""
         self.dev.append({"step": step, **dev})
         if self.rank == 0:
             self._send("dev")
@@ -117,7 +120,7 @@ class Reporter:
                 self.checkpoints.keep_best(step, self.save)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint. The contexts are this worker's own."""
+        """The state for a checkpoint. `count` is this worker's own, `contexts` the sum over all workers."""
         return {
             "history": self.history,
             "dev": self.dev,
@@ -128,7 +131,7 @@ class Reporter:
         }
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Go on after `step` with what `state` told of."""
+        """Continue after `step` from the `state` of a checkpoint."""
         self.history, self.dev = state["history"], state["dev"]
         self._best, self._best_step, self._seen = state["best"], state["best_step"], step
         self.contexts = ContextCount(**state["contexts"])
@@ -139,7 +142,7 @@ class Reporter:
                 self._send(curve)
 
     def result(self, done: int) -> dict[str, Any]:
-        """What a worker's loop returns: the steps done, and all of a `TrainedModel` but its folder."""
+        """The return value of a worker's loop: the steps done, and all fields of a `TrainedModel` except its folder."""
         return {
             "done": done,
             "best_step": self._best_step,
@@ -149,18 +152,18 @@ class Reporter:
         }
 
     def _send(self, curve: str) -> None:
-        """The points that are not in MLflow yet."""
-        if self._told is None:
-            self._told = self.link.start_at(self._seen)
+        """Send the curve's points that are not in MLflow yet."""
+        if self._logged is None:
+            self._logged = self.link.start_at(self._seen)
         points: list[dict[str, float]] = getattr(self, curve)
-        new = [point for point in points if point["step"] > self._told.get(curve, 0)]
+        new = [point for point in points if point["step"] > self._logged.get(curve, 0)]
         for point in new:
-            figures = {name: value for name, value in point.items() if name != "step"}
-            if figures:
-                self.address.log_metrics(figures, int(point["step"]))
+            metrics = {name: value for name, value in point.items() if name != "step"}
+            if metrics:
+                self.address.log_metrics(metrics, int(point["step"]))
         if new:
-            self._told[curve] = int(new[-1]["step"])
-            self.link.tell(curve, self._told[curve])
+            self._logged[curve] = int(new[-1]["step"])
+            self.link.mark_logged(curve, self._logged[curve])
 
 
 def count_over_workers(count: ContextCount) -> ContextCount:

@@ -1,9 +1,9 @@
-"""MLflow: one run a stage, under one parent run a pipeline.
+"""MLflow runs: one per stage, under one parent run per pipeline.
 
-A stage opens its run here and nowhere else. Workers never open runs: they are handed a `RunAddress` and write metrics
-to that run. Any `MLFLOW_TRACKING_URI` works; the default is MLflow's own, a SQLite file in the current folder.
+Stages open their runs only here. Workers never open runs: they get a `RunAddress` and write metrics to that run. Any
+`MLFLOW_TRACKING_URI` works; the default is MLflow's own, a SQLite file in the current folder.
 
-Work never waits for MLflow nor fails with it once it has begun: what cannot be sent is kept in the folder
+Work that has started neither waits for MLflow nor fails with it: writes that cannot be sent are kept in
 `unsent_folder()` and sent in order as soon as the server answers (`tasks.tracking.journal`).
 """
 
@@ -29,7 +29,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFL
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import without_credentials
 from rag_core.storage.places import absolute
-from tasks.environment.mlflow_database import made_by_one
+from tasks.environment.mlflow_database import creation_lock
 from tasks.environment.mlflow_store import check_store
 from tasks.environment.variables import FOR_STAGES, check_variables
 from tasks.notices import warn
@@ -40,18 +40,19 @@ from tasks.tracking.metric_names import metric_name
 
 EXPERIMENT = "rag"
 UNSENT = "mlflow-unsent"
-# At the end of a run what waits is sent for at most this long.
+# Seconds that a run may spend at its end on sending writes that were kept.
 SECONDS_AT_THE_END = 30.0
 
+# Addresses of stores that have answered in this process.
 _answered: set[str] = set()
 
 
 @dataclass(frozen=True)
 class RunAddress:
-    """Where the driver and the workers of a stage write.
+    """The MLflow run to which the driver and the workers of a stage write.
 
-    `unsent` is the folder that keeps what the server could not be told; on several machines a shared one. `header` says
-    what to make of it later (`tasks.tracking.journal`).
+    `unsent` is the folder that keeps writes while the server does not answer; with several machines it should be a
+    shared one. `header` is the first line of the run's file there (`tasks.tracking.journal`).
     """
 
     tracking_uri: str = field(repr=False)
@@ -90,13 +91,13 @@ class RunAddress:
 @functools.lru_cache(maxsize=256)
 def _journal(uri: str, file: Path, header: str) -> Journal:
     return Journal(
-        file, json.loads(header), functools.partial(delivery.deliver, uri), pause_of(uri), warn, delivery.outage
+        file, json.loads(header), functools.partial(delivery.deliver, uri), pause_of(uri), warn, delivery.outage_entry
     )
 
 
 @functools.lru_cache(maxsize=8)
 def pause_of(uri: str) -> Pause:
-    """One for each server: what one run has found out the others need not try."""
+    """The pause of a server, shared by all runs: if one run gets no answer, the others need not try."""
     return Pause()
 
 
@@ -109,7 +110,7 @@ class StageRun:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; one of ours that begins with `local-` where MLflow could not be reached to make it."""
+        """MLflow's id of the run, or a local one (`local-…`) if MLflow could not be reached to create it."""
         return self.address.run_id
 
     def write(self, entry: Entry) -> None:
@@ -139,17 +140,17 @@ class StageRun:
         self.write({"do": "tags", "tags": dict(tags)})
 
     def log_input(self, name: str, path: Path, fingerprint: str) -> None:
-        """Lineage: this stage read the artifact or file `path`, whose content is `fingerprint`."""
+        """Record lineage: this stage read the artifact or file `path`, whose content has this fingerprint."""
         # MLflow keeps 36 characters of a digest.
         self.write({"do": "input", "name": name, "path": absolute(path), "digest": fingerprint[:36]})
 
 
 @contextlib.contextmanager
 def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None) -> Iterator[StageRun]:
-    """An MLflow run that ends as finished, failed, or killed (Ctrl-C, SIGTERM), as the block does.
+    """An MLflow run that ends like the block: as finished, failed, or killed (Ctrl-C, SIGTERM).
 
     Raises:
-        ConfigError: MLflow cannot be reached, and could not be in this process before: better now than after hours.
+        ConfigError: MLflow cannot be reached and has never answered in this process: better now than after hours.
     """
     run_tags = {MLFLOW_RUN_NAME: name, MLFLOW_USER: os.environ.get("USER", "rag"), "stage": name, **(tags or {})}
     if parent_run_id:
@@ -164,9 +165,9 @@ def open_run(name: str, parent_run_id: str | None = None, tags: Mapping[str, str
         raise
     finally:
         run.write({"do": "end", "status": status, "time": milliseconds()})
-        left = send_unsent(unsent_files())
-        if why := left.get(run.address.journal.file):
-            report_unsent(run.address.journal.file, why)
+        unsent = send_unsent(unsent_files())
+        if reason := unsent.get(run.address.journal.file):
+            report_unsent(run.address.journal.file, reason)
 
 
 def _new_run(tags: Mapping[str, str]) -> RunAddress:
@@ -176,7 +177,7 @@ def _new_run(tags: Mapping[str, str]) -> RunAddress:
     local = RunAddress._make(uri, f"{delivery.LOCAL}{uuid.uuid4().hex}", create={"tags": dict(tags), "time": started})
     if not pause_of(uri).over:
         return local
-    # Its parent may be among them.
+    # The parent run may still have to be created.
     send_unsent(unsent_files())
     try:
         with reaching(uri) as client:
@@ -191,25 +192,25 @@ def _new_run(tags: Mapping[str, str]) -> RunAddress:
 
 
 def not_reached(error: UnreachableError) -> ConfigError:
-    """MLflow does not answer at the beginning, when nothing is lost by saying so."""
+    """The error for a server that does not answer before any work was started."""
     return ConfigError(
-        f"{error} Nothing was begun. Start the server, correct MLFLOW_TRACKING_URI, or unset it: runs are then kept in "
-        "mlflow.db in the current folder."
+        f"{error} No work was started. Start the server, correct MLFLOW_TRACKING_URI, or unset it: runs are then kept "
+        "in mlflow.db in the current folder."
     )
 
 
 def check_tracking() -> None:
-    """Whether runs can be written where they are to be; nothing is made yet.
+    """Check that runs can be written to the tracking store, without creating anything.
 
     Raises:
-        ConfigError: a variable is wrong, or the store cannot be used; the message says why and what to do.
+        ConfigError: a variable is wrong, or the store cannot be used.
     """
     check_variables(FOR_STAGES)
     check_store(tracking_uri(), experiment_name())
 
 
 def prepare_store() -> None:
-    """Make the tracking store and the experiment, where they are not there, and send what former commands could not.
+    """Create the tracking store and the experiment if they do not exist, and send writes that earlier commands kept.
 
     Raises:
         ConfigError: MLflow cannot be reached, or its store cannot be used.
@@ -217,7 +218,7 @@ def prepare_store() -> None:
     check_tracking()
     uri = tracking_uri()
     try:
-        with made_by_one(uri), reaching(uri, retries=1) as client:
+        with creation_lock(uri), reaching(uri, retries=1) as client:
             delivery.experiment_id(client, experiment_name())
     except UnreachableError as error:
         raise not_reached(error) from error
@@ -226,41 +227,44 @@ def prepare_store() -> None:
 
 
 def unsent_folder() -> Path:
-    """Where writes wait for MLflow: `RAG_MLFLOW_UNSENT`, or mlflow-unsent in the current folder (absolute, for workers)."""
+    """The folder of writes that wait for MLflow: `RAG_MLFLOW_UNSENT`, or mlflow-unsent in the current folder.
+
+    The path is absolute, because workers use it too.
+    """
     return Path(os.environ.get("RAG_MLFLOW_UNSENT") or UNSENT).resolve()
 
 
 def unsent_files() -> list[Path]:
-    """The files that wait in it, oldest first: a pipeline's own before those of its stages."""
+    """The files in `unsent_folder()`, oldest first: a pipeline's own file comes before those of its stages."""
     return sorted(unsent_folder().glob(f"*{SUFFIX}"), key=lambda file: str(header_of(file).get("since", "")))
 
 
 def send_unsent(
     files: Sequence[Path], *, anywhere: bool = False, seconds: float = SECONDS_AT_THE_END
 ) -> dict[Path, str]:
-    """Send what waits in `files`; returns why some still wait.
+    """Send the writes in `files`; returns for each file that could not be sent the reason.
 
     Args:
-        anywhere: also to servers other than this process's.
-        seconds: for each file.
+        anywhere: also send to servers other than this process's.
+        seconds: time limit for each file.
     """
-    mine, left = tracking_uri(), dict[Path, str]()
-    unusable = functools.cache(_unusable)  # a server that is silent is waited for once
+    own_uri, unsent = tracking_uri(), dict[Path, str]()
+    problem_of = functools.cache(_problem_of_store)  # wait only once for a server that does not answer
     for file in files:
         header = header_of(file)
-        at_home = header.get("mlflow", "") in ("", without_credentials(mine))
-        if at_home or anywhere:
-            uri = mine if at_home else str(header["mlflow"])
-            if anywhere and (why := unusable(uri, str(header.get("experiment") or experiment_name()))):
-                left |= {file: why}
+        is_own = header.get("mlflow", "") in ("", without_credentials(own_uri))
+        if is_own or anywhere:
+            uri = own_uri if is_own else str(header["mlflow"])
+            if anywhere and (reason := problem_of(uri, str(header.get("experiment") or experiment_name()))):
+                unsent |= {file: reason}
                 continue
-            why = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)
-            left |= {file: why} if why else {}
-    return left
+            reason = _journal(uri, file, json.dumps(header)).send(seconds, wait=SECONDS_AT_THE_END)
+            unsent |= {file: reason} if reason else {}
+    return unsent
 
 
-def _unusable(uri: str, experiment: str) -> str:
-    """Why nothing can be sent to that store; "" if it can."""
+def _problem_of_store(uri: str, experiment: str) -> str:
+    """Why no run can be written to that store; "" if it can."""
     try:
         check_store(uri, experiment)
     except ConfigError as error:
@@ -268,12 +272,12 @@ def _unusable(uri: str, experiment: str) -> str:
     return ""
 
 
-def report_unsent(file: Path, why: str) -> None:
-    """Tell the user what MLflow does not have yet."""
+def report_unsent(file: Path, reason: str) -> None:
+    """Tell the user how many writes MLflow does not have yet, and how they are sent later."""
     writes = file.read_bytes().count(b"\n") - 1
     warn(
-        f"{writes} writes of this run have not reached MLflow ({why}). They are kept in {file}; the next command "
-        "that is started in this folder sends them, or `rag sync-mlflow`."
+        f"{writes} writes of this run have not reached MLflow ({reason}). They are kept in {file}. The next command "
+        "in this folder sends them, or `rag sync-mlflow`."
     )
 
 
@@ -283,15 +287,15 @@ def experiment_name() -> str:
 
 
 def tracking_uri() -> str:
-    """Where runs are kept: `MLFLOW_TRACKING_URI`, or a SQLite file in the current folder (absolute, for workers)."""
+    """The tracking store: `MLFLOW_TRACKING_URI`, or a SQLite file in the current folder (absolute, for workers)."""
     return str(mlflow.get_tracking_uri())
 
 
 def run_link(run: StageRun) -> str:
-    """Where a person finds the run: a link for a tracking server, the command to start one for a local store."""
+    """How a person opens the run: a link for a tracking server, the command that starts one for a local store."""
     uri = without_credentials(run.address.tracking_uri)
     if run.address.journal.file.exists() or not pause_of(run.address.tracking_uri).over:
-        return f"{uri} does not answer; what it is to be told is kept in `{run.address.journal.file}`"
+        return f"{uri} does not answer; writes for it are kept in `{run.address.journal.file}`"
     try:
         with reaching(run.address.tracking_uri) as client:
             experiment = delivery.experiment_id(client, experiment_name())
@@ -304,12 +308,12 @@ def run_link(run: StageRun) -> str:
 
 
 def milliseconds() -> int:
-    """Now, as MLflow counts time."""
+    """The current time in MLflow's unit."""
     return int(time.time() * 1000)
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted names."""
+    """Nested settings as one level with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):

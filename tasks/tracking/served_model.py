@@ -1,8 +1,8 @@
-"""The code that MLflow stores beside a registered RAG model ("models from code": no pickle).
+"""The code that MLflow stores with a registered RAG model ("models from code": no pickle).
 
-MLflow runs this file to load the model; nothing of ours imports it. The copy beside a model outlives this release, so it
-imports public names only. The RAG model's folder travels with the registered
-model, the index stays where it is and is named in the model's configuration.
+MLflow runs this file to load the model; our own code never imports it. The stored copy outlives this release, so it
+imports public names only. The RAG model's folder is stored with the registered model. The index stays where it is; the
+model's configuration names it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mlflow.pyfunc import PythonModel
 
 from rag_core import PassageIndex, RagModel
 
-# A server of this model has imported MLflow before this file, and with it the client that reports usage: rag_core has
-# switched reports off meanwhile, unless somebody wants them, and this looks again.
+# A server of this model imports MLflow, and with it the client that reports usage, before this file. Importing rag_core
+# has since switched reports off (unless the user wants them); this makes MLflow read that setting again.
 mlflow.telemetry.set_telemetry_client()
 
 
@@ -30,7 +30,9 @@ class AnsweringModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         answers = self._model.answer(list(model_input["question"]), self._index)
-        return pd.DataFrame({"answer": [one.text for one in answers], "log_prob": [one.log_prob for one in answers]})
+        return pd.DataFrame(
+            {"answer": [answer.text for answer in answers], "log_prob": [answer.log_prob for answer in answers]}
+        )
 
 
 mlflow.models.set_model(AnsweringModel())

@@ -1,8 +1,8 @@
-"""Killed with signal 9 at thirty random moments, embedding and inference end with the output of an undisturbed run.
+"""Embedding and inference, killed with SIGKILL at thirty random moments, give the output of an undisturbed run.
 
-A kill takes a Ray worker (the run replaces it and goes on), the command itself, or the command's whole process group (the
-same command is given again). The moments follow from a seed, which a failure shows; `CHAOS_SEED` sets it. Embedding has a
-Prefect server of its own, which is killed with its group; inference uses one that stays.
+A kill hits a Ray worker (the run replaces it and continues), the command itself, or the command's whole process group
+(the same command starts again). The moments follow from a seed, shown in failures; `CHAOS_SEED` sets it. Embedding has
+its own Prefect server, which is killed with its group; inference uses a server that survives.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SMOKE = os.environ.get("CHAOS") == "smoke"
 KILLS = {"worker": 1, "command": 1, "group": 1} if SMOKE else {"worker": 9, "command": 3, "group": 3}  # of each stage
 EMBEDDED, ANSWERED = (60, 40) if SMOKE else (200, 110)  # shards
 SEED = int(os.environ.get("CHAOS_SEED", "20261125"))
-# A worker that holds a shard loses it with the kill; nothing that was finished is made again.
+# A killed worker loses its unfinished shard; finished shards are never made again.
 PARTS_BETWEEN_KILLS = 3
 
 
 @dataclass
 class Killer:
-    """Runs one command again and again and kills as `victims` says, until it is left alone and ends."""
+    """Runs one command repeatedly, kills each of `victims`, then lets the command finish."""
 
     command: Callable[[], Command]
     out: Path
@@ -53,9 +53,9 @@ class Killer:
     def run(self, victims: list[str]) -> None:
         process, starts_lost = self.command(), 0
         for victim in victims:
-            # A worker that is lost before it has finished anything counts against the command's patience.
-            fewest = 1 if victim == "worker" and starts_lost == REPLACEMENTS else 0
-            parts = self.chance.randint(fewest, PARTS_BETWEEN_KILLS)
+            # The command gives up after too many workers that died without finishing a shard.
+            at_least = 1 if victim == "worker" and starts_lost == REPLACEMENTS else 0
+            parts = self.chance.randint(at_least, PARTS_BETWEEN_KILLS)
             self._wait_for_parts(process, parts)
             time.sleep(self.chance.uniform(0, 0.5))
             if victim == "worker":
@@ -72,11 +72,11 @@ class Killer:
         wanted, end = self._parts() + parts, time.monotonic() + WAIT_SECONDS
         while self._parts() < wanted:
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
-            assert time.monotonic() < end, f"seed {SEED}: nothing more was finished after {dict(self.killed)}"
+            assert time.monotonic() < end, f"seed {SEED}: no further part was finished after {dict(self.killed)}"
             time.sleep(0.02)
 
     def _parts(self) -> int:
-        """Finished parts; cheaper than `draft_files`, since it is asked all the time."""
+        """Number of finished parts. Polled all the time, so cheaper than `draft_files`."""
         return sum(1 for draft in self.out.parent.glob(f".{self.out.name}.draft-*") for _ in draft.rglob(self.pattern))
 
     def _kill_worker(self, process: Command) -> None:
@@ -88,18 +88,18 @@ class Killer:
                 return
             assert process.poll() is None, f"seed {SEED}: the command ended with {process.returncode}"
             time.sleep(0.05)
-        raise AssertionError(f"seed {SEED}: no worker was seen")
+        raise AssertionError(f"seed {SEED}: no worker appeared")
 
     def _kill(self, process: Command, victim: str) -> None:
-        working = processes_below(process.pid, lambda name: not name.endswith("Agent"))
+        started = processes_below(process.pid, lambda name: not name.endswith("Agent"))
         if victim == "group":
             os.killpg(process.pid, signal.SIGKILL)
         else:
             process.send_signal(signal.SIGKILL)
         process.wait()
-        # What the command started ends by itself, whoever was killed: its server, Ray, and Ray's workers. (Ray's agents
-        # do no work, and notice within a minute that their node is gone.)
-        _, alive = psutil.wait_procs(working, timeout=WAIT_SECONDS)
+        # The processes that the command started end by themselves: its server, Ray, and Ray's workers. Ray's agents are
+        # left out: they do no work, and notice within a minute that their node is gone.
+        _, alive = psutil.wait_procs(started, timeout=WAIT_SECONDS)
         assert not alive, f"seed {SEED}: still there {WAIT_SECONDS} s after the {victim} was killed: {alive}"
 
     def _nothing_finished_was_made_again(self) -> None:
@@ -132,9 +132,9 @@ def test_embedding_killed_at_random_moments_ends_with_every_row_once(
         commands.finish(corpus, undisturbed)
     names = sorted(file.name for file in undisturbed.glob("*.parquet"))
     assert sorted(file.name for file in out.glob("*.parquet")) == names
-    found = pa.concat_tables([pq.read_table(out / name) for name in names])
-    assert found["id"].to_pylist() == [row["id"] for row in rows], "no row twice, none missing, in order"
-    assert found.equals(pa.concat_tables([pq.read_table(undisturbed / name) for name in names]))
+    embedded = pa.concat_tables([pq.read_table(out / name) for name in names])
+    assert embedded["id"].to_pylist() == [row["id"] for row in rows], "no row twice, none missing, in order"
+    assert embedded.equals(pa.concat_tables([pq.read_table(undisturbed / name) for name in names]))
     assert open_artifact(out, "embeddings").fingerprint == open_artifact(undisturbed, "embeddings").fingerprint
     assert {name: (out / name).stat().st_mtime_ns for name in killer.finished} == killer.finished
     assert killer.killed == KILLS
@@ -152,8 +152,8 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
     model.save_pretrained(tmp_path / "model")
     make_index(tmp_path, encoder)
     questions = tmp_path / "questions.jsonl"
-    asked = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(16 * ANSWERED)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    rows = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(16 * ANSWERED)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     arguments, chance = (tmp_path / "model", tmp_path / "index", questions), random.Random(SEED + 1)
     with Prepared(WORK % INFER, tmp_path, environment_in(tmp_path, PREFECT_API_URL=prefect_url)) as commands:
@@ -162,8 +162,10 @@ def test_answering_killed_at_random_moments_ends_with_every_answer_once(
         commands.finish(*arguments, undisturbed)
     for name in ("predictions.jsonl", "predictions.parquet"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
-    answered = [json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert answered == [one["id"] for one in asked]
+    answered_ids = [
+        json.loads(line)["id"] for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert answered_ids == [row["id"] for row in rows]
     assert open_artifact(out, "predictions").counts == open_artifact(undisturbed, "predictions").counts
     assert killer.killed == KILLS
-    figure(f"answering: killed {dict(killer.killed)}, {len(asked)} answers equal, no finished shard made again")
+    figure(f"answering: killed {dict(killer.killed)}, {len(rows)} answers equal, no finished shard made again")

@@ -1,4 +1,4 @@
-"""Sharded retrieval where actors and machines are lost again and again: training learns the same weights, no search fails."""
+"""Sharded retrieval that keeps losing actors and machines: training learns the same weights, and no search fails."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ queries_BD = np.random.default_rng(1).normal(size=(8, index.dim)).astype(np.floa
 expected = index.search(queries_BD, 5)
 ensure_ray()
 
-def home(actor):
+def node_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()), timeout=60)
 
-def all_homes(retriever, seconds):
+def all_nodes(retriever, seconds):
     end = time.monotonic() + seconds
     while True:
         try:
-            return [[home(actor) for actor in replicas] for replicas in retriever._replicas]
+            return [[node_of(actor) for actor in replicas] for replicas in retriever._replicas]
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             if time.monotonic() > end:
                 raise
@@ -66,17 +66,17 @@ def all_homes(retriever, seconds):
 config = RetrievalConfig(mode="sharded", replicas=2, resources={"retriever": 1})
 with retrieval(str(index.path), index.manifest, config) as open_retriever:
     retriever = open_retriever()
-    before = all_homes(retriever, 60)
+    before = all_nodes(retriever, 60)
     print("ready", flush=True)
     answers, longest, end = 0, 0.0, time.monotonic() + float(sys.argv[2])
     while time.monotonic() < end:
         start = time.monotonic()
-        found = retriever.search(queries_BD, 5)
+        candidates = retriever.search(queries_BD, 5)
         longest = max(longest, time.monotonic() - start)
         for name in ("rows_BK", "scores_BK", "vectors_BKD"):
-            assert getattr(found, name).tobytes() == getattr(expected, name).tobytes()
+            assert getattr(candidates, name).tobytes() == getattr(expected, name).tobytes()
         answers += 1
-    after = all_homes(retriever, 120)
+    after = all_nodes(retriever, 120)
 print(json.dumps({"before": before, "after": after, "answers": answers, "longest": longest}))
 """
 
@@ -103,10 +103,10 @@ def test_replicas_are_on_different_machines_and_losing_one_loses_no_answer(folde
             cluster.remove(cluster.nodes[0])
             output = driver.stdout.read()
         assert driver.returncode == 0
-    told = json.loads(output.splitlines()[-1])
-    assert all(len(set(homes)) == 2 for homes in told["before"]), "the replicas of a shard are on two machines"
-    assert len({home for homes in told["after"] for home in homes}) == 1, "the other machine holds all of them"
-    assert told["answers"] > 0
+    report = json.loads(output.splitlines()[-1])
+    assert all(len(set(nodes)) == 2 for nodes in report["before"]), "the replicas of a shard are on two machines"
+    assert len({node for nodes in report["after"] for node in nodes}) == 1, "the other machine holds all of them"
+    assert report["answers"] > 0
 
 
 def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_weights(
@@ -116,10 +116,10 @@ def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_we
 
     stop, kills = threading.Event(), 0
     killers: list[threading.Thread] = []
-    wait = retriever_shards._wait_until_ready
+    wait_until_ready = retriever_shards._wait_until_ready
 
-    def then_kill(path: Path, replicas: list[list[Any]], config: RetrievalConfig) -> None:
-        wait(path, replicas, config)
+    def wait_then_kill(path: Path, replicas: list[list[Any]], config: RetrievalConfig) -> None:
+        wait_until_ready(path, replicas, config)
         rng = np.random.default_rng(0)
 
         def kill() -> None:
@@ -137,7 +137,7 @@ def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_we
         killers.append(threading.Thread(target=kill))
         killers[0].start()
 
-    monkeypatch.setattr(retriever_shards, "_wait_until_ready", then_kill)
+    monkeypatch.setattr(retriever_shards, "_wait_until_ready", wait_then_kill)
     questions = write_questions_jsonl(tmp_path / "questions.jsonl")
     model = model_config(folder / "encoder", folder / "generator")
     steps = 60 if SMOKE else 120
@@ -151,6 +151,6 @@ def test_training_with_shards_that_are_killed_again_and_again_learns_the_same_we
         stop.set()
         for killer in killers:
             killer.join()
-    assert kills > 0, f"nobody was killed in {time.monotonic() - start:.0f} s"
+    assert kills > 0, f"no actor was killed in {time.monotonic() - start:.0f} s"
     assert disturbed.fingerprint == undisturbed.fingerprint
     assert disturbed.counts == undisturbed.counts

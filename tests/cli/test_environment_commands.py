@@ -1,4 +1,4 @@
-"""Whole commands end in the paragraph of `tasks/environment/` before any work; `rag doctor` says the same."""
+"""Commands end with the error of `tasks/environment/` before they do any work; `rag doctor` shows the same error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("nothing_set")
 
 
 def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Runs the command line in this process; the exit code and standard error."""
+    """Run the command line in this process; return the exit code and standard error."""
     from flows.cli.main import run
 
     monkeypatch.setattr(sys, "argv", ["rag", *map(str, arguments)])
@@ -28,7 +28,7 @@ def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     return int(ended.value.code or 0), " ".join(capsys.readouterr().err.split())
 
 
-def test_a_stage_ends_with_the_paragraph_before_its_work(
+def test_a_wrong_variable_ends_a_command_before_its_work(
     services: Path,
     prefect_url: str,
     database: Path,
@@ -49,15 +49,15 @@ def test_a_stage_ends_with_the_paragraph_before_its_work(
         with monkeypatch.context() as patch:
             patch.setenv("PREFECT_API_URL", prefect_url)
             patch.setenv(name, value)
-            code, said = rag(patch, capsys, *command)
-            assert (code, said[:6]) == (2, "Error:"), said
-            assert words in said
+            code, error = rag(patch, capsys, *command)
+            assert (code, error[:6]) == (2, "Error:"), error
+            assert words in error
     assert not (tmp_path / "corpus").exists()
 
 
 @pytest.mark.slow
 def test_a_stale_address_of_ray_ends_a_command_within_seconds(tmp_path: Path) -> None:
-    # The address is looked at before the corpus is.
+    # The address is checked before the corpus.
     command = [sys.executable, "-m", "flows.cli.main", "embed", "--corpus", "c", "--encoder", "e", "--out", "out"]
     address, before = absent(), time.monotonic()
     done = subprocess.run(
@@ -72,11 +72,11 @@ def test_a_stale_address_of_ray_ends_a_command_within_seconds(tmp_path: Path) ->
     assert f"Error: The Ray cluster at {address} (RAY_ADDRESS) does not answer (connection refused)" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    # The whole promise is 20 s; a busy machine takes its time for the imports alone.
+    # The promise is 20 s, but on a busy machine the imports alone take long.
     assert time.monotonic() - before < 60
 
 
-def test_doctor_says_the_same_words_and_no_secret(
+def test_doctor_shows_the_same_errors_and_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from flows.cli.commands import doctor

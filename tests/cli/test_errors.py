@@ -1,4 +1,4 @@
-"""Wrong input ends in one paragraph that says what to do and exit code 2, never in a traceback."""
+"""Wrong input ends a command with exit code 2 and one paragraph that says what to do, never with a traceback."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture
 def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], services: Path) -> Rag:
-    """Runs the command line in this process; returns the exit code and standard error."""
+    """A function that runs the command line in this process and returns the exit code and standard error."""
 
     def call(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["rag", *(str(argument) for argument in arguments)])
@@ -73,7 +73,7 @@ def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ser
 
 
 def is_one_paragraph(error: str, *words: object) -> bool:
-    """One line that starts with Error: and holds all the words, and no traceback."""
+    """Assert that the error is one line, starts with "Error:", contains all `words`, and is no traceback."""
     flat = " ".join(error.split())
     lines = [line for line in error.strip().splitlines() if line.strip()]
     assert "Traceback" not in error, error
@@ -97,11 +97,11 @@ def test_an_unknown_corpus_format_lists_the_known_ones(rag: Rag, parts: Parts, t
     assert is_one_paragraph(error, "jsonl", "dpr-tsv", "parquet", "squad", "text")
 
 
-def test_a_beir_corpus_is_read_without_a_format_and_told_in_one_line(rag: Rag, tmp_path: Path) -> None:
+def test_a_beir_corpus_is_recognised_and_reported_in_one_line(rag: Rag, tmp_path: Path) -> None:
     file = tmp_path / "corpus[bold].jsonl"
     file.write_text('{"_id": "d1", "title": "Lyon", "text": "A city.", "metadata": {}}\n')
-    code, told = rag("corpus", file, "--out", tmp_path / "out")
-    assert (code, told) == (0, "corpus: read as beir (BEIR), JSON Lines\n")
+    code, shown = rag("corpus", file, "--out", tmp_path / "out")
+    assert (code, shown) == (0, "corpus: read as beir (BEIR), JSON Lines\n")
 
 
 def test_a_corpus_file_of_no_known_layout_is_refused_with_the_key_that_was_meant(rag: Rag, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_predictions_of_other_questions_are_refused(rag: Rag, parts: Parts, tmp_
     assert is_one_paragraph(error, parts.index, "predictions")
 
 
-def test_a_list_of_k_that_is_none_is_refused(rag: Rag, parts: Parts) -> None:
+def test_a_malformed_list_of_k_is_refused(rag: Rag, parts: Parts) -> None:
     code, error = rag("retrieve", "--index", parts.index, "--questions", parts.questions, "--k", "1,many")
     assert code == 2
     assert is_one_paragraph(error, "1,many")

@@ -1,4 +1,4 @@
-"""What people wrote is printed as they wrote it: never markup, an emoji's name, or an order to the terminal."""
+"""Users' text is printed as it is: never as markup, as an emoji's name, or as a control sequence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOSTILE = [
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What the commands' console prints, without line breaks of its own."""
+    """The output of the commands' console, which is wide enough to break no line."""
     import flows.cli.commands.artifacts
     import flows.cli.commands.exchange
     import flows.cli.printing
@@ -69,7 +69,7 @@ def test_findings_of_verify_are_printed_as_they_are(printed: io.StringIO, text: 
 
     finding = SimpleNamespace(file=text, state="", expected=text, found=text)
     report = SimpleNamespace(
-        path=text, manifest=None, repaired=[text], findings=[finding], notes=[text], remedy=lambda one: text
+        path=text, manifest=None, repaired=[text], findings=[finding], notes=[text], remedy=lambda finding: text
     )
     _print(report)  # type: ignore[arg-type]
     assert printed.getvalue().count(text) == 7
@@ -136,7 +136,7 @@ def test_control_characters_appear_as_escapes() -> None:
 
 
 def test_consoles_and_markup_are_made_in_one_module_alone() -> None:
-    """Whoever prints goes through `tasks/terminal.py`; this finds a new console, bar or markup elsewhere."""
+    """All output goes through `tasks/terminal.py`; this finds consoles, progress bars and markup elsewhere."""
     forbidden = {
         "Console",
         "TextColumn",
@@ -148,7 +148,7 @@ def test_consoles_and_markup_are_made_in_one_module_alone() -> None:
         "get_console",
         "Prompt",
     }
-    found = []
+    violations = []
     for file in [*(ROOT / "flows").rglob("*.py"), *(ROOT / "tasks").rglob("*.py"), *(ROOT / "rag_core").rglob("*.py")]:
         if file == ROOT / "tasks/terminal.py":
             continue
@@ -157,10 +157,10 @@ def test_consoles_and_markup_are_made_in_one_module_alone() -> None:
             names |= {node.attr} if isinstance(node, ast.Attribute) else set()
             of_rich = not isinstance(node, ast.ImportFrom) or (node.module or "").startswith("rich")
             if of_rich and names & forbidden - ({"escape", "print"} if isinstance(node, ast.Attribute) else set()):
-                found.append(f"{file.relative_to(ROOT)}:{node.lineno} {names & forbidden}")
+                violations.append(f"{file.relative_to(ROOT)}:{node.lineno} {names & forbidden}")
             if isinstance(node, ast.keyword) and node.arg == "markup":
-                found.append(f"{file.relative_to(ROOT)}:{node.value.lineno} markup=")
-    assert found == []
+                violations.append(f"{file.relative_to(ROOT)}:{node.value.lineno} markup=")
+    assert violations == []
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_corpus_without_any_passage_is_refused_with_the_first_reason(tmp_path:
         write_corpus([put(tmp_path / "c.jsonl")], tmp_path / "out", JSONL)
 
 
-def test_more_rejects_than_allowed_stop_the_run_and_are_kept_while_the_older_corpus_stands(tmp_path: Path) -> None:
+def test_more_rejects_than_allowed_stop_the_run_and_are_kept_beside_the_older_corpus(tmp_path: Path) -> None:
     before = write_corpus([put(tmp_path / "c.jsonl", row("a"))], tmp_path / "out", JSONL)
     source = put(tmp_path / "c.jsonl", *(row(str(n)) for n in range(197)), row("5"), "{", row("x", ""))
     with pytest.raises(InputError) as caught:
@@ -125,7 +125,7 @@ def test_more_rejects_than_allowed_stop_the_run_and_are_kept_while_the_older_cor
     assert not kept.exists()
 
 
-def test_how_many_rejects_are_allowed_does_not_make_another_corpus(tmp_path: Path) -> None:
+def test_the_allowed_share_of_rejects_does_not_change_the_key(tmp_path: Path) -> None:
     source = put(tmp_path / "c.jsonl", row("a"))
     strict, lax = (
         write_corpus([source], tmp_path / "out", CorpusConfig(format="jsonl", max_rejects_share=share))
@@ -134,7 +134,7 @@ def test_how_many_rejects_are_allowed_does_not_make_another_corpus(tmp_path: Pat
     assert strict.key == lax.key
 
 
-def test_a_corpus_that_stands_is_refused_if_fewer_rejects_are_allowed_now(tmp_path: Path) -> None:
+def test_an_existing_corpus_is_refused_if_fewer_rejects_are_allowed_now(tmp_path: Path) -> None:
     manifest = write_corpus([put(tmp_path / "c.jsonl", row("a"), "{")], tmp_path / "out", TOLERANT)
     refuse_many_rejects(manifest.counts, tmp_path / "out", 0.5)
     with pytest.raises(InputError, match=r"out was made with 1 of 2 rows left out \(50.0%\); at most 1.0%"):
@@ -151,13 +151,13 @@ def test_a_failed_run_leaves_the_older_corpus(tmp_path: Path) -> None:
     assert Corpus.open(tmp_path / "out").manifest == before
 
 
-def test_the_same_content_elsewhere_makes_the_same_corpus_under_the_same_key(tmp_path: Path) -> None:
-    one = write_corpus([put(tmp_path / "x/c.jsonl", row("a"), row("b"))], tmp_path / "1", JSONL)
+def test_the_same_content_elsewhere_makes_the_same_corpus_with_the_same_key(tmp_path: Path) -> None:
+    first = write_corpus([put(tmp_path / "x/c.jsonl", row("a"), row("b"))], tmp_path / "1", JSONL)
     same = write_corpus([put(tmp_path / "y/renamed.jsonl", row("a"), row("b"))], tmp_path / "2", JSONL)
     other = write_corpus([put(tmp_path / "z/c.jsonl", row("a"), row("c"))], tmp_path / "3", JSONL)
-    assert (one.fingerprint, one.key) == (same.fingerprint, same.key)
-    assert other.fingerprint != one.fingerprint
-    assert other.key != one.key
+    assert (first.fingerprint, first.key) == (same.fingerprint, same.key)
+    assert other.fingerprint != first.fingerprint
+    assert other.key != first.key
 
 
 def test_the_key_can_be_computed_before_the_run(tmp_path: Path) -> None:

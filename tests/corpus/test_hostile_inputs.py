@@ -1,6 +1,7 @@
 """Bad input, case by case: what is refused, with a message that names place and remedy, and what only looks bad.
 
-Each table is a list of cases: a name, what lies on disk, and what comes of it. `test_there_are_sixty_cases` counts them.
+Each table is a list of cases: a name, the file's content, and the expected result. `test_there_are_sixty_cases` counts
+them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ REMEDY = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """A file, and what comes of it: passages, rejects (line and reason), or an error; patterns are regular expressions."""
+    """A file and the expected result: passages, rejects (line and reason), or an error. Patterns are regexes."""
 
     name: str
     file: str
@@ -167,21 +168,23 @@ def test_a_corpus_file(case: Case, tmp_path: Path) -> None:
     if case.error:
         with pytest.raises(InputError, match=case.error) as caught:
             write_corpus([file], out, config)
-        names_place_and_remedy(caught.value, file)
+        assert_place_and_remedy(caught.value, file)
         assert not out.exists()
     else:
         write_corpus([file], out, config)
-        assert [(one.id, one.text) for one in Corpus.open(out).iter_passages()] == list(case.passages)
+        assert [(passage.id, passage.text) for passage in Corpus.open(out).iter_passages()] == list(case.passages)
         rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert [(one["file"], one["line"]) for one in rejects] == [(str(file), line) for line, _ in case.rejects]
-        for one, (_, reason) in zip(rejects, case.rejects, strict=True):
-            assert re.match(reason, one["reason"])
-    left = {path.name for path in tmp_path.iterdir()} - {"in", "out", rejects_beside(out).name, ".out.lock"}
-    assert left == set(), "nothing is written elsewhere"
+        assert [(reject["file"], reject["line"]) for reject in rejects] == [
+            (str(file), line) for line, _ in case.rejects
+        ]
+        for reject, (_, reason) in zip(rejects, case.rejects, strict=True):
+            assert re.match(reason, reject["reason"])
+    others = {path.name for path in tmp_path.iterdir()} - {"in", "out", rejects_beside(out).name, ".out.lock"}
+    assert others == set(), "nothing is written elsewhere"
 
 
-def names_place_and_remedy(error: Exception, *places: object) -> None:
-    """One paragraph that holds the places and says what to do."""
+def assert_place_and_remedy(error: Exception, *places: object) -> None:
+    """Check that the message is one paragraph, names the places, and says what to do."""
     message = str(error)
     assert "\n" not in message.strip(), message
     for place in places:
@@ -200,7 +203,7 @@ QUESTIONS = [
     Case("answer that is empty", "q.jsonl", _json(question="q", answers=[""]), error=r"q\.jsonl line 1: empty answers"),
     Case("answer that is a space", "q.jsonl", _json(question="q", answers=[" "]), error=r"line 1: empty answers"),
     Case("answer that is an object", "q.jsonl", _json(question="q", answers=[{"a": 1}]), error="answers is dict"),
-    Case("bytes among Python's answers", "q.csv", b"q\t{b'a': 1}\n", error=r"q\.csv line 1: the second column is no list"),
+    Case("bytes among Python's answers", "q.csv", b"q\t{b'a': 1}\n", error=r"q\.csv line 1: the second column is not a list"),
     Case("bytes as an answer", "q.csv", b"q\t[b'a']\n", error=r"q\.csv line 1: .*answers"),
     Case("lone surrogate in a question", "q.jsonl", b'{"question": "\\udc00"}', error=r"line 1: undecodable"),
     Case("id that occurs twice", "q.jsonl", b'{"id": 1, "question": "q"}\n{"id": "1", "question": "r"}',
@@ -219,14 +222,14 @@ def test_a_question_file(case: Case, tmp_path: Path) -> None:
     if case.error:
         with pytest.raises(InputError, match=case.error) as caught:
             read_questions(file)
-        names_place_and_remedy(caught.value, file)
+        assert_place_and_remedy(caught.value, file)
     else:
-        assert [(one.id, one.question) for one in read_questions(file)] == list(case.passages)
+        assert [(question.id, question.question) for question in read_questions(file)] == list(case.passages)
 
 
 @dataclass(frozen=True)
 class VectorCase:
-    """What a shard of embeddings holds for the passages a, b and c, and what is said of it."""
+    """The content of a shard of embeddings for the passages a, b and c, and the expected error."""
 
     name: str
     embedding: Callable[[], pa.Array]
@@ -256,11 +259,11 @@ VECTORS = [
     VectorCase("NaN", _vectors(r1=np.nan), r"row 2 \(id 'b'\): the vector is not finite"),
     VectorCase("infinity", _vectors(r2=-np.inf), r"row 3 \(id 'c'\): the vector is not finite"),
     VectorCase("zeros", _vectors(r0=0), r"row 1 \(id 'a'\): the vector is all zeros"),
-    VectorCase("wrong dimension", lambda: _fixed(np.ones((3, 5), dtype=np.float32)), r"4 dimensions of float32.*\[5\]"),
-    VectorCase("wrong type", lambda: _fixed(ONES.astype(np.float64)), r"4 dimensions of float32.*double"),
-    VectorCase("half precision", lambda: _fixed(ONES.astype(np.float16)), r"4 dimensions of float32.*halffloat"),
-    VectorCase("lists of any length", lambda: pa.array(ONES.tolist()), r"4 dimensions of float32.*list<"),
-    VectorCase("strings", lambda: pa.array(["x", "y", "z"]), r"4 dimensions of float32.*string"),
+    VectorCase("wrong dimension", lambda: _fixed(np.ones((3, 5), dtype=np.float32)), r"\[5\].*4 dimensions of float32"),
+    VectorCase("wrong type", lambda: _fixed(ONES.astype(np.float64)), r"double.*4 dimensions of float32"),
+    VectorCase("half precision", lambda: _fixed(ONES.astype(np.float16)), r"halffloat.*4 dimensions of float32"),
+    VectorCase("lists of any length", lambda: pa.array(ONES.tolist()), r"list<.*4 dimensions of float32"),
+    VectorCase("strings", lambda: pa.array(["x", "y", "z"]), r"embedding \(string\).*4 dimensions of float32"),
     VectorCase("missing vector", lambda: pa.array([[1.0] * 4, None, [1.0] * 4], pa.list_(pa.float32(), 4)),
                "cannot be read|is missing"),
     VectorCase("vector without id", _vectors(), r"rows 1 to 3: an id or a vector is missing", id=("a", None, "c")),
@@ -275,7 +278,7 @@ def test_a_shard_of_embeddings(case: VectorCase, tmp_path: Path) -> None:
         draft.counts, draft.details = {"passages": 3}, {"dim": 4, "dtype": "float32"}
     with pytest.raises(RagError, match=case.error) as caught:
         list(Embeddings.open(tmp_path / "embeddings").iter_vectors())
-    names_place_and_remedy(caught.value, tmp_path / "embeddings" / "embeddings-00000.parquet")
+    assert_place_and_remedy(caught.value, tmp_path / "embeddings" / "embeddings-00000.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +293,7 @@ def test_a_question_longer_than_the_limit_is_named_before_anything_is_read(encod
         InputError, match=r"'q2' takes \d+ tokens .*max_context_tokens is 12 \(it begins 'which"
     ) as caught:
         check_questions(encoder.tokenizer, prompt, questions, "dev.jsonl", learnt=True)
-    names_place_and_remedy(caught.value, "dev.jsonl")
+    assert_place_and_remedy(caught.value, "dev.jsonl")
     check_questions(encoder.tokenizer, prompt, questions[:1], "dev.jsonl", learnt=True)
 
 
@@ -298,7 +301,7 @@ def test_an_answer_without_tokens_is_named_where_it_is_to_be_learnt(encoder: Tex
     questions = [Question("q1", "who?", ("Lyon",)), Question("q2", "who?", ("\u200d\x7f",))]
     with pytest.raises(InputError, match=r"train\.jsonl: question 'q2' has an answer without tokens") as caught:
         check_questions(encoder.tokenizer, PromptConfig(), questions, "train.jsonl", learnt=True)
-    names_place_and_remedy(caught.value, "train.jsonl")
+    assert_place_and_remedy(caught.value, "train.jsonl")
     check_questions(encoder.tokenizer, PromptConfig(), questions, "test.jsonl", learnt=False)
 
 
@@ -332,9 +335,9 @@ def test_there_are_sixty_cases() -> None:
 
 def test_a_passage_is_only_data_whatever_its_id(tmp_path: Path) -> None:
     ids = ["../../../tmp/x", "/etc/passwd", "a/b", "con", "-rf", "$(touch x)", "%s%n", "<script>", "'; drop table"]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": one, "text": "t"}) + "\n" for one in ids))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": id, "text": "t"}) + "\n" for id in ids))
     write_corpus([tmp_path / "in.jsonl"], tmp_path / "out", CorpusConfig(format="jsonl"))
-    assert list(Corpus.open(tmp_path / "out").iter_passages()) == [Passage(one, "", "t") for one in ids]
+    assert list(Corpus.open(tmp_path / "out").iter_passages()) == [Passage(id, "", "t") for id in ids]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "manifest.json", "passages-00000.parquet", "rejects.jsonl",
     ]  # fmt: skip

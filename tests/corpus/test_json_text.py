@@ -1,4 +1,4 @@
-"""JSON read in pieces is what a parser of whole files reads; what is broken or too long is refused where it is reached."""
+"""JSON read in pieces equals JSON parsed whole; broken JSON and values that are too long are refused when reached."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ def test_a_list_read_in_pieces_of_any_size_is_the_list(
         assert items_of(b"\xef\xbb\xbf" + content + b" \n", Path("q.json")) == RECORDS
 
 
-def test_damaged_lists_are_read_or_refused_just_as_by_a_parser_of_whole_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_lists_are_read_or_refused_exactly_as_by_a_parser_of_whole_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     samples = [json.dumps(RECORDS).encode(), json.dumps(RECORDS[:2], indent=1).encode()]
     monkeypatch.setattr(json_text, "CHUNK_BYTES", 5)
-    both = {"read": 0, "refused": 0}
+    counts = {"read": 0, "refused": 0}
     for number in range(1500):
         data = mutate(random.Random(number), samples)
         try:
@@ -60,8 +62,8 @@ def test_damaged_lists_are_read_or_refused_just_as_by_a_parser_of_whole_files(mo
         except InputError:
             pieces = None
         assert json.dumps(pieces) == json.dumps(whole), data
-        both["refused" if pieces is None else "read"] += 1
-    assert min(both.values()) > 50
+        counts["refused" if pieces is None else "read"] += 1
+    assert min(counts.values()) > 50
 
 
 class Counted(io.BytesIO):
@@ -92,7 +94,7 @@ def test_an_object_read_in_pieces_of_any_size_is_the_object(chunk: int, monkeypa
 @pytest.mark.parametrize(
     "content", [b"{1: 2}", b'{"a" 1}', b'{"a": 1,}', b'{"a": 1', b'{"a": 1} 2', b'{["a"]: 1}', b"[]"]
 )
-def test_what_is_no_object_is_refused(content: bytes) -> None:
+def test_a_text_that_is_not_an_object_is_refused(content: bytes) -> None:
     with pytest.raises(BrokenJsonError, match=r"^q\.json line 1: broken JSON \(.*\. Correct the file\.$"):
         members_of(content)
 

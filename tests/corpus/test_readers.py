@@ -1,4 +1,4 @@
-"""Corpus readers: what comes through unchanged, what is rejected and where, and which files are refused outright."""
+"""Corpus readers: which passages come through unchanged, which rows are rejected, and which files are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_jsonl_passages_come_through_with_integer_ids_as_strings_and_title_optio
     assert read(file, "jsonl") == ([Passage("7", "", " Zoë\n"), Passage("x", "T", "t")], [])
 
 
-def test_byte_order_mark_and_windows_line_ends_are_no_content(tmp_path: Path) -> None:
+def test_byte_order_marks_and_windows_line_ends_are_not_content(tmp_path: Path) -> None:
     file = put(tmp_path / "c.jsonl", b'\xef\xbb\xbf{"id":"a","text":"1"}\r\n{"id":"b","text":"2"}\r\n')
     assert read(file, "jsonl") == ([Passage("a", "", "1"), Passage("b", "", "2")], [])
     file = put(tmp_path / "c.tsv", b"\xef\xbb\xbfid\ttext\ttitle\r\n1\tone\tT\r\n")
@@ -190,23 +190,25 @@ def test_a_missing_parquet_column_is_named_with_the_columns_found(tmp_path: Path
         read(tmp_path / "c.parquet", "parquet")
 
 
-def test_two_parquet_columns_of_one_name_are_refused_if_they_are_read(tmp_path: Path) -> None:
+def test_two_parquet_columns_with_the_same_name_are_refused_if_they_are_read(tmp_path: Path) -> None:
     columns = [pa.array(["a"]), pa.array(["x"]), pa.array([0.5]), pa.array([0.5])]
     pq.write_table(pa.table(columns, names=["id", "text", "vector", "vector"]), tmp_path / "c.parquet")
     assert read(tmp_path / "c.parquet", "parquet") == ([Passage("a", "", "x")], [])
     pq.write_table(pa.table(columns, names=["id", "text", "text", "vector"]), tmp_path / "c.parquet")
-    with pytest.raises(InputError, match=r"c\.parquet has two columns of one name among id, text, text\. Rename"):
+    with pytest.raises(
+        InputError, match=r"c\.parquet has two columns with the same name among id, text, text\. Rename"
+    ):
         read(tmp_path / "c.parquet", "parquet")
 
 
 @pytest.mark.parametrize("between", [",", "\t"])
-def test_two_columns_of_one_name_in_a_table_are_refused_if_they_are_read(between: str, tmp_path: Path) -> None:
+def test_two_columns_with_the_same_name_in_a_table_are_refused_if_they_are_read(between: str, tmp_path: Path) -> None:
     def table(*rows: str) -> Path:
         return put(tmp_path / "c.csv", "".join(row.replace(",", between) + "\n" for row in rows))
 
     assert read(table("id,text,vector,vector", "a,x,1,2"), "csv") == ([Passage("a", "", "x")], [])
     assert read(table("id,text,,", "a,x,,"), "csv") == ([Passage("a", "", "x")], [])
-    with pytest.raises(InputError, match=r"c\.csv line 1: two columns of one name \(text\)\. Rename"):
+    with pytest.raises(InputError, match=r"c\.csv line 1: two columns with the same name \(text\)\. Rename"):
         read(table("id,text,text", "a,x,y"), "csv")
 
 
@@ -242,7 +244,7 @@ def test_json_that_is_not_squad_is_refused_by_name(tmp_path: Path, content: str 
         read(put(tmp_path / "s.json", content), "squad")
 
 
-def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_place_and_the_others_keep_theirs(
+def test_squad_articles_without_a_unique_title_get_numbered_ids_and_the_others_keep_theirs(
     tmp_path: Path,
 ) -> None:
     titles = ["A", "B", "A", "", None, "A-3", " ", "Zoë"]
@@ -255,7 +257,7 @@ def test_squad_articles_without_a_title_or_with_another_ones_get_ids_with_their_
     assert rejects == []
 
 
-def test_squad_of_more_than_is_read_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_squad_file_above_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = put(tmp_path / "s.json", squad(("A", [{"context": "a"}])))
     monkeypatch.setattr(squad_reader, "MAX_BYTES", 10)
     with pytest.raises(
@@ -310,7 +312,7 @@ def test_equal_names_in_two_text_sources_are_refused_since_ids_would_clash(tmp_p
         read_passages(sources, "text")
 
 
-def test_a_folder_stands_for_its_files_of_that_suffix_sorted_by_name(tmp_path: Path) -> None:
+def test_a_folder_means_its_files_with_the_formats_suffix_sorted_by_name(tmp_path: Path) -> None:
     for name in ("b", "a", "sub/c"):
         put(tmp_path / f"{name}.jsonl", json.dumps({"id": name, "text": "t"}))
     put(tmp_path / "d.json", "{")

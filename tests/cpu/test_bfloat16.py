@@ -1,4 +1,4 @@
-"""Encoding in bfloat16 on a processor: equal to float64 to bf16's own precision, and the model is left as it was."""
+"""Encoding in bfloat16 on a CPU equals float64 up to the precision of bf16, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_attention_equals_a_float64_computation(tokens: int, masked: bool) -> No
     assert (mask is not None) == masked
     module: Any = nn.Module()
     module.is_causal = False
-    found, weights = attention(module, *states, mask, dropout=0.0)
+    output, weights = attention(module, *states, mask, dropout=0.0)
     assert weights is None
     # Probabilities and sums are rounded to 8 bits.
-    torch.testing.assert_close(found.double(), _reference(*states, lengths), rtol=0, atol=0.03)
+    torch.testing.assert_close(output.double(), _reference(*states, lengths), rtol=0, atol=0.03)
 
 
-def test_the_model_has_its_own_attention_again_afterwards() -> None:
+def test_the_model_gets_its_own_attention_back() -> None:
     model: Any = RobertaModel(
         RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
     )
@@ -78,25 +78,25 @@ def test_bfloat16_keeps_directions_in_families_with_and_without_the_interface(fa
     encoder = TextEncoder(model_class(config_class(**shape)), minilm.tokenizer, minilm.settings).eval()
     exact_ND = torch.nn.functional.normalize(torch.cat([encoder.embed([text]) for text in TEXTS]), dim=1)
     for precision, least in (("float32", 0.99999), ("bfloat16", 0.999)):
-        found_ND = torch.from_numpy(encoder.encode(TEXTS, precision=precision))
-        assert float((found_ND * exact_ND).sum(1).min().detach()) > least
+        encoded_ND = torch.from_numpy(encoder.encode(TEXTS, precision=precision))
+        assert float((encoded_ND * exact_ND).sum(1).min().detach()) > least
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_embedding_many_texts_leaves_weights_gradients_and_fingerprint_alone(precision: Any) -> None:
+def test_embedding_many_texts_leaves_weights_gradients_and_fingerprint_unchanged(precision: Any) -> None:
     encoder = TextEncoder.from_pretrained(MINILM)
     fingerprint, before_BD = encoder.fingerprint(), encoder.embed(TEXTS[:3])
-    # Enough of them for packed weights and for several batches at a time.
+    # Enough texts for packed weights and for several batches.
     assert sum(map(len, TEXTS)) > PACK_FROM
     many_ND = encoder.encode(TEXTS, precision=precision)
     assert encoder.fingerprint() == fingerprint
     after_BD = encoder.embed(TEXTS[:3])
     torch.testing.assert_close(after_BD, before_BD, rtol=0, atol=0)
     after_BD.sum().backward()
-    # A text's vector does not depend on how many others there are: few are not worth packing the weights for.
+    # A text's vector does not depend on the number of texts, although few texts are encoded without packed weights.
     few_ND = encoder.encode(TEXTS[:3], precision=precision)
     np.testing.assert_allclose(many_ND[:3], few_ND, atol=1e-6 if precision == "float32" else 5e-3)
-    # Weights that change are seen by the next call.
+    # The next call uses changed weights.
     with torch.no_grad():
         next(encoder.parameters()).mul_(1.5)
     assert np.abs(encoder.encode(TEXTS, precision=precision)[:3] - many_ND[:3]).max() > 1e-3

@@ -1,7 +1,7 @@
-"""Twelve times the passages, the same memory: `rag embed`, `index` and `infer` at 20,000 and at 235,000.
+"""`rag embed`, `index` and `infer` need the same memory for twelve times the passages: 20,000 and 235,000.
 
-What counts is the kernel's own high-water mark of resident memory, so pages of mapped files (vectors, passages), which the
-system may take back, count, too. The stricter measure is reported beside it: what a process wrote itself.
+The test reads the kernel's high-water mark of resident memory. It includes pages of mapped files (vectors, passages),
+which the system may take back. The stricter measure, pages that a process wrote itself, is reported beside it.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SMOKE = os.environ.get("CHAOS") == "smoke"
 SIZES = (20_000,) if SMOKE else (20_000, ALL)
 LIMIT_MB = 1430  # 1.5 GB
-GROWTH_MB = 200  # 20,000 passages are little more than one window of the encoder; 147 was seen
+GROWTH_MB = 200  # measured: 147. 20,000 passages are little more than one window of the encoder
 QUESTIONS = 100
 COMMANDS = ("embed",) if SMOKE else ("embed", "index", "infer")
-# These hold the index: they may grow with it.
+# These processes hold the index and may grow with it.
 INDEX_HOLDERS = {("index", "command"), ("infer", "ray::Worker")}
 
 
 def test_no_process_grows_with_the_corpus(tmp_path: Path, figure: Callable[[str], None]) -> None:
     make_model(tmp_path)
-    found = {passages: measure(tmp_path, passages) for passages in SIZES}
-    small, large = found[SIZES[0]], found[SIZES[-1]]
+    peaks_of = {passages: measure(tmp_path, passages) for passages in SIZES}
+    small, large = peaks_of[SIZES[0]], peaks_of[SIZES[-1]]
     places = sorted(set(small) | set(large), key=lambda place: (COMMANDS.index(place[0]), place[1]))
     table = "\n".join(
-        f"{command:7} {role:22}" + "".join(_cell(peaks.get((command, role))) for peaks in found.values())
+        f"{command:7} {role:22}" + "".join(_cell(peaks.get((command, role))) for peaks in peaks_of.values())
         for command, role in places
     )
     figure(f"MiB resident (its own) at {' and '.join(f'{passages:,}' for passages in SIZES)} passages\n{table}")
@@ -55,38 +55,38 @@ def test_no_process_grows_with_the_corpus(tmp_path: Path, figure: Callable[[str]
 
 
 def measure(folder: Path, passages: int) -> dict[tuple[str, str], Peak]:
-    """The commands over so many passages; peaks by command and role of the process."""
+    """Run the commands over this many passages; returns peaks by command and role of the process."""
     place = folder / str(passages)
     place.mkdir()
     source = place / "passages.jsonl"
     with source.open("w", encoding="utf-8") as file:
-        for one in geonames_passages(passages):
-            file.write(json.dumps({"id": one.id, "title": one.title, "text": one.text}) + "\n")
+        for passage in geonames_passages(passages):
+            file.write(json.dumps({"id": passage.id, "title": passage.title, "text": passage.text}) + "\n")
     questions = place / "questions.jsonl"
     rows = [{"id": str(n), "question": f"how many inhabitants has {n}?"} for n in range(QUESTIONS)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus, embeddings, index = place / "corpus", place / "embeddings", place / "index"
-    words: dict[str, list[object]] = {
+    options: dict[str, list[object]] = {
         "embed": ["--corpus", corpus, "--encoder", folder / "encoder", "--out", embeddings],
         "index": ["--corpus", corpus, "--embeddings", embeddings, "--out", index],
         "infer": ["--model", folder / "model", "--index", index, "--questions", questions, "--out", place / "answers"],
     }
-    words["infer"] += ["--variant", "token", "--num-beams", "2", "--max-new-tokens", "4"]
-    found = {}
+    options["infer"] += ["--variant", "token", "--num-beams", "2", "--max-new-tokens", "4"]
+    peaks = {}
     write_corpus([source], corpus, CorpusConfig(format="jsonl"))
     for command in COMMANDS:
-        for role, peak in run(place, command, *words[command]).items():
-            found[command, role] = peak
+        for role, peak in run(place, command, *options[command]).items():
+            peaks[command, role] = peak
     assert open_artifact(embeddings, "embeddings").counts["passages"] == passages
     if "infer" in COMMANDS:
         assert open_artifact(place / "answers", "predictions").counts["questions"] == QUESTIONS
-    return found
+    return peaks
 
 
-def run(folder: Path, *words: object) -> dict[str, Peak]:
+def run(folder: Path, *arguments: object) -> dict[str, Peak]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.cli.main", *map(str, words)],
+            [sys.executable, "-m", "flows.cli.main", *map(str, arguments)],
             cwd=folder,
             env=environment_in(folder),
             stdout=log,
@@ -101,7 +101,7 @@ def run(folder: Path, *words: object) -> dict[str, Peak]:
 
 
 def make_model(folder: Path) -> None:
-    """An encoder as wide as MiniLM (its first layer), and a generator from it: real sizes but for the depth."""
+    """An encoder from MiniLM's first layer and a generator made from it: real widths, small depth."""
     encoder = TextEncoder.from_pretrained(MINILM)
     encoder.model.encoder.layer = encoder.model.encoder.layer[:1]
     encoder.model.config.num_hidden_layers = 1

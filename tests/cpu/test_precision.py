@@ -1,6 +1,6 @@
-"""bfloat16 against float32 on 500 questions of the demo, with a small generator that has learnt to answer them.
+"""Compare bfloat16 with float32 on 500 questions of the demo, with a small generator trained to answer them.
 
-`benchmarks/library/precision.py` is the same comparison with the model that `make demo` trains, retrieval included.
+`benchmarks/library/precision.py` makes the same comparison with the model that `make demo` trains, retrieval included.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from rag_core.reading.likelihood import Variant
 from rag_core.reading.prompt import PromptConfig
 
 NUMBER, STEPS, BATCH = 500, 500, 25
-Asked = list[tuple[Question, list[Passage]]]
+Examples = list[tuple[Question, list[Passage]]]
 
 
 @pytest.fixture(scope="module")
-def asked() -> Asked:
-    """Questions, each with the passage that answers it, one about the same place, and one about another."""
+def examples() -> Examples:
+    """Questions, each with three passages: the gold one, one about the same place, and one about another place."""
     config = GeonamesConfig(num_cities=400, test_cities=20, test_countries=5)
     passages = make_passages(config)
-    place_of = {passage.id: place for place, passage in enumerate(passages)}
+    row_of = {passage.id: row for row, passage in enumerate(passages)}
     questions = sorted(make_questions(config)["train"], key=lambda question: question.id)[::3][:NUMBER]
     assert len(questions) == NUMBER
-    golds = [place_of[question.gold_passage_ids[0]] for question in questions]
+    golds = [row_of[question.gold_passage_ids[0]] for question in questions]
     others = [(gold + 1, (gold + len(passages) // 2)) for gold in golds]
     return [
         (question, [passages[gold], *(passages[other % len(passages)] for other in pair)])
@@ -40,11 +40,11 @@ def asked() -> Asked:
 
 def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 1,000 pieces: a small vocabulary, so that training takes seconds."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
-    inner.train_from_iterator(
+    tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
             vocab_size=1000,
@@ -54,14 +54,18 @@ def tokenizer_of(texts: list[str]) -> PreTrainedTokenizerFast:
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
 
 
 @pytest.fixture(scope="module")
-def reader(asked: Asked) -> GeneratorReader:
-    """A BART of 4 million parameters that was shown the questions with their passages until it knew most of them."""
-    tokenizer = tokenizer_of([passage.text for _, passages in asked for passage in passages])
+def reader(examples: Examples) -> GeneratorReader:
+    """A BART of 4 million parameters, trained on the questions and their passages until it answers most of them."""
+    tokenizer = tokenizer_of([passage.text for _, passages in examples for passage in passages])
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=len(tokenizer),
@@ -85,7 +89,7 @@ def reader(asked: Asked) -> GeneratorReader:
     optimizer = torch.optim.AdamW(reader.generator.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS, pct_start=0.1)
     for step in range(STEPS):
-        batch = asked[step * BATCH % NUMBER :][:BATCH]
+        batch = examples[step * BATCH % NUMBER :][:BATCH]
         answers = [question.answers[0] for question, _ in batch]
         questions, golds = [question.question for question, _ in batch], [passages[:1] for _, passages in batch]
         loss = reader.nll(questions, golds, torch.zeros(len(batch), 1), answers, "token").mean()
@@ -98,31 +102,33 @@ def reader(asked: Asked) -> GeneratorReader:
     return reader
 
 
-def answers_of(reader: GeneratorReader, asked: Asked, variant: Variant, decoding: DecodingConfig) -> list[Answer]:
+def answers_of(reader: GeneratorReader, examples: Examples, variant: Variant, decoding: DecodingConfig) -> list[Answer]:
     scores_BK = 2 * torch.randn(NUMBER, 3, generator=torch.Generator().manual_seed(0))
     scores_BK[:, 0] += 4
-    found = []
+    answers = []
     for start in range(0, NUMBER, 50):
-        part = asked[start : start + 50]
-        questions, passages = [question.question for question, _ in part], [passages for _, passages in part]
-        found += reader.answer_from(
+        batch = examples[start : start + 50]
+        questions, passages = [question.question for question, _ in batch], [passages for _, passages in batch]
+        answers += reader.answer_from(
             questions, passages, scores_BK[start : start + 50], variant=variant, decoding=decoding
         )
-    return found
+    return answers
 
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])
-def test_bfloat16_finds_the_best_answers_of_float32(variant: Variant, reader: GeneratorReader, asked: Asked) -> None:
+def test_bfloat16_finds_the_best_answers_of_float32(
+    variant: Variant, reader: GeneratorReader, examples: Examples
+) -> None:
     exact, rough = (
-        answers_of(reader, asked, variant, DecodingConfig(max_new_tokens=12, precision=precision))
+        answers_of(reader, examples, variant, DecodingConfig(max_new_tokens=12, precision=precision))
         for precision in ("float32", "bfloat16")
     )
-    right = sum(answer.text in question.answers for answer, (question, _) in zip(exact, asked, strict=True))
+    right = sum(answer.text in question.answers for answer, (question, _) in zip(exact, examples, strict=True))
     assert right > NUMBER // 2, "the generator must have learnt something"
     assert any(a.log_prob != b.log_prob for a, b in zip(exact, rough, strict=True)), "bfloat16 must have been used"
     differing = [(a, b) for a, b in zip(exact, rough, strict=True) if a.text != b.text]
     assert len(differing) <= NUMBER // 100
     for a, b in differing:
-        # What bfloat16 chose was a runner-up of float32, and nearly as probable.
-        log_prob = {one.text: one.log_prob for one in a.candidates}
+        # The answer of bfloat16 is another candidate of float32, and nearly as probable.
+        log_prob = {candidate.text: candidate.log_prob for candidate in a.candidates}
         assert a.log_prob - log_prob[b.text] < 0.05

@@ -34,7 +34,7 @@ Answer = tuple[int, ...]
 def all_answers(
     model: Any, input_ids_KS: Tensor, attention_mask_KS: Tensor, ends: tuple[int, ...] | None = None
 ) -> dict[Answer, Tensor]:
-    """log p(a_t|q,z,a_<t) of shape (K, T) for every answer there is, by unpadded forward passes without a cache."""
+    """log p(a_t|q,z,a_<t) of shape (K, T) for every possible answer, by unpadded forward passes without a cache."""
     ends = ends or (end_token(model),)
     tokens = [token for token in answer_tokens(model) if token not in ends]
     generated: list[list[Answer]] = [
@@ -101,7 +101,7 @@ def test_wide_beam_equals_exhaustive_enumeration(family: str, variant: str, leng
             answers = all_answers(model, contexts[0][b], contexts[1][b])
             p_docs_K = contexts[2][b].softmax(dim=0)
             log_probs = {answer: mixture_log_prob(lp, p_docs_K, variant) for answer, lp in answers.items()}
-            # RAG-Sequence ranks what its beams found by probability: with all of the space in them, by nothing else.
+            # RAG-Sequence ranks its beams' answers by probability. These beams hold all answers.
             penalty = length_penalty if variant == "token" else 0.0
             ranked = sorted(answers, key=lambda a: log_probs[a] / len(a) ** penalty, reverse=True)[:10]
             assert [h.token_ids for h in hypotheses] == [body(answer, model) for answer in ranked]
@@ -130,7 +130,7 @@ def test_length_penalty_ranks_the_answers_of_rag_token_and_steers_the_beams_of_r
         scores = [h.log_prob / (len(h.token_ids) + h.ended) ** 2.0 for h in penalised]
         assert scores == sorted(scores, reverse=True)
         assert [h.score for h in penalised] == pytest.approx(scores)
-    found = {}
+    by_penalty = {}
     for p in (0.0, 4.0):
         answers = [
             decode_rag_sequence(
@@ -138,9 +138,9 @@ def test_length_penalty_ranks_the_answers_of_rag_token_and_steers_the_beams_of_r
             )
             for seed in range(6)
         ]
-        found[p] = [[tuple(h.token_ids) for h in hypotheses] for decoded in answers for hypotheses in decoded]
+        by_penalty[p] = [[tuple(h.token_ids) for h in hypotheses] for decoded in answers for hypotheses in decoded]
         assert all(h[0].log_prob >= h[1].log_prob for decoded in answers for h in decoded)
-    assert found[0.0] != found[4.0]
+    assert by_penalty[0.0] != by_penalty[4.0]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 4])
@@ -284,10 +284,10 @@ def test_absent_passage_counts_as_probability_zero(variant: str) -> None:
     scores_BK[:, 1] = float("-inf")
     keep = [0, 2]
     without = DECODE[variant](model, ids_BKS[:, keep], mask_BKS[:, keep], scores_BK[:, keep], **settings)
-    for found, expected in zip(DECODE[variant](model, ids_BKS, mask_BKS, scores_BK, **settings), without, strict=True):
-        assert [h.token_ids for h in found] == [h.token_ids for h in expected]
-        assert [h.log_prob for h in found] == pytest.approx([h.log_prob for h in expected], abs=1e-10)
-        assert all(bool((h.doc_log_posterior[..., 1] == float("-inf")).all()) for h in found)
+    for actual, expected in zip(DECODE[variant](model, ids_BKS, mask_BKS, scores_BK, **settings), without, strict=True):
+        assert [h.token_ids for h in actual] == [h.token_ids for h in expected]
+        assert [h.log_prob for h in actual] == pytest.approx([h.log_prob for h in expected], abs=1e-10)
+        assert all(bool((h.doc_log_posterior[..., 1] == float("-inf")).all()) for h in actual)
     scores_BK[0] = float("-inf")
     with pytest.raises(ValueError, match="finite score for every question"):
         DECODE[variant](model, ids_BKS, mask_BKS, scores_BK, **settings)
@@ -298,7 +298,7 @@ def test_any_of_several_end_tokens_ends_an_answer(variant: str) -> None:
     model = tiny_bart(seed=2)
     model.generation_config.eos_token_id = [2, 5]
     contexts = random_contexts(B=1, K=2, S=6, seed=2)
-    found = DECODE[variant](
+    actual = DECODE[variant](
         model, *contexts, num_beams=WHOLE_SPACE, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=10
     )[0]
     best: dict[Answer, float] = {}
@@ -307,8 +307,8 @@ def test_any_of_several_end_tokens_ends_an_answer(variant: str) -> None:
         log_prob = mixture_log_prob(log_probs_KT, contexts[2][0].softmax(dim=0), variant)
         best[answer_body] = max(log_prob, best.get(answer_body, -math.inf))
     ranked = sorted(best, key=lambda a: best[a], reverse=True)[:10]
-    assert [tuple(h.token_ids) for h in found] == ranked
-    assert [h.log_prob for h in found] == pytest.approx([best[a] for a in ranked], abs=1e-9)
+    assert [tuple(h.token_ids) for h in actual] == ranked
+    assert [h.log_prob for h in actual] == pytest.approx([best[a] for a in ranked], abs=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -322,9 +322,9 @@ def test_contexts_are_encoded_once_and_modules_keep_their_mode(variant: str) -> 
     model.train()
     model.get_encoder().eval()
     modes = [module.training for module in model.modules()]
-    found = DECODE[variant](model, *contexts, num_beams=3, max_new_tokens=5)
+    actual = DECODE[variant](model, *contexts, num_beams=3, max_new_tokens=5)
     assert [module.training for module in model.modules()] == modes
-    assert [h.token_ids for (h,) in found] == [h.token_ids for (h,) in expected], "dropout must be off"
+    assert [h.token_ids for (h,) in actual] == [h.token_ids for (h,) in expected], "dropout must be off"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -384,8 +384,8 @@ def test_special_tokens_of_a_nested_decoder_are_found() -> None:
     for place in (model.generation_config, model.config):
         place.eos_token_id = None
     model.config.decoder.eos_token_id = 2
-    found = decode_rag_token(model, *contexts, num_beams=2, max_new_tokens=4)
-    assert [h.token_ids for (h,) in found] == [h.token_ids for (h,) in expected]
+    actual = decode_rag_token(model, *contexts, num_beams=2, max_new_tokens=4)
+    assert [h.token_ids for (h,) in actual] == [h.token_ids for (h,) in expected]
 
 
 def test_unknown_mode_is_refused_with_both_names() -> None:

@@ -52,7 +52,7 @@ Contexts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Rules:
-    """What a family's answers look like, written down by hand."""
+    """The form of a family's answers, written down by hand."""
 
     prompt: list[int]
     end: int
@@ -196,7 +196,7 @@ def test_a_wide_beam_equals_exhaustive_enumeration(case: str, variant: str, leng
         score = dict(log_prob)
         if variant == "token":
             for answer, lp_KT in log_probs_KT.items():
-                if len(answer) == T and rules.end_is_forced:  # the end token is free of charge
+                if len(answer) == T and rules.end_is_forced:  # a forced end token costs nothing
                     score[answer] = mixture_log_prob(lp_KT[:, :-1], p_docs_K, variant)
                 score[answer] /= (len(answer) + forced_first) ** length_penalty
         ranked = sorted(score, key=lambda answer: score[answer], reverse=True)
@@ -218,7 +218,7 @@ def test_one_passage_gives_the_sequences_of_the_familys_own_generate(case: str) 
     for seed in range(10):
         model, rules, (ids_BKS, mask_BKS, scores_BK) = build(case, V=9, seed=seed, B=4, K=1)
         max_new_tokens = (7, 4, 5)[seed % 3]
-        # All kinds of early stopping where they differ most, and one of them without a length penalty.
+        # All kinds of early stopping where they differ most, and one kind without a length penalty.
         settings = [(1.0, False), (1.0, True), (1.0, "never"), (0.0, (False, True, "never")[seed // 3 % 3])]
         sequences = []
         for length_penalty, early_stopping in settings:
@@ -246,7 +246,7 @@ def test_one_passage_gives_the_sequences_of_the_familys_own_generate(case: str) 
             )
             assert [h.token_ids for h in by_token] == expected
             assert [h.score for h in by_token] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
-            # RAG-Sequence ranks what its beams found by probability, whatever the length penalty.
+            # RAG-Sequence ranks its beams' answers by probability, whatever the length penalty.
             for b in range(0, len(expected), num_beams):
                 ours = by_sequence[b : b + num_beams]
                 assert sorted(h.token_ids for h in ours) == sorted(expected[b : b + num_beams])
@@ -283,9 +283,9 @@ def test_an_answer_depends_neither_on_batch_mates_nor_on_padding_nor_on_the_cach
             lengths.update(len(h.token_ids) for h in alone)
             for run in runs:
                 assert [h.token_ids for h in run[b]] == [h.token_ids for h in alone]
-                for mine, its in zip(run[b], alone, strict=True):
-                    assert (mine.log_prob, mine.score) == pytest.approx((its.log_prob, its.score), abs=1e-9)
-                    torch.testing.assert_close(mine.doc_log_posterior, its.doc_log_posterior, rtol=0, atol=1e-9)
+                for batched, single in zip(run[b], alone, strict=True):
+                    assert (batched.log_prob, batched.score) == pytest.approx((single.log_prob, single.score), abs=1e-9)
+                    torch.testing.assert_close(batched.doc_log_posterior, single.doc_log_posterior, rtol=0, atol=1e-9)
             for h in alone:
                 labels_1T = torch.tensor([h.token_ids + [rules.end] * h.ended])
                 nll = rag_nll(model, *question, labels_1T, variant=variant)  # type: ignore[arg-type]
@@ -302,9 +302,9 @@ def test_a_folder_without_generation_config_gives_the_tokens_that_its_config_has
     generation.unlink()
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     for decode in DECODE.values():
-        expected, found = (decode(m, *contexts, num_beams=3, max_new_tokens=4) for m in (model, loaded))
-        assert [h.token_ids for (h,) in found] == [h.token_ids for (h,) in expected]
-        assert [h.log_prob for (h,) in found] == pytest.approx([h.log_prob for (h,) in expected], abs=1e-9)
+        expected, actual = (decode(m, *contexts, num_beams=3, max_new_tokens=4) for m in (model, loaded))
+        assert [h.token_ids for (h,) in actual] == [h.token_ids for (h,) in expected]
+        assert [h.log_prob for (h,) in actual] == pytest.approx([h.log_prob for (h,) in expected], abs=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -319,15 +319,15 @@ def test_forced_first_and_last_token_leave_no_room_in_two_new_tokens(case: str, 
 
 
 def test_an_end_token_that_only_the_models_config_forces_is_not_forced() -> None:
-    # BartConfig declares forced_eos_token_id = 2; `generate` heeds the generation config alone.
+    # BartConfig declares forced_eos_token_id = 2; `generate` reads the generation config only.
     cut_off = 0
     for seed in range(4):
         model, contexts = tiny_bart(seed=seed), random_contexts(B=4, K=2, S=6, seed=seed)
         expected = decode_rag_token(model, *contexts, num_beams=2, max_new_tokens=3)
         model.config.forced_eos_token_id = 2
-        found = decode_rag_token(model, *contexts, num_beams=2, max_new_tokens=3)
-        assert [h.token_ids for (h,) in found] == [h.token_ids for (h,) in expected]
-        cut_off += sum(not h.ended for (h,) in found)
+        actual = decode_rag_token(model, *contexts, num_beams=2, max_new_tokens=3)
+        assert [h.token_ids for (h,) in actual] == [h.token_ids for (h,) in expected]
+        cut_off += sum(not h.ended for (h,) in actual)
     assert cut_off > 0
 
 

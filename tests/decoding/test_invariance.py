@@ -1,4 +1,4 @@
-"""What the answer to a question must not depend on: other questions, padding, the passages' order, the cache.
+"""An answer does not depend on other questions, padding, the passages' order or the cache.
 
 Legend: B questions, K passages per question, S context tokens, H hypotheses.
 """
@@ -24,14 +24,14 @@ def settings_with(length_penalty: float) -> dict[str, Any]:
     return {"num_beams": 2, "max_new_tokens": 8, "num_return_sequences": 2, "length_penalty": length_penalty}
 
 
-def assert_same(found: list[Hypothesis], expected: list[Hypothesis], order_K: list[int] | None = None) -> None:
-    """`order_K`: passage k of `found` is passage order_K[k] of `expected`."""
-    assert [h.token_ids for h in found] == [h.token_ids for h in expected]
-    assert [h.log_prob for h in found] == pytest.approx([h.log_prob for h in expected], abs=1e-10)
-    assert [h.ended for h in found] == [h.ended for h in expected]
-    for mine, its in zip(found, expected, strict=True):
-        posterior = its.doc_log_posterior if order_K is None else its.doc_log_posterior[..., order_K]
-        torch.testing.assert_close(mine.doc_log_posterior, posterior, rtol=0, atol=1e-10)
+def assert_same(actual: list[Hypothesis], expected: list[Hypothesis], order_K: list[int] | None = None) -> None:
+    """`order_K`: passage k of `actual` is passage order_K[k] of `expected`."""
+    assert [h.token_ids for h in actual] == [h.token_ids for h in expected]
+    assert [h.log_prob for h in actual] == pytest.approx([h.log_prob for h in expected], abs=1e-10)
+    assert [h.ended for h in actual] == [h.ended for h in expected]
+    for hypothesis, reference in zip(actual, expected, strict=True):
+        posterior = reference.doc_log_posterior if order_K is None else reference.doc_log_posterior[..., order_K]
+        torch.testing.assert_close(hypothesis.doc_log_posterior, posterior, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("length_penalty", PENALTIES)
@@ -70,8 +70,8 @@ def test_an_answer_does_not_depend_on_the_order_of_the_passages(
         contexts = random_contexts(B=4, K=4, S=6, seed=seed)
         shuffled: Contexts = (contexts[0][:, order_K], contexts[1][:, order_K], contexts[2][:, order_K])
         straight = decode(model, *contexts, **settings)
-        for found, expected in zip(decode(model, *shuffled, **settings), straight, strict=True):
-            assert_same(found, expected, order_K)
+        for actual, expected in zip(decode(model, *shuffled, **settings), straight, strict=True):
+            assert_same(actual, expected, order_K)
 
 
 @pytest.mark.parametrize("length_penalty", PENALTIES)
@@ -97,5 +97,5 @@ def test_decoding_without_any_cache_gives_the_same_hypotheses(
             patch.setattr(model, "forward", without_cache)
             uncached = decode(model, *contexts, use_cache=False, **settings)
         assert len(lengths_read) > 1
-        for found, expected in zip(uncached, cached, strict=True):
-            assert_same(found, expected)
+        for actual, expected in zip(uncached, cached, strict=True):
+            assert_same(actual, expected)

@@ -1,4 +1,4 @@
-"""The demo's corpus and questions: honest splits, answers that can be copied, the same data every time."""
+"""The demo's data has disjoint splits, answers that can be copied from passages, and is the same every time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def entities_asked(questions: list[Question]) -> set[str]:
 
 
 def spoken_words(text: str) -> str:
-    """Lower-case words between single spaces, made here without the code under test."""
+    """Lower-case words between single spaces, made without `words_of`, which is under test."""
     return " " + " ".join("".join(c if c.isalnum() else " " for c in facts.fold(text)).split()) + " "
 
 
@@ -166,7 +166,7 @@ def test_names_are_unique_and_no_city_is_part_of_another_name() -> None:
     assert len(set(names)) == len(names)
     everything = "\n".join(names)
     cities = [spoken_words(entity.name) for entity in entities if entity.kind == "city"]
-    # Once for itself; a second time would be within another's name.
+    # Each name occurs once, as itself; a second time would be inside another name.
     assert [name for name in cities if everything.count(name) > 1] == []
 
 

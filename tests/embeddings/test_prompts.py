@@ -68,8 +68,8 @@ def plain_vectors(encoder: Path, texts: list[str]) -> np.ndarray:
 
 def test_passages_are_embedded_behind_their_prompt(parts: tuple[Path, Path], index: PassageIndex) -> None:
     expected_ND = plain_vectors(parts[0], [READ + text for text in PASSAGE_TEXTS])
-    found = index.search(expected_ND, 1)
-    np.testing.assert_allclose(found.vectors_BKD[:, 0], expected_ND[found.rows_BK[:, 0]], rtol=0, atol=1e-5)
+    result = index.search(expected_ND, 1)
+    np.testing.assert_allclose(result.vectors_BKD[:, 0], expected_ND[result.rows_BK[:, 0]], rtol=0, atol=1e-5)
     np.testing.assert_allclose(
         np.load(index.path / "vectors.npy"), expected_ND, rtol=0, atol=1e-5, err_msg="the prompt was not read"
     )
@@ -82,16 +82,16 @@ def test_questions_of_a_model_are_embedded_behind_theirs_also_after_saving(
     model = RagModel.from_parts(config).eval()
     model.save_pretrained(tmp_path / "model")
     expected_ND = plain_vectors(parts[0], [ASK + text for text in TEXTS])
-    for one in (model, RagModel.from_pretrained(tmp_path / "model")):
-        vectors_ND = one.question_encoder.encode(TEXTS, precision="float32")
+    for opened in (model, RagModel.from_pretrained(tmp_path / "model")):
+        vectors_ND = opened.question_encoder.encode(TEXTS, precision="float32")
         np.testing.assert_allclose(vectors_ND, expected_ND, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(one.question_encoder.embed(TEXTS).detach(), expected_ND, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(opened.question_encoder.embed(TEXTS).detach(), expected_ND, rtol=0, atol=1e-5)
     # The trained question encoder as a document encoder: the questions' prompt does not go before passages.
     passages = TextEncoder.from_pretrained(tmp_path / "model" / "question_encoder", side="passage")
     assert passages.prompt == ""
 
 
-def test_a_model_given_an_encoder_for_texts_of_any_kind_asks_with_the_questions_prompt(
+def test_a_model_with_an_encoder_for_texts_of_any_kind_uses_the_question_prompt(
     parts: tuple[Path, Path],
 ) -> None:
     start = RagModel.from_parts(model_config(*parts))
@@ -101,7 +101,7 @@ def test_a_model_given_an_encoder_for_texts_of_any_kind_asks_with_the_questions_
     assert model.question_encoder.prompt == ASK
 
 
-def test_a_prompt_makes_other_keys_and_no_prompt_makes_the_keys_of_before(parts: tuple[Path, Path]) -> None:
+def test_a_prompt_changes_the_keys_and_no_prompt_keeps_the_former_keys(parts: tuple[Path, Path]) -> None:
     config = model_config(*parts)
     asking = config.model_copy(update={"question_prompt": ASK})
     assert "question_prompt" not in config.decisive()
@@ -119,7 +119,7 @@ def test_a_prompt_makes_other_keys_and_no_prompt_makes_the_keys_of_before(parts:
     assert asks.fingerprint() == plain.fingerprint()
 
 
-def test_the_indexs_own_encoder_is_known_again_and_asks_without_the_passages_prompt(
+def test_the_indexs_own_encoder_is_recognised_and_embeds_questions_without_the_passage_prompt(
     parts: tuple[Path, Path], index: PassageIndex, tmp_path: Path
 ) -> None:
     own = TextEncoder.from_pretrained(parts[0], side="passage", prompt=index.manifest.details["prompt"])
@@ -129,7 +129,7 @@ def test_the_indexs_own_encoder_is_known_again_and_asks_without_the_passages_pro
     scores = evaluate_retrieval(index, own.for_questions(ASK), questions, [1])
     vectors_ND = plain_vectors(parts[0], [ASK + text for text in TEXTS])
     top = [index.passages_of(index.search(vectors_ND, 1).rows_BK)[at][0].id for at in range(len(TEXTS))]
-    expected = np.mean([one == gold for one, (_, _, gold, _) in zip(top, QUESTIONS, strict=True)])
+    expected = np.mean([found == gold for found, (_, _, gold, _) in zip(top, QUESTIONS, strict=True)])
     assert scores.overall.means["recall@1"] == pytest.approx(expected)
 
 
@@ -145,20 +145,20 @@ def test_retrieve_takes_a_question_prompt_on_the_command_line(
     from flows.cli.main import app
 
     questions = write_questions_jsonl(tmp_path / "questions.jsonl")
-    asked = []
+    prompts = []
     encode = TextEncoder.encode
 
-    def noted(self: TextEncoder, texts: list[str], **options: object) -> np.ndarray:
-        asked.append(self.prompt)
+    def recording_encode(self: TextEncoder, texts: list[str], **options: object) -> np.ndarray:
+        prompts.append(self.prompt)
         return encode(self, texts, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextEncoder, "encode", noted)
+    monkeypatch.setattr(TextEncoder, "encode", recording_encode)
     arguments = ["retrieve", "--index", str(index.path), "--questions", str(questions), "--k", "1", "--json"]
     for options, prompt in (([], ""), (["--question-prompt", ASK], ASK)):
         result = CliRunner().invoke(app, [*arguments, *options])
         assert result.exit_code == 0, result.output
         assert 0 <= json.loads(result.output)["recall@1"] <= 1
-        assert asked.pop() == prompt
+        assert prompts.pop() == prompt
 
 
 def test_more_tokens_than_an_encoder_has_positions_for_are_refused_when_it_is_loaded(

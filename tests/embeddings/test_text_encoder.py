@@ -180,7 +180,7 @@ def test_dpr_vectors_do_not_depend_on_the_batch_and_survive_saving(
     encoder = TextEncoder.from_pretrained(tmp_path / "dpr")
     assert type(encoder.model) is model_class
     texts = ["", *(text for _, _, text in FACTS), " ".join(text for _, _, text in FACTS)]
-    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=one, precision="float32") for one in (8192, 1))
+    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=tokens, precision="float32") for tokens in (8192, 1))
     np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
     padded = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
     with torch.no_grad():
@@ -199,9 +199,9 @@ def test_a_dpr_reader_is_refused_as_text_encoder(tmp_path: Path, folder: Path) -
 
 def test_a_pooling_that_does_not_go_with_the_model_is_refused(tmp_path: Path, folder: Path) -> None:
     _make_dpr(tmp_path / "dpr", folder, DPRQuestionEncoder)
-    with pytest.raises(ConfigError, match="'dpr', with which pooling 'mean' does not go"):
+    with pytest.raises(ConfigError, match="pooling 'mean' does not go with a model of type 'dpr'"):
         TextEncoder.from_pretrained(tmp_path / "dpr", pooling="mean")
-    with pytest.raises(ConfigError, match="'bert', with which pooling 'dpr' does not go"):
+    with pytest.raises(ConfigError, match="pooling 'dpr' does not go with a model of type 'bert'"):
         TextEncoder.from_pretrained(folder, pooling="dpr")
 
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_without_padding_token_gives_the_same_vectors_in_a_batch_as_
     encoder = TextEncoder.from_pretrained(folder)
     encoder.tokenizer.pad_token = None
     texts = [*(text for _, _, text in FACTS), "Oslo"]
-    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=one, precision="float32") for one in (8192, 1))
+    together_ND, alone_ND = (encoder.encode(texts, batch_tokens=tokens, precision="float32") for tokens in (8192, 1))
     np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
 
 
@@ -267,7 +267,7 @@ def test_a_folder_without_pooler_weights_has_the_same_fingerprint_at_every_load(
     assert first.fingerprint() == second.fingerprint() == encoder.fingerprint()
 
 
-def test_precision_given_is_kept_and_auto_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_precision_is_kept_and_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision(CPU, "float32") == "float32"
     assert resolve_precision(CPU, "bfloat16") == "bfloat16"
     for has, expected in ((True, "bfloat16"), (False, "float32")):

@@ -1,4 +1,4 @@
-"""MLflow's database: of another release or program, damaged, locked, half made; runs of old in folders."""
+"""MLflow's database: of another release or program, damaged, locked, half created; old runs in folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.environment.mlflow_database import made_by_one
+from tasks.environment.mlflow_database import creation_lock
 from tasks.environment.mlflow_store import check_store
 from tests.support.environment_checks import check_tracking, message_of, of_release
 from tests.support.servers.processes import environment_in
@@ -32,8 +32,8 @@ def as_folder(file: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 12, -1])
-def test_a_database_whose_making_was_killed_is_finished(steps: int, tmp_path: Path) -> None:
-    """`steps` of MLflow's migrations were done; -1: all but the last."""
+def test_a_database_whose_creation_was_killed_is_completed(steps: int, tmp_path: Path) -> None:
+    """`steps` of MLflow's migrations were done; -1 means all except the last."""
     import sqlalchemy
     from alembic import command
     from alembic.script import ScriptDirectory
@@ -44,17 +44,17 @@ def test_a_database_whose_making_was_killed_is_finished(steps: int, tmp_path: Pa
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     Base.metadata.create_all(sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool))
     config = _get_alembic_config(uri)
-    revisions = [one.revision for one in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    revisions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
     if steps:
         command.upgrade(config, revisions[steps - 1])
     before = (tmp_path / "mlflow.db").read_bytes()
     check_store(uri, "rag")
-    assert (tmp_path / "mlflow.db").read_bytes() == before, "looking changes nothing"
-    with made_by_one(uri):
+    assert (tmp_path / "mlflow.db").read_bytes() == before, "the check changes nothing"
+    with creation_lock(uri):
         assert MlflowClient(uri).create_experiment("rag")
 
 
-def test_two_commands_that_begin_in_a_new_folder_make_one_database(tmp_path: Path) -> None:
+def test_two_commands_started_in_a_new_folder_create_one_database(tmp_path: Path) -> None:
     program = "from tasks.tracking.runs import prepare_store; prepare_store()"
     environment = environment_in(tmp_path)
     commands = [
@@ -73,21 +73,21 @@ def test_two_commands_that_begin_in_a_new_folder_make_one_database(tmp_path: Pat
 
 
 DATABASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    # The revision of MLflow 2.0 in its own list of migrations.
+    # The last migration of MLflow 2.0.
     "of an older release": (
         lambda file: of_release(file, "cc1f77228345"),
         ["older release", "mlflow db upgrade sqlite:"],
     ),
     "of a newer release": (lambda file: of_release(file, "0123456789ab"), ["newer release of MLflow than"]),
     "of another program": (foreign, ["another program"]),
-    "no database": (lambda file: file.write_text("runs: none"), ["no SQLite database"]),
+    "no database": (lambda file: file.write_text("runs: none"), ["not a SQLite database"]),
     "cut off": (lambda file: file.write_bytes(file.read_bytes()[:9000]), ["damaged"]),
     "a folder": (as_folder, ["is a folder", "Name a file"]),
 }
 
 
 @pytest.mark.parametrize("case", DATABASES)
-def test_a_database_that_is_not_mlflows_of_today_is_named_and_left_alone(
+def test_a_database_that_this_mlflow_cannot_use_is_named_and_left_alone(
     case: str, database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     change, words = DATABASES[case]
@@ -121,7 +121,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
     message_of(check_tracking, "'gone'", "mlflow experiments restore --experiment-id 1", "MLFLOW_EXPERIMENT_NAME")
 
 
-def test_runs_of_old_in_a_folder_are_named_with_the_command_that_takes_them_along(
+def test_old_runs_in_a_folder_are_named_with_the_command_that_migrates_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "mlruns" / "0").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Prefect, MLflow and object stores that are not there, silent, ask for a password, or are another thing."""
+"""Prefect, MLflow and object stores that are missing, silent, ask for a password, or are another program."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ ROOT = Path(__file__).resolve().parents[2]
 PREFECT_WRONG = {
     "asks for a password": (401, '{"detail":"Unauthorized"}', JSON, "/api", ["password", "PREFECT_API_AUTH_STRING"]),
     "refuses us": (403, "{}", JSON, "/api", ["403", "PREFECT_API_AUTH_STRING"]),
-    "is no Prefect": (404, "{}", JSON, "/api", ["404", "no API of Prefect's"]),
+    "is no Prefect": (404, "{}", JSON, "/api", ["404", "not Prefect's API"]),
     "is unwell": (500, "oh", JSON, "/api", ["500", "its log"]),
     "a gateway's page": (502, "<html>", HTML, "/api", ["502", "HTML"]),
     "a page": (200, "<html>", HTML, "/api", ["not as Prefect does"]),
     "the address of the pages": (200, "<html>", HTML, "", ["ends in /api", "/api, or unset"]),
     "another thing's JSON": (200, '{"version": 1}', JSON, "/api", ["not as Prefect does"]),
-    "an older Prefect": (200, '"2.20.4"', JSON, "/api", ["2.20.4", "first numbers must be equal"]),
+    "an older Prefect": (200, '"2.20.4"', JSON, "/api", ["2.20.4", "major versions must be equal"]),
 }
 
 
 @pytest.mark.parametrize("case", PREFECT_WRONG)
-def test_a_server_that_is_no_prefect_of_ours_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_a_usable_prefect_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     status, body, kind, path, words = PREFECT_WRONG[case]
     with answering(status, body, kind) as address:
         monkeypatch.setenv("PREFECT_API_URL", address.replace("//", f"//u:{SECRET}@") + path)
         message_of(check_prefect, address, "unset PREFECT_API_URL", *words)
 
 
-def test_a_wrong_password_for_prefect_is_told_from_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_for_prefect_is_distinguished_from_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", f"me:{SECRET}")
     with answering(401, '{"detail":"Unauthorized"}') as address:
         monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
-        message_of(check_prefect, "refuses what PREFECT_API_AUTH_STRING holds")
+        message_of(check_prefect, "rejects the value of PREFECT_API_AUTH_STRING")
 
 
 def test_a_prefect_that_does_not_answer_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,39 +67,39 @@ def test_a_prefect_that_does_not_answer_is_named_with_the_reason(monkeypatch: py
 def test_a_setting_that_prefect_cannot_read_is_named() -> None:
     code = "from tasks.environment.prefect_api import check_prefect; check_prefect()"
     environment = os.environ | {"PREFECT_LOGGING_LEVEL": "LOUD", "PREFECT_API_REQUEST_TIMEOUT": "soon"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert "ConfigError: Prefect cannot read its setting PREFECT_" in done.stderr, done.stderr
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "ConfigError: Prefect cannot read its setting PREFECT_" in result.stderr, result.stderr
 
 
 EXPERIMENT = {"experiment": {"experiment_id": "7", "name": "rag", "lifecycle_stage": "active"}}
 DELETED = {"experiment": {"experiment_id": "7", "name": "rag", "lifecycle_stage": "deleted"}}
 MLFLOW_WRONG = {
-    "asks who we are": (401, "You are not authenticated", HTML, ["asks who we are", "MLFLOW_TRACKING_USERNAME"]),
+    "asks who we are": (401, "You are not authenticated", HTML, ["asks for credentials", "MLFLOW_TRACKING_USERNAME"]),
     "refuses us": (403, "{}", JSON, ["403", "MLFLOW_TRACKING_TOKEN"]),
-    "is no MLflow": (404, "not found", HTML, ["404", "no MLflow of ours"]),
-    "is a Prefect": (404, '{"detail":"Not Found"}', JSON, ["404", "no MLflow of ours"]),
+    "is no MLflow": (404, "not found", HTML, ["404", "not an MLflow server that we can use"]),
+    "is a Prefect": (404, '{"detail":"Not Found"}', JSON, ["404", "not an MLflow server that we can use"]),
     "is unwell": (500, "{}", JSON, ["500", "its log"]),
     "a gateway's page": (503, "<html>", HTML, ["503", "HTML"]),
     "too much asked": (429, "", JSON, ["429"]),
-    "a page": (200, "<html>", HTML, ["HTML page", "no MLflow of ours"]),
+    "a page": (200, "<html>", HTML, ["HTML page", "not an MLflow server that we can use"]),
     "a deleted experiment": (200, json.dumps(DELETED), JSON, ["restore --experiment-id 7", "MLFLOW_EXPERIMENT_NAME"]),
 }
 
 
 @pytest.mark.parametrize("case", MLFLOW_WRONG)
-def test_a_server_that_is_no_mlflow_of_ours_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_a_usable_mlflow_is_named(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     status, body, kind, words = MLFLOW_WRONG[case]
     with answering(status, body, kind) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", f"//u:{SECRET}@"))
         message_of(check_tracking, address, *words)
 
 
-def test_a_wrong_password_for_mlflow_is_told_from_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_password_for_mlflow_is_distinguished_from_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     with answering(401) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        message_of(check_tracking, "refuses what MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say")
+        message_of(check_tracking, "rejects the value of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
 
 
 def test_an_mlflow_that_does_not_answer_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_an_mlflow_that_does_not_answer_is_named_with_the_reason(monkeypatch: py
             message_of(check_tracking, without_credentials(uri), reason, "unset MLFLOW_TRACKING_URI")
 
 
-def test_an_mlflow_that_nobody_answers_for_is_named_before_mlflow_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_address_without_a_server_is_named_before_mlflow_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch, "tasks.environment.mlflow_store")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     check_server_is_there()
@@ -134,7 +134,7 @@ def test_an_mlflow_that_nobody_answers_for_is_named_before_mlflow_is_imported(mo
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_an_object_store_that_does_not_answer_or_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_that_does_not_answer_or_is_not_s3_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch, "rag_core.storage.store_settings")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with (

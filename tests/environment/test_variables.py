@@ -1,4 +1,4 @@
-"""Variables with wrong values, and addresses, end in one paragraph that names them and holds no secret."""
+"""A wrong value of a variable ends in one paragraph that names the variable; no message shows a secret."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_five_wrong_values_of_every_documented_variable_are_tried() -> None:
     assert {name: len(set(values)) for name, (_, values) in WRONG.items() if len(set(values)) != 5} == {}
 
 
-def test_an_empty_variable_counts_as_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from tasks.on_ray.runtime import cluster_wait
     from tasks.tracking.runs import experiment_name, tracking_uri, unsent_folder
 
@@ -57,7 +57,7 @@ def test_an_empty_variable_counts_as_one_that_is_not_set(monkeypatch: pytest.Mon
     assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def test_right_values_pass_and_looking_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_right_values_pass_and_checking_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0" * 64)
     (tmp_path / "aws").write_text("[profile somebody]\nregion = eu-north-1\n")
     before = sorted(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Scores of hand-made cases, counted by hand; and the file of predictions that they are read from."""
+"""Scores of small cases, counted by hand, and the predictions artifact that they are read from."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from rag_core.questions.questions import Question
 from rag_core.storage.artifact import publish
 from tests.support.small_corpus import FACTS, QUESTIONS, make_encoder, make_index
 
-LYON, OSLO, CORK = (Passage(one, title, text) for one, title, text in (FACTS[0], FACTS[3], FACTS[6]))
+LYON, OSLO, CORK = (Passage(passage_id, title, text) for passage_id, title, text in (FACTS[0], FACTS[3], FACTS[6]))
 # Line ends of other systems, which must not cut a row of JSON lines.
 ODD = Passage("odd", "Zürich\u2028x", "one\u2028two\x85three\nfour\r\nfive\x0csix “é”")
 
 
 def _answer(text: str, *passages: Passage) -> Answer:
-    read = tuple(ReadPassage(one, 0.5**place, 0.25**place) for place, one in enumerate(passages, 1))
+    read = tuple(ReadPassage(passage, 0.5**place, 0.25**place) for place, passage in enumerate(passages, 1))
     return Answer(text, -1.25, (Candidate(text, -1.25), Candidate("other", -3.5)), read)
 
 
@@ -46,9 +46,9 @@ CASES = [
     ),
     # EM 0, F1 2/3 against "the river Rhone" (river, rhone): precision 1, recall 1/2. Gold passage second.
     (Question("b", "river of Lyon?", ("the river Rhone",), "river", (LYON.id,)), _answer("Rhone", OSLO, LYON)),
-    # EM 0, F1 0; no gold id, and the answer's string stands in the second passage.
+    # EM 0, F1 0; no gold id; the second passage contains the answer's string.
     (Question("c", "country of Cork?", ("Ireland",), "country"), _answer("Norway", OSLO, CORK)),
-    # EM 1, F1 1; the gold passage is not there, though another holds the answer's string.
+    # EM 1, F1 1; the gold passage is missing, but another contains the answer's string.
     (Question("d", "where is Oslo?", ("Norway",), None, ("oslo:other",)), _answer("Norway", OSLO, ODD)),
 ]
 
@@ -65,7 +65,9 @@ def _published(folder: Path, cases: list[tuple[Question, Answer]], cut: int = 2)
 
 
 def test_scores_are_means_over_all_questions_and_by_type(tmp_path: Path) -> None:
-    scores = evaluate_predictions(_published(tmp_path / "out", CASES), [one for one, _ in CASES], ks=(1, 2, 5))
+    scores = evaluate_predictions(
+        _published(tmp_path / "out", CASES), [question for question, _ in CASES], ks=(1, 2, 5)
+    )
     assert (set(scores.by_type), scores.overall.count) == ({"country", "river"}, 4)
     assert scores.overall.means == pytest.approx(
         {
@@ -92,7 +94,7 @@ def test_more_predictions_than_questions_and_another_order_change_nothing(tmp_pa
     assert scores.overall.count == 2
 
 
-def test_a_question_without_answers_is_scored_for_retrieval_only_and_every_mean_tells_over_how_many_it_is(
+def test_a_question_without_answers_is_scored_for_retrieval_only_and_every_mean_has_its_count(
     tmp_path: Path,
 ) -> None:
     silent = Question("e", "?", (), None, (CORK.id,))
@@ -103,39 +105,41 @@ def test_a_question_without_answers_is_scored_for_retrieval_only_and_every_mean_
     assert (scores.count, scores.unanswerable) == (3, 0)
 
 
-def test_unanswerable_questions_are_left_out_of_every_mean_and_counted_apart(tmp_path: Path) -> None:
-    """SQuAD 2.0: the paragraph that holds no answer is named, and must not count as a hit; nor must the answer."""
+def test_unanswerable_questions_are_left_out_of_every_mean_and_counted_separately(tmp_path: Path) -> None:
+    """SQuAD 2.0 names a paragraph without an answer: neither it nor an answer may count as a hit."""
     impossible = Question("x", "who rules Lyon?", (), "who", (LYON.id,), is_impossible=True)
     unknown = Question("y", "what else?", (), "country")
     cases = [*CASES, (impossible, _answer("", LYON)), (unknown, _answer("nobody", LYON))]
-    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1, 2))
-    without = evaluate_predictions(_published(tmp_path / "without", CASES), [one for one, _ in CASES], ks=(1, 2))
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [question for question, _ in cases], ks=(1, 2))
+    without = evaluate_predictions(
+        _published(tmp_path / "without", CASES), [question for question, _ in CASES], ks=(1, 2)
+    )
     assert scores.overall.means == without.overall.means
     assert scores.overall.counts == without.overall.counts == dict.fromkeys(scores.overall.means, 4)
     assert (scores.overall.count, scores.overall.unanswerable) == (4, 2)
     assert (scores.by_type["country"].count, scores.by_type["country"].unanswerable) == (2, 1)
     assert (scores.by_type["who"].means, scores.by_type["who"].count, scores.by_type["who"].unanswerable) == ({}, 0, 1)
-    told = scores.as_json()
-    assert (told["count"], told["unanswerable"], told["counts"]["em"]) == (4, 2, 4)
-    assert told["by_type"]["who"] == {"count": 0, "unanswerable": 1, "counts": {}}
+    report = scores.as_json()
+    assert (report["count"], report["unanswerable"], report["counts"]["em"]) == (4, 2, 4)
+    assert report["by_type"]["who"] == {"count": 0, "unanswerable": 1, "counts": {}}
 
 
 def test_closed_book_answers_have_no_recall(tmp_path: Path) -> None:
     cases = [(question, _answer(answer.text, NO_PASSAGE)) for question, answer in CASES]
-    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in CASES], ks=(1, 5))
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [question for question, _ in CASES], ks=(1, 5))
     assert scores.overall.means == pytest.approx({"em": 2 / 4, "f1": (1 + 2 / 3 + 0 + 1) / 4})
-    assert all(set(one.means) == {"em", "f1"} for one in scores.by_type.values())
+    assert all(set(scores_of_type.means) == {"em", "f1"} for scores_of_type in scores.by_type.values())
 
 
 @pytest.mark.parametrize("kind", ["overall", "count", "by_type", "match", "a/b", "[/b]", "中文", "..", "a\nb", "em"])
 def test_any_string_is_a_question_type(tmp_path: Path, kind: str) -> None:
     cases = [(replace(CASES[0][0], type=kind), CASES[0][1]), (replace(CASES[2][0], type="other"), CASES[2][1])]
-    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1,))
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [question for question, _ in cases], ks=(1,))
     assert (scores.overall.means["em"], scores.overall.count) == (0.5, 2)
     assert (scores.by_type[kind].means["em"], scores.by_type[kind].count) == (1.0, 1)
-    told = json.loads(json.dumps(scores.as_json()))
-    assert (told["em"], told["count"], told["match"]) == (0.5, 2, "words")
-    assert (set(told["by_type"]), told["by_type"][kind]["em"]) == ({kind, "other"}, 1.0)
+    report = json.loads(json.dumps(scores.as_json()))
+    assert (report["em"], report["count"], report["match"]) == (0.5, 2, "words")
+    assert (set(report["by_type"]), report["by_type"][kind]["em"]) == ({kind, "other"}, 1.0)
 
 
 def test_regular_expressions_are_matched_as_drqa_and_dpr_do_and_have_no_f1(tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_regular_expressions_are_matched_as_drqa_and_dpr_do_and_have_no_f1(tmp_p
         (pattern, _answer("french republic of old", OSLO, LYON)),
         (replace(pattern, id="s"), _answer("in France", LYON)),
     ]
-    scores = evaluate_predictions(_published(tmp_path / "out", cases), [one for one, _ in cases], ks=(1, 2))
+    scores = evaluate_predictions(_published(tmp_path / "out", cases), [question for question, _ in cases], ks=(1, 2))
     # DrQA's `match` asks for the beginning alone; DPR's `search` for any place.
     assert scores.by_type["trec"].means == {
         "em": 0.5,
@@ -173,7 +177,7 @@ def test_a_hostile_regular_expression_is_an_error_that_names_question_and_patter
 
 
 def test_predictions_of_other_questions_under_the_same_ids_are_refused(tmp_path: Path) -> None:
-    """Questions without ids are numbered, so any two files have the same."""
+    """Questions without ids are numbered, so any two files have the same ids."""
     folder = _published(tmp_path / "out", CASES)
     others = [replace(CASES[0][0], question="capital of France?"), CASES[1][0]]
     with pytest.raises(InputError, match=r"1 of 2 questions \(first: id 'a' is 'country of Lyon\?' there"):
@@ -205,7 +209,7 @@ def test_answers_in_chinese_are_found_by_characters_and_a_hint_says_so(tmp_path:
 def test_a_question_without_prediction_is_named(tmp_path: Path) -> None:
     folder = _published(tmp_path / "out", CASES[:3])
     with pytest.raises(InputError, match=r"no prediction for 1 of 4 questions \(first: id 'd'\)"):
-        evaluate_predictions(folder, [one for one, _ in CASES], ks=(1,))
+        evaluate_predictions(folder, [question for question, _ in CASES], ks=(1,))
 
 
 def test_questions_without_any_answer_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A question's gold passages are passages of the corpus that is read from the same data set, and hold its answer."""
+"""A question's gold passages exist in the corpus read from the same data set, and contain the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answer metrics against references that share no code with them: another way to compute the same, and brute force."""
+"""Answer metrics against independent references: another way of computing them, and brute force."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ XQUAD = Path(__file__).resolve().parents[3] / "shared/data/xquad.en.json"
 
 @pytest.fixture(scope="module")
 def xquad_answers() -> list[tuple[str, str]]:
-    """(answer, paragraph it stands in)."""
+    """Pairs of an answer and its paragraph."""
     if not XQUAD.is_file():
         pytest.skip(f"the shared test data is absent: {XQUAD}")
     data = json.loads(XQUAD.read_text(encoding="utf-8"))["data"]
@@ -139,8 +139,8 @@ def reference_tokens(text: str) -> list[str]:
 
 
 def reference_has_answer(text: str, answer: str) -> bool:
-    tokens, wanted = reference_tokens(text), reference_tokens(answer)
-    return any(tokens[i : i + len(wanted)] == wanted for i in range(len(tokens) - len(wanted) + 1))
+    tokens, needle = reference_tokens(text), reference_tokens(answer)
+    return any(tokens[i : i + len(needle)] == needle for i in range(len(tokens) - len(needle) + 1))
 
 
 def test_has_answer_equals_dprs_window_search_on_xquad(xquad_answers: list[tuple[str, str]]) -> None:
@@ -148,9 +148,9 @@ def test_has_answer_equals_dprs_window_search_on_xquad(xquad_answers: list[tuple
     contexts = [context for _, context in xquad_answers]
     verdicts = set()
     for answer, context in xquad_answers:
-        for text, wanted in ((context, answer), (rng.choice(contexts), answer), (context, answer[1:].upper() or "x")):
-            assert has_answer(text, [wanted]) == reference_has_answer(text, wanted), (wanted, text)
-            verdicts.add(has_answer(text, [wanted]))
+        for text, needle in ((context, answer), (rng.choice(contexts), answer), (context, answer[1:].upper() or "x")):
+            assert has_answer(text, [needle]) == reference_has_answer(text, needle), (needle, text)
+            verdicts.add(has_answer(text, [needle]))
     assert verdicts == {True, False}
 
 
@@ -276,6 +276,6 @@ def drqa_regex_match(text: str, pattern: str, *, anywhere: bool) -> bool:
 )
 def test_regular_expressions_match_as_pythons_do_in_drqa(pattern: str, text: str) -> None:
     assert regex_exact_match(text, [pattern]) == drqa_regex_match(text, pattern, anywhere=False)
-    nfd, nfd_pattern = (unicodedata.normalize("NFD", one) for one in (text, pattern))
+    nfd, nfd_pattern = (unicodedata.normalize("NFD", string) for string in (text, pattern))
     assert has_regex_answer(text, [pattern]) == drqa_regex_match(nfd, nfd_pattern, anywhere=True)
     assert regex_exact_match(text, ["no such", pattern]) == regex_exact_match(text, [pattern])

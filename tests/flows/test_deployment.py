@@ -1,4 +1,4 @@
-"""Deployments for real: `prefect deploy --all`, a process worker, and a training run started by name."""
+"""Real deployments: `prefect deploy --all`, a process worker, and a training run started by its name."""
 
 from __future__ import annotations
 
@@ -77,22 +77,22 @@ def test_a_deployed_flow_is_run_by_a_worker(services: Path, tmp_path: Path) -> N
     try:
         state = wait_for_flow_run("train-token", seconds=300)
     finally:
-        # Prefect's worker may wait long for its last heartbeat; its work is done.
+        # Do not wait long: Prefect's worker may still wait for its last heartbeat, but its work is done.
         end(worker, patience=20)
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-4000:]
     assert open_artifact(tmp_path / "rag-token", "rag-model").config["variant"] == "token"
 
 
 def wait_for_flow_run(deployment: str, seconds: float) -> str:
-    """State of the newest run of a deployment once it has ended."""
+    """Wait until the newest run of a deployment has ended; return its state."""
     from prefect.client.orchestration import get_client
 
     until = time.monotonic() + seconds
     state = "none"
     with get_client(sync_client=True) as client:
-        wanted = next(one.id for one in client.read_deployments() if one.name == deployment)
+        deployment_id = next(entry.id for entry in client.read_deployments() if entry.name == deployment)
         while time.monotonic() < until:
-            runs = [run for run in client.read_flow_runs() if run.deployment_id == wanted]
+            runs = [run for run in client.read_flow_runs() if run.deployment_id == deployment_id]
             state = runs[0].state_type.value if runs and runs[0].state_type else "none"
             if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
                 break

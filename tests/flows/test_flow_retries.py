@@ -1,6 +1,6 @@
-"""A flow run that crashed is run again: finished stages are skipped, bad input is not tried twice.
+"""A flow run that crashed is retried: finished stages are skipped, and bad input is not tried twice.
 
-The flows are built here from the stages' own tasks; Ray's processes are really killed (fixture `services`).
+These tests build flows from the stages' own tasks, and really kill Ray's processes (fixture `services`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def copy_stage(corpus: Path, out: Path, marker: Path, parent: str | None):  # type: ignore[no-untyped-def]
-    """A stage that asks a Ray actor for something, and publishes an artifact after."""
+    """A stage that calls a Ray worker and then publishes an artifact."""
     import ray
 
     from tasks.stage import Input, run_stage
@@ -39,10 +39,10 @@ def copy_stage(corpus: Path, out: Path, marker: Path, parent: str | None):  # ty
 
 
 def worker_that_dies_once(marker: str):  # type: ignore[no-untyped-def]
-    """Starts a Ray worker that is killed in its call, unless the file `marker` is there already."""
+    """Start a Ray worker that kills itself in its call, unless the file `marker` exists already."""
     import ray
 
-    # Defined here, so that the worker need not import this file.
+    # Defined in this function, so that the worker need not import this file.
     @ray.remote(num_cpus=0, max_retries=0)
     def die_once() -> None:
         import os
@@ -57,18 +57,18 @@ def worker_that_dies_once(marker: str):  # type: ignore[no-untyped-def]
 
 
 def skipped_runs(stage: str, out: Path) -> list[bool]:
-    """For each MLflow run of the stage at that place, oldest first: was it skipped?"""
+    """For each MLflow run of the stage with this output, oldest first: whether it was skipped."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
     query = f"tags.stage = '{stage}' and tags.artifact = '{out.resolve()}'"
-    found = client.search_runs(
+    runs = client.search_runs(
         [client.get_experiment_by_name("rag").experiment_id], query, order_by=["attributes.start_time ASC"]
     )
-    return [run.data.tags.get("skipped") == "true" for run in found]
+    return [run.data.tags.get("skipped") == "true" for run in runs]
 
 
-def test_a_stage_whose_worker_is_lost_is_run_again_by_itself(services: Path, tmp_path: Path) -> None:
+def test_a_stage_whose_worker_is_lost_is_retried_without_the_flow(services: Path, tmp_path: Path) -> None:
     from prefect import flow, task
 
     from flows.stages.make_corpus import make_corpus
@@ -85,7 +85,7 @@ def test_a_stage_whose_worker_is_lost_is_run_again_by_itself(services: Path, tmp
     result = two_stages(tmp_path / "out")
     assert not result.skipped
     assert skipped_runs("thing", tmp_path / "out" / "thing") == [False, False], "one attempt was lost, one was not"
-    assert skipped_runs("corpus", tmp_path / "out" / "corpus") == [False], "the flow was not begun again"
+    assert skipped_runs("corpus", tmp_path / "out" / "corpus") == [False], "the flow was not started again"
     undisturbed = two_stages(tmp_path / "undisturbed")
     assert result.fingerprint == undisturbed.fingerprint
 
@@ -118,7 +118,7 @@ def test_what_a_killed_run_published_but_did_not_announce_is_announced_by_the_ne
     announced: list[bool] = []
 
     class Killed(BaseException):
-        """What a kill looks like from within a test."""
+        """Stands for a kill."""
 
     def killed(run, skipped) -> None:  # type: ignore[no-untyped-def]
         raise Killed

@@ -1,7 +1,7 @@
-"""The paper's configuration as a user runs it, against the stand-in for the hub: only files, sizes and steps are changed.
+"""The paper's configuration as a user runs it, against a stand-in for the hub; only files, sizes and steps differ.
 
-One command, `rag pipeline --config`, in an environment of its own. Whatever is not the hub or on this machine would go
-through a proxy that writes down who is called, so that nobody else can be contacted unseen.
+The tests run the command `rag pipeline --config` in its own environment. Requests that go neither to the hub
+nor to this machine go to a proxy, which records the addresses, so that no other contact stays unnoticed.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ SECONDS = 280
 
 @pytest.fixture
 def called() -> Iterator[tuple[str, list[str]]]:
-    """A proxy that lets nothing through: its address, and who was to be called."""
-    asked: list[str] = []
+    """A proxy that refuses every request: its own address, and the addresses that were requested."""
+    requested: list[str] = []
 
     class Proxy(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""
 
         def _refuse(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             self.send_error(502)
 
         do_CONNECT = do_GET = do_POST = do_HEAD = do_PUT = _refuse
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    yield f"http://127.0.0.1:{server.server_address[1]}", requested
     server.shutdown()
     server.server_close()
 
 
 def run_rag(home: Path, hub: HubServer, proxy: str, *arguments: str) -> str:
-    """Run a command of `rag` to its end; what it showed."""
+    """Run a command of `rag` to its end; return its output."""
     environment = environment_in(
         home,
         HF_ENDPOINT=hub.url,
@@ -72,9 +72,9 @@ def run_rag(home: Path, hub: HubServer, proxy: str, *arguments: str) -> str:
 
 
 def scaled_down(home: Path) -> dict[str, Any]:
-    """The paper's settings with other names of files, fewer steps and shorter texts, and nothing else."""
+    """The paper's settings with other files, fewer steps and shorter texts; all else is unchanged."""
     (home / "data").mkdir()
-    rows = [f"{at}\t{text}\t{title}" for at, (_, title, text) in enumerate(FACTS, 1)]
+    rows = [f"{number}\t{text}\t{title}" for number, (_, title, text) in enumerate(FACTS, 1)]
     (home / "data" / "psgs_w100.tsv").write_text("\n".join(["id\ttext\ttitle", *rows]) + "\n")
     for split in ("train", "dev", "test"):
         write_questions_jsonl(home / "data" / f"nq-{split}.jsonl")
@@ -93,10 +93,10 @@ def scaled_down(home: Path) -> dict[str, Any]:
     return settings
 
 
-def test_the_papers_configuration_runs_as_it_stands_and_asks_three_times_a_model(
+def test_the_papers_configuration_runs_unchanged_with_three_lookups_per_model(
     hub: HubServer, called: tuple[str, list[str]], paper_models: Files, tmp_path: Path
 ) -> None:
-    proxy, asked = called
+    proxy, contacted = called
     settings = scaled_down(tmp_path)
     names = settings["embed"]["encoder"], settings["model"]["question_encoder"], settings["model"]["generator"]
     assert names == (CONTEXT_ENCODER, QUESTION_ENCODER, BART)
@@ -104,16 +104,18 @@ def test_the_papers_configuration_runs_as_it_stands_and_asks_three_times_a_model
     hub.open_pull_request(BART, {"model.safetensors": poisoned(paper_models[BART], tmp_path / "poison")})
     shown = run_rag(tmp_path, hub, proxy, "pipeline", "--config", "run.yaml", "--out", "runs/nq")
 
-    assert asked == [], "somebody who was not named was contacted"
-    by_model = Counter(name for one in hub.lookups() for name in names if f"/{name}" in one.path)
-    assert len(hub.lookups()) == sum(by_model.values()), "something else was asked of the hub"
+    assert contacted == [], "an address that no setting names was contacted"
+    by_model = Counter(name for lookup in hub.lookups() for name in names if f"/{name}" in lookup.path)
+    assert len(hub.lookups()) == sum(by_model.values()), "the hub was asked for something else"
     assert max(by_model.values()) <= 3, by_model
-    # The driver downloads each file once; workers have it from the cache.
-    downloads = Counter((one.method, one.path) for one in hub.requests if one.file)
+    # The driver downloads each file once; workers read it from the cache.
+    file_requests = [request for request in hub.requests if request.file]
+    downloads = Counter((request.method, request.path) for request in file_requests)
     assert set(downloads.values()) == {1}
-    assert [one.path for one in hub.requests if "refs%2Fpr" in one.path or "discussions" in one.path] == []
+    paths = [request.path for request in hub.requests]
+    assert [path for path in paths if "refs%2Fpr" in path or "discussions" in path] == []
     assert all(
-        commits[name] in one.path for one in hub.requests if one.file for name in names if f"/{name}/" in one.path
+        commits[name] in request.path for request in file_requests for name in names if f"/{name}/" in request.path
     )
     print(f"requests: {len(hub.requests)}, of which {len(hub.lookups())} for no file: {dict(by_model)}")
 
@@ -127,19 +129,19 @@ def test_the_papers_configuration_runs_as_it_stands_and_asks_three_times_a_model
         assert details[variant]["question_encoder"] == f"{QUESTION_ENCODER}@{commits[QUESTION_ENCODER]}"
         assert details[variant]["generator"] == f"{BART}@{commits[BART]}"
 
-    # Once more, without a network: every stage is skipped, at the same commits.
+    # A second run without a network skips every stage, at the same commits.
     hub.stop()
     shown = run_rag(tmp_path, hub, proxy, "pipeline", "--config", "run.yaml", "--out", "runs/nq")
     assert f"{BART} is taken from the cache, commit {commits[BART]}" in shown
-    assert asked == []
+    assert contacted == []
 
 
-def test_a_rag_checkpoint_of_the_hub_is_imported_as_the_documentation_says(
+def test_a_rag_checkpoint_of_the_hub_is_imported_as_documented(
     hub: HubServer, called: tuple[str, list[str]], tmp_path: Path
 ) -> None:
-    proxy, asked = called
+    proxy, contacted = called
     run_rag(tmp_path, hub, proxy, "import-hf", RAG_TOKEN, "imported")
-    assert asked == []
+    assert contacted == []
     assert len(hub.lookups()) <= 3
     manifest = json.loads((tmp_path / "imported" / "manifest.json").read_text())
     assert manifest["details"]["hf_rag"] == f"{RAG_TOKEN}@{hub.repositories[RAG_TOKEN].references['main']}"

@@ -1,4 +1,4 @@
-"""The whole pipeline from and to s3://, on Ray, with a real S3 server: the same artifacts as on a local disk."""
+"""The whole pipeline reads from and writes to s3://, on Ray, with a real S3 server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def work(config, out):
 
 
 def configuration(folder: Path, files: str) -> Path:
-    """A small run that reads its sources and questions at `files`."""
+    """Write the configuration of a small run that reads its sources and questions from `files`."""
     encoder = make_encoder(folder / "encoder")
     model = model_config(encoder, folder / "made-by-the-pipeline")
     pretrain = {"encoder": str(encoder), "encoder_layers": 2, "decoder_layers": 1, "copy_steps": 1}
@@ -70,20 +70,20 @@ def test_every_stage_reads_from_and_publishes_to_a_store(tmp_path: Path, monkeyp
             s3.put_object(Bucket=BUCKET, Key=f"files/{file.name}", Body=file.read_bytes())
             file.unlink()
         config, out = configuration(tmp_path, f"s3://{BUCKET}/files"), ObjectPath(f"s3://{BUCKET}/run")
-        said = finish(PIPELINE, tmp_path, config, out)
-        assert f"'s3://{BUCKET}/run/rag-token', False" in said
+        log = finish(PIPELINE, tmp_path, config, out)
+        assert f"'s3://{BUCKET}/run/rag-token', False" in log
         kinds = ["corpus", "embeddings", "index", "generator", "rag-token", "predictions/rag-token"]
         assert [str(path) for path in artifacts_below(out)] == [str(out / kind) for kind in kinds]
-        # What another machine reads, which has nothing of it yet.
+        # With an empty cache, as on another machine.
         monkeypatch.setenv("RAG_CACHE", str(tmp_path / "elsewhere"))
         for path in artifacts_below(out):
             assert verify(path).findings == [], path
         assert manifest_at(out / "index").details["inputs"]["corpus"] == f"s3://{BUCKET}/run/corpus"
         if os.environ.get("CHAOS") != "smoke":
             # A machine with an empty cache finds everything up to date.
-            said = finish(PIPELINE, tmp_path, config, out)
-            assert said.count("True") == len(kinds), said
-        assert not list(tmp_path.glob("s3:*")), "nothing was taken for a local path"
+            log = finish(PIPELINE, tmp_path, config, out)
+            assert log.count("True") == len(kinds), log
+        assert not list(tmp_path.glob("s3:*")), "an s3:// address was taken for a local path"
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "s3.log"]
     for secret in CREDENTIALS.values():
         assert not [path for path in written if secret.encode() in path.read_bytes()]

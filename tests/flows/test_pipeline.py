@@ -1,4 +1,4 @@
-"""The whole pipeline on a small corpus, with real Ray, Prefect and MLflow; every stage once, then nothing again."""
+"""The whole pipeline on a small corpus, with real Ray, Prefect and MLflow; a second run skips every stage."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def _dev_questions(questions: Path) -> Path:
-    """Seven that two workers cannot share evenly, and three that no answer is right for, in between."""
+    """Seven questions, which two workers cannot share evenly, mixed with three unanswerable ones."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()][:7]
-    for at in (0, 3, 8):
-        rows.insert(at, {"id": f"none-{at}", "question": "who rules Lyon?", "answers": [], "is_impossible": True})
+    for place in (0, 3, 8):
+        rows.insert(place, {"id": f"none-{place}", "question": "who rules Lyon?", "answers": [], "is_impossible": True})
     file = questions.with_name("dev.jsonl")
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -66,7 +66,7 @@ def ran(services: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
             optimizer=optimizer(4),
         ),
         model=model_config(encoder, folder / "made-by-the-pipeline"),
-        # Two data-parallel workers, so that gradients really cross between processes.
+        # Two data-parallel workers, so that processes really exchange gradients.
         train=TrainConfig(optimizer=optimizer(4, eval_every=2), eval_questions=8, num_workers=2),
         infer=InferConfig(
             decoding=DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=2, precision="float32"),
@@ -106,10 +106,10 @@ def test_embedding_shards_on_ray_follow_the_corpus_row_for_row(ran) -> None:  # 
     assert [shard.name for shard in embeddings.shards] == [f"embeddings-0000{number}.parquet" for number in range(3)]
     encoder = TextEncoder.from_pretrained(config.embed.encoder)
     passages = list(corpus.iter_passages())
-    expected_ND = encoder.encode([passage_text(one.title, one.text, encoder.settings) for one in passages])
+    expected_ND = encoder.encode([passage_text(passage.title, passage.text, encoder.settings) for passage in passages])
     row = 0
     for ids, vectors_nD in embeddings.iter_vectors():
-        assert ids == [one.id for one in passages[row : row + len(ids)]]
+        assert ids == [passage.id for passage in passages[row : row + len(ids)]]
         assert abs(vectors_nD - expected_ND[row : row + len(ids)]).max() < 1e-5
         row += len(ids)
     assert row == len(FACTS)
@@ -125,7 +125,7 @@ def test_predictions_keep_the_order_of_the_file_in_both_formats(ran) -> None:  #
         assert pq.read_table(folder / "predictions.parquet").to_pylist() == rows
         for row in rows:
             assert len(row["passages"]) == 3
-            assert sum(one["prior"] for one in row["passages"]) == pytest.approx(1, abs=1e-5)
+            assert sum(passage["prior"] for passage in row["passages"]) == pytest.approx(1, abs=1e-5)
             assert row["candidates"][0] == {"answer": row["answer"], "log_prob": row["log_prob"]}
             assert row["log_prob"] <= 0
 
@@ -150,7 +150,7 @@ def test_training_on_two_workers_changes_both_parts(ran) -> None:  # type: ignor
         assert trained.fingerprint() != start.fingerprint()
 
 
-def test_dev_scores_of_two_workers_are_those_of_one_and_leave_out_what_has_no_answer(ran) -> None:  # type: ignore[no-untyped-def]
+def test_dev_scores_of_two_workers_are_those_of_one_and_leave_out_unanswerable_questions(ran) -> None:  # type: ignore[no-untyped-def]
     from mlflow import MlflowClient
 
     from rag_core.questions.questions import read_questions
@@ -159,15 +159,15 @@ def test_dev_scores_of_two_workers_are_those_of_one_and_leave_out_what_has_no_an
 
     config, out, result = ran
     run = next(stage.run_id for stage in result.stages if stage.stage == "train-token")
-    told = MlflowClient().get_run(run).data.metrics
-    assert (told["dev_questions"], told["dev_unanswerable"], told["train_unanswerable"]) == (7, 3, 0)
+    metrics = MlflowClient().get_run(run).data.metrics
+    assert (metrics["dev_questions"], metrics["dev_unanswerable"], metrics["train_unanswerable"]) == (7, 3, 0)
     model, index = RagModel.from_pretrained(out / "rag-token"), PassageIndex.open(out / "index")
     objective = EndToEnd(model, index, "token", config.train.rates).eval()
-    dev = [one for one in read_questions(config.questions.dev) if one.answers]
+    dev = [question for question in read_questions(config.questions.dev) if question.answers]
     alone = dev_scores(model, objective, index, dev, "token", config.train)
     assert set(alone) == {"dev_nll", "dev_em", "dev_f1", "dev_recall@1", "dev_recall@3", "dev_contexts_cut_share"}
     for name, value in alone.items():
-        assert told[f"best_{name.replace('@', '_at_')}"] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+        assert metrics[f"best_{name.replace('@', '_at_')}"] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 def test_closed_book_answers_have_no_recall_anywhere(ran) -> None:  # type: ignore[no-untyped-def]
@@ -199,7 +199,7 @@ def test_mlflow_shows_one_parent_with_a_child_for_every_stage(ran) -> None:  # t
     assert [point.step for point in curve] == [1, 2, 3, 4]
     assert len(client.get_metric_history(training.info.run_id, "dev_em")) == 2
     assert training.data.params["train.optimizer.steps"] == "4"
-    names = {one.dataset.name for one in training.inputs.dataset_inputs}
+    names = {entry.dataset.name for entry in training.inputs.dataset_inputs}
     assert names == {"index", "questions", "dev"}
     plots = {file.path for file in client.list_artifacts(training.info.run_id, "plots")}
     assert plots == {"plots/loss.png", "plots/dev_scores.png"}
@@ -216,17 +216,17 @@ def test_both_variants_are_registered_with_a_signature_and_answer(ran) -> None: 
     _, out, result = ran
     run_ids = {stage.stage: stage.run_id for stage in result.stages}
     for variant in ("sequence", "token"):
-        found = MlflowClient().search_model_versions(f"run_id = '{run_ids[f'train-{variant}']}'")
-        assert [version.name for version in found] == [f"rag-{variant}"]
-        loaded = mlflow.pyfunc.load_model(f"models:/rag-{variant}/{found[0].version}")
+        versions = MlflowClient().search_model_versions(f"run_id = '{run_ids[f'train-{variant}']}'")
+        assert [version.name for version in versions] == [f"rag-{variant}"]
+        loaded = mlflow.pyfunc.load_model(f"models:/rag-{variant}/{versions[0].version}")
         assert loaded.metadata.signature.inputs.input_names() == ["question"]
         assert loaded.metadata.signature.outputs.input_names() == ["answer", "log_prob"]
-    asked = pd.DataFrame({"question": [question for question, *_ in QUESTIONS[:2]]})
-    answers = loaded.predict(asked)
+    questions = pd.DataFrame({"question": [question for question, *_ in QUESTIONS[:2]]})
+    answers = loaded.predict(questions)
     library = RagModel.from_pretrained(out / "rag-token").answer(
-        list(asked["question"]), PassageIndex.open(out / "index")
+        list(questions["question"]), PassageIndex.open(out / "index")
     )
-    assert list(answers["answer"]) == [one.text for one in library]
+    assert list(answers["answer"]) == [answer.text for answer in library]
 
 
 def test_prefect_shows_the_flow_runs_with_readable_summaries(ran) -> None:  # type: ignore[no-untyped-def]
@@ -237,7 +237,7 @@ def test_prefect_shows_the_flow_runs_with_readable_summaries(ran) -> None:  # ty
         names = {flow.name for flow in client.read_flows()}
         assert {"pipeline", "corpus", "embed-corpus", "build-index", "train-sequence", "train-token"} <= names
         artifacts = client.read_artifacts(artifact_filter=ArtifactFilter())
-    summaries = {one.key: str(one.data) for one in artifacts}
+    summaries = {artifact.key: str(artifact.data) for artifact in artifacts}
     assert "MLflow run" in summaries["train-token"]
     assert "| RAG-Token |" in summaries["pipeline-summary"]
 
@@ -276,7 +276,7 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
     config, out, result = ran
 
     def rag(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["rag", *(str(one) for one in arguments)])
+        monkeypatch.setattr(sys, "argv", ["rag", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             run()
         captured = capsys.readouterr()
@@ -289,8 +289,8 @@ def test_the_command_line_answers_and_scores_from_the_pipelines_folders(ran, cap
     scores = json.loads(rag("retrieve", "--index", out / "index", "--questions", questions, "--k", "1,5", "--json"))
     assert 0 <= scores["recall@1"] <= scores["recall@5"] <= 1
     predictions = out / "predictions" / "rag-token"
-    told = json.loads(rag("evaluate", "--predictions", predictions, "--questions", questions, "--k", "1,3", "--json"))
-    assert told == result.scores["RAG-Token"].as_json()
+    scores = json.loads(rag("evaluate", "--predictions", predictions, "--questions", questions, "--k", "1,3", "--json"))
+    assert scores == result.scores["RAG-Token"].as_json()
     table = rag("evaluate", "--predictions", predictions, "--questions", questions, "--match", "characters")
     assert "Answers compared by characters." in table
 
@@ -300,7 +300,7 @@ def test_verify_finds_nothing_wrong_with_what_the_pipeline_made(ran) -> None:  #
     from rag_core.verification.verification import artifacts_below, verify
 
     reports = [verify(path) for path in artifacts_below(out)]
-    assert [one for report in reports for one in (*report.findings, *report.notes)] == []
+    assert [problem for report in reports for problem in (*report.findings, *report.notes)] == []
     kinds = {report.manifest.kind for report in reports if report.manifest}
     assert kinds == {"corpus", "embeddings", "index", "generator", "rag-model", "predictions"}
 

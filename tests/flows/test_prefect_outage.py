@@ -1,4 +1,4 @@
-"""A Prefect server that is lost in the middle: the stage's work is done all the same, and a second run skips it."""
+"""If Prefect's server is lost in the middle of a flow, the stage still finishes, and a second run skips it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 280
 
 pytestmark = pytest.mark.timeout(900)
 
-# Two stages; between them, in the middle of a task, somebody deletes the file that the test waits for.
+# Two stages, and between them a task that writes the file "waiting" and waits until the test deletes it.
 TWO_STAGES = """
 import os, sys, time
 from pathlib import Path
@@ -48,7 +48,7 @@ def two_stages():
     @flow
     def both():
         results = [first(), make_corpus([Path("passages.jsonl")], Path("second"), CorpusConfig(format="jsonl"))]
-        print("skipped:", [one.skipped for one in results], flush=True)
+        print("skipped:", [result.skipped for result in results], flush=True)
 
     both()
 
@@ -94,16 +94,16 @@ def test_a_summary_that_prefect_does_not_take_is_kept_in_a_file(
         publish_table("embed-corpus", {"passages": "10"})
     (page,) = tmp_path.iterdir()
     assert "| passages | 10 |" in page.read_text()
-    said = capsys.readouterr().err
-    assert "Prefect's server does not answer" in said
-    assert str(page) in said
+    shown = capsys.readouterr().err
+    assert "Prefect's server does not answer" in shown
+    assert str(page) in shown
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a bound port cannot be bound again")
-def test_a_commands_server_gets_its_port_whoever_wants_it_before_it_listens() -> None:
-    from flows.cli.prefect_server import _held_port
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a bound port be bound again")
+def test_a_reserved_port_is_bound_by_no_other_process_before_the_server_listens() -> None:
+    from flows.cli.prefect_server import _reserve_port
 
-    port, holder = _held_port()
+    port, holder = _reserve_port()
     with holder, socket.socket() as stranger, socket.create_server(("127.0.0.1", port)) as server:
         with pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
@@ -112,7 +112,7 @@ def test_a_commands_server_gets_its_port_whoever_wants_it_before_it_listens() ->
             socket.create_connection(("127.0.0.1", port))
         with pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
-        socket.create_server(("127.0.0.1", port)).close()  # the one that takes its place
+        socket.create_server(("127.0.0.1", port)).close()  # the server's replacement
 
 
 @pytest.mark.chaos(short=False)
@@ -120,7 +120,8 @@ def test_a_lost_temporary_server_is_replaced_and_the_flow_goes_on(tmp_path: Path
     write_passages(tmp_path)
     process = start(tmp_path)
     wait_for(tmp_path / "waiting", process)
-    (server,) = [one for one in psutil.Process(process.pid).children() if "uvicorn" in " ".join(one.cmdline())]
+    children = psutil.Process(process.pid).children()
+    (server,) = [child for child in children if "uvicorn" in " ".join(child.cmdline())]
     server.send_signal(signal.SIGKILL)
     (tmp_path / "waiting").unlink()
     assert process.wait(SECONDS) == 0, (tmp_path / "log").read_text()
@@ -141,16 +142,16 @@ def test_a_server_that_is_lost_for_good_ends_the_flow_with_a_paragraph_and_costs
         environment = os.environ | {"PREFECT_HOME": str(tmp_path / "server")}
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     _wait_until_healthy(f"{url}/health", server)
-    # Prefect's clients ask for a minute by default; here a few seconds.
+    # Prefect's clients retry for a minute by default; here for a few seconds.
     process = start(tmp_path, PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES="1")
     wait_for(tmp_path / "waiting", process)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()
     (tmp_path / "waiting").unlink()
     assert process.wait(SECONDS) == 2, (tmp_path / "log").read_text()
-    said = " ".join((tmp_path / "log").read_text().split())
-    assert f"Error: Prefect's server at {url} does not answer any more" in said
-    assert "run the same command to go on" in said
+    log = " ".join((tmp_path / "log").read_text().split())
+    assert f"Error: Prefect's server at {url} does not answer any more" in log
+    assert "run the same command to continue" in log
     assert open_artifact(tmp_path / "first", "corpus").counts["passages"] == 10
     assert not (tmp_path / "second").exists()
     again = start(tmp_path)

@@ -1,8 +1,9 @@
-"""Feed targets their numbered inputs: `python -m tests.fuzz TARGET … --inputs 100000 --seed 5`.
+"""Feed numbered inputs to fuzzing targets: `python -m tests.fuzz TARGET … --inputs 100000 --seed 5`.
 
-Prints a line of JSON for each: inputs, how many were read and refused, seconds, the slowest input, memory, and what was found.
-An input that did neither of both is kept in `tests/fuzz/corpus/TARGET`, where `make test` reads it first. The number of
-the input at hand stands in `--progress`, so that whoever started this process knows which one ended it.
+Prints one line of JSON per target: inputs, how many were read and refused, seconds, the slowest input, memory, and
+findings. An input that was neither read nor refused is kept in `tests/fuzz/corpus/TARGET`, where `make test` reads it
+first. The file `--progress` holds the number of the current input, so that the parent process knows which input killed
+this one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MOST_FINDINGS = 10
 
 
 class TooSlowError(BaseException):
-    """An input took longer than `SECONDS`. No `Exception`, so that no reader takes it for a fault of the file."""
+    """An input took longer than `SECONDS`. Not an `Exception`, so no reader mistakes it for a fault of the file."""
 
 
 def keep(target: str, data: bytes) -> Path:
@@ -45,24 +46,24 @@ def keep(target: str, data: bytes) -> Path:
 
 @contextlib.contextmanager
 def limited_memory() -> Iterator[None]:
-    """In the block this process gets `BYTES` more address space: what asks for more, fails."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    """Limit this process to `BYTES` of additional address space in the block; larger allocations fail."""
+    original = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + BYTES, original[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        resource.setrlimit(resource.RLIMIT_AS, original)
 
 
-def resident(what: str) -> int:
-    """KiB of this process in memory: `VmRSS` now, `VmHWM` at most."""
+def resident(counter: str) -> int:
+    """Resident memory of this process in KiB: `VmRSS` now, `VmHWM` at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{counter}:"))
 
 
 def _feed(fuzzed: Target, data: bytes) -> str:
-    """Whether an input was read or refused. One that is too slow may try again: the machine may have been busy."""
+    """Whether an input was read or refused. A slow input gets three attempts, as the machine may have been busy."""
     for attempt in (1, 2, 3):
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
@@ -79,7 +80,7 @@ def _feed(fuzzed: Target, data: bytes) -> str:
 
 
 def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[str, Any]:
-    """Feed inputs `start` … `inputs` − 1."""
+    """Feed inputs `start` to `inputs` − 1; returns the counts and findings."""
 
     def too_slow(*_: object) -> None:
         raise TooSlowError
@@ -94,14 +95,14 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
         for sample in fuzzed.samples:
             fuzzed.feed(sample)
         before = resident("VmRSS")
-        # The high-water mark begins anew: that of the target before was its own.
+        # Reset the high-water mark, which the previous target may have raised.
         Path("/proc/self/clear_refs").write_text("5")
-        began = time.monotonic()
+        start_time = time.monotonic()
         with limited_memory():
             for number in range(start, inputs):
                 os.pwrite(progress, number.to_bytes(8, "little"), 0)
                 data = numbered(seed, number, fuzzed.samples)
-                at = time.perf_counter()
+                input_start = time.perf_counter()
                 try:
                     outcomes[_feed(fuzzed, data)] += 1
                 except (Exception, TooSlowError) as error:
@@ -110,7 +111,7 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
                         f"{number}: {type(error).__name__}: {str(error)[:200]} at {last.filename}:{last.lineno}"
                     )
                     keep(target, data)
-                slowest = max(slowest, time.perf_counter() - at)
+                slowest = max(slowest, time.perf_counter() - input_start)
                 if len(findings) >= MOST_FINDINGS:
                     break
     grown = resident("VmHWM") - before
@@ -118,7 +119,7 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
         "target": target,
         "inputs": sum(outcomes.values()) + len(findings),
         **outcomes,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.monotonic() - start_time, 1),
         "slowest": round(slowest, 3),
         "grown_mb": grown // 1024,
         "findings": findings,
@@ -126,17 +127,17 @@ def run(target: str, inputs: int, seed: int, start: int, progress: int) -> dict[
 
 
 def main() -> None:
-    """The command."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="+", choices=[*TARGETS, *MODEL_TARGETS], metavar="TARGET")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--progress", type=Path, default=Path(os.devnull))
-    given = parser.parse_args()
-    progress = os.open(given.progress, os.O_RDWR | os.O_CREAT)
-    for target in given.targets:
-        print(json.dumps(run(target, given.inputs, given.seed, given.start, progress)), flush=True)
+    options = parser.parse_args()
+    progress = os.open(options.progress, os.O_RDWR | os.O_CREAT)
+    for target in options.targets:
+        print(json.dumps(run(target, options.inputs, options.seed, options.start, progress)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Damage to files: valid samples cut, flipped, spliced, and set with what parsers are known to stumble over.
+"""Damage valid samples: cut, flip and splice bytes, and insert values that parsers are known to fail on.
 
-Every choice is drawn from one `random.Random`. Seeded, it makes a hundred thousand inputs a minute that can all be made
-again from their numbers; given Hypothesis's own (`st.randoms(use_true_random=False)`), the same code shrinks.
+Every choice is drawn from one `random.Random`. With a seeded one, the code makes a hundred thousand inputs a minute,
+each reproducible from its number. With `st.randoms(use_true_random=False)`, Hypothesis can shrink the input.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ NASTY = (
     b"\xff\xff\xff\xff\xff\xff\xff\xff",
     b"\x80\x00\x00\x00\x00\x00\x00\x00",
 )
-# What takes the place of a value in JSON that stays well-formed.
+# Replacements for values in JSON that stays well-formed.
 NASTY_VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1.5, 2**63, 10**400, float("nan"), float("inf"), "", " ", "\0", "\ud800", "\ufeff", "é😀", "x" * 300,
     "../../x", [], {}, [[]], [None], ["a", 1], [{}], {"": None}, {"id": "a"}, {"text": ["x"]}, {"bytes": -1, "sha256": ""},
 )  # fmt: skip
-# Longer than this, an input would tell more about the disk than about the reader.
+# A longer input would test the disk more than the reader.
 MOST_BYTES = 500_000
 
 Operation = Callable[[random.Random, bytearray, Sequence[bytes]], None]
 
 
 def mutate(rng: random.Random, samples: Sequence[bytes]) -> bytes:
-    """One of the samples after one to four operations."""
+    """Apply one to four operations to one of the samples."""
     data = bytearray(rng.choice(samples))
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4))):
         rng.choice(OPERATIONS)(rng, data, samples)
@@ -96,7 +96,7 @@ def mutate(rng: random.Random, samples: Sequence[bytes]) -> bytes:
 
 
 def numbered(seed: int, number: int, samples: Sequence[bytes]) -> bytes:
-    """Input `number` of a seed, whatever was made before it."""
+    """Input `number` of a seed; it does not depend on earlier inputs."""
     return mutate(random.Random(seed << 32 | number), samples)
 
 
@@ -145,7 +145,7 @@ def _replace(rng: random.Random, data: bytearray, samples: Sequence[bytes]) -> N
 
 
 def _replace_value(rng: random.Random, data: bytearray, samples: Sequence[bytes]) -> None:
-    """What stands between two marks of a text format gives way to something nasty."""
+    """Replace the text between two delimiters of a text format with an entry of `NASTY`."""
     marks = [place for place, byte in enumerate(data[:2000]) if byte in b':,[]{}"\t\n']
     if len(marks) > 1:
         at = rng.randrange(len(marks) - 1)
@@ -153,7 +153,7 @@ def _replace_value(rng: random.Random, data: bytearray, samples: Sequence[bytes]
 
 
 def _change_node(rng: random.Random, data: bytearray, samples: Sequence[bytes]) -> None:
-    """In JSON, whole or by lines, a value is changed, named otherwise, left out or doubled."""
+    """Change, rename, drop or duplicate a value in JSON or in one line of JSON Lines."""
     lines = [bytes(data)] if rng.randrange(2) else bytes(data).split(b"\n")
     at = rng.randrange(len(lines))
     with contextlib.suppress(ValueError, RecursionError):
@@ -166,9 +166,9 @@ def _change_node(rng: random.Random, data: bytearray, samples: Sequence[bytes]) 
 
 
 def _containers(tree: Any) -> list[Any]:
-    """All lists and objects that are not empty."""
+    """All non-empty lists and objects of a JSON tree."""
     children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return ([tree] if children else []) + [found for child in children for found in _containers(child)]
+    return ([tree] if children else []) + [node for child in children for node in _containers(child)]
 
 
 def _change(rng: random.Random, node: Any) -> None:

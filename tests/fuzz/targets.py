@@ -1,6 +1,6 @@
-"""The readers that are fuzzed: for each, valid samples, and a function that puts damaged bytes in place and reads them.
+"""The fuzzed readers. Each target has valid samples, and a function that writes damaged bytes to a file and reads it.
 
-A target is made in a folder of its own. What it feeds either is read or raises `RagError`; anything else is a finding.
+Each target works in a folder of its own. An input must be read or refused with `RagError`; anything else is a finding.
 """
 
 from __future__ import annotations
@@ -21,14 +21,31 @@ import pyarrow.parquet as pq
 from rag_core.corpus.formats import CorpusFormat, Reject, read_rows
 from rag_core.errors import RagError
 from rag_core.storage.artifact import fingerprint_of_json, open_artifact, publish
+from tests.fuzz.samples import (
+    CORPUS_LAYOUTS_JSON,
+    CORPUS_LAYOUTS_JSONL,
+    CORPUS_LAYOUTS_TABLES,
+    JSONL,
+    PASSAGES,
+    QRELS,
+    QUESTION_LAYOUTS,
+    QUESTION_LAYOUTS_JSON,
+    QUESTION_LAYOUTS_JSONL,
+    QUESTION_LAYOUTS_TABLES,
+    QUESTIONS_CSV,
+    QUESTIONS_JSONL,
+    QUESTIONS_LIST,
+    SQUAD,
+    TEXT,
+    TSV,
+)
 
 Feed = Callable[[bytes], None]
-PASSAGES = [("a", "Lyon", "Lyon is a city."), ("b", "", 'Grüße, "quoted"\tand 😀.'), ("c", "T", "two\nlines")]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A reader's samples, and what reads one damaged input."""
+    """A reader's valid samples, and the function that reads one damaged input."""
 
     samples: list[bytes]
     feed: Feed
@@ -41,7 +58,7 @@ def _corpus(format: CorpusFormat, name: str, samples: list[bytes], folder: Path)
         file.write_bytes(data)
         try:
             for row in read_rows([file], format):
-                # What is kept or reported must be fit to be written.
+                # Kept passages and reported rejects must be encodable, because they get written.
                 text = row.found + row.reason if isinstance(row, Reject) else "".join(_texts(row.passage))
                 text.encode("utf-8")
         except RagError as error:
@@ -53,108 +70,6 @@ def _corpus(format: CorpusFormat, name: str, samples: list[bytes], folder: Path)
 
 def _texts(passage: Any) -> tuple[str, str, str]:
     return passage.id, passage.title, passage.text
-
-
-def _jsonl() -> bytes:
-    return "".join(
-        json.dumps({"id": i, "title": t, "text": x}, ensure_ascii=False) + "\n" for i, t, x in PASSAGES
-    ).encode()
-
-
-JSONL = [_jsonl(), b'{"id": 7, "text": "one", "title": null}\r\n{"id": "x", "text": "\\u00fc"}']
-TSV = [b'id\ttext\ttitle\n1\tone\tT\n2\t"two ""quoted""\nlines"\tT\n3\tthree\tT\n', b"text\tid\r\none\t1\r\ntwo\t2\r\n"]
-QAS = [{"id": "1", "question": "q?", "answers": [{"text": "x", "answer_start": 0}]}, {"id": "2", "question": "r?"}]
-SQUAD = [
-    json.dumps(
-        {"data": [{"title": "A", "paragraphs": [{"context": "c", "qas": QAS}, {"context": "d", "qas": []}]}]}
-    ).encode(),
-    b'{"version": "v2.0", "data": [{"title": "A", "paragraphs": [{"context": "y", "qas": [{"question": "s?"}]}]}, {"title": "B", "paragraphs": [{"context": "x", "qas": []}]}]}',
-]
-TEXT = [
-    b"# Title #\n\none two. Three four!\n\n```sh\n# comment\n```\nfive six\n",
-    "ein Satz.\r\n\r\nnoch „einer“.".encode(),
-]
-CTXS = [{"id": "p", "title": "T", "text": "t", "score": "81.5"}, {"id": 2, "text": "u", "score": -1}]
-RECORDS = [
-    {"id": 5, "question": "q?", "answers": ["a", "b"], "type": "2hop", "gold_passage_ids": ["p", 7]},
-    {"question": "r?", "answer": "c", "ctxs": CTXS},
-]
-QUESTIONS_JSONL = [b"\n".join(json.dumps(one).encode() for one in RECORDS), json.dumps(RECORDS[1]).encode()]
-QUESTIONS_LIST = [json.dumps(RECORDS).encode(), json.dumps(RECORDS[0]).encode()]
-# One record of each layout, and the kinds in which its lists come.
-LAYOUTS = [
-    {"id": "t0", "question": "q?", "golden_answers": ["a", "b"], "metadata": {"type": "x"}},
-    {"id": "k1", "input": "q?", "output": [
-        {"answer": "a", "provenance": [{"wikipedia_id": "11", "start_paragraph_id": 1, "end_paragraph_id": 2}]},
-        {"provenance": []}]},
-    {"question": "q?", "answers": ["a"], "positive_ctxs": [{"title": "T", "text": "t", "passage_id": "7"}, {"psg_id": 8}]},
-    {"id": "s1", "title": "T", "context": "c", "question": "q?", "answers": {"text": ["a", "a"], "answer_start": [0, 0]}},
-    {"Question": "q?", "QuestionId": "tc_1", "Answer": {"Value": "a", "Aliases": ["b"], "NormalizedAliases": ["b"]}},
-    {"question": "r?", "question_id": "tc_2", "answer": {"value": "a", "aliases": ["b", "c"]}},
-    {"_id": "h1", "question": "q?", "answer": "a", "type": "bridge", "supporting_facts": [["T", 0], ["U", 1]]},
-    {"id": "h2", "question": "q?", "answer": "a", "supporting_facts": {"title": ["T"], "sent_id": [0]}},
-    {"example_id": 5, "question_text": "q?", "document_text": "one <P> two three", "annotations": [
-        {"short_answers": [{"start_token": 0, "end_token": 3}], "yes_no_answer": "NONE"}, {"yes_no_answer": "YES"}]},
-    {"id": "n1", "question": {"text": "q?"}, "annotations": {
-        "short_answers": [{"text": ["a"], "start_token": [1]}], "yes_no_answer": [-1]}},
-    {"_id": "b1", "text": "q?", "metadata": {}},
-    {"question": "q?", "possible_answers": ["a"]},
-    {"utterance": "q?", "targetValue": '(list (description "a b") (description c))'},
-    {"question": "q?", "answers": ["a\\s?b", "(c|d){2,3}"], "answers_are": "regex"},
-    {"question": "q?", "answers": [], "is_impossible": True},
-]  # fmt: skip
-LAYOUT_LINES = [json.dumps(one).encode() for one in LAYOUTS] + [b"\n".join(json.dumps(one).encode() for one in LAYOUTS)]
-LAYOUT_OBJECTS = [
-    json.dumps(LAYOUTS[2:6]).encode(),
-    json.dumps({"Domain": "Web", "Data": [LAYOUTS[4]], "Version": 1.0}).encode(),
-    json.dumps({"version": "x", "data": LAYOUTS[:3]}, indent=1).encode(),
-    b'{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q?", "answers": []}]}]}, {"title": "", "paragraphs": []}]}',
-]
-LAYOUT_CSV = [
-    b'id,question,answers,type\n1,who?,"[\'a\', \'b\']",t\n2,"what, ""now""?","[""c""]",\n',
-    b"question\tanswer\nwho?\ta\nwhat?\t['b', 'c']\n",
-    b'301\twho?\n302\twhat "is" it?\n',
-    b"question;answer;is_impossible\r\nwho?;a;False\r\nwhat?;;true\r\n",
-]
-QRELS = [b"query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq2\td2\t2\n"]
-QUESTIONS_CSV = [b'who?\t[\'Paris\', "it\'s"]\nwhere?\t["a\\u00fc"]\n"a ""b"""\t[]\n']
-
-
-ROWS: tuple[dict[str, Any], ...] = (
-    {"_id": "d1", "title": "Lyon", "text": "Lyon is a city.", "metadata": {}},
-    {"id": "0", "contents": '"Lyon"\nLyon is a city.'},
-    {
-        "_id": "7",
-        "wikipedia_id": "7",
-        "wikipedia_title": "Lyon",
-        "text": ["Lyon\n", "It is old.\n", "BULLET::::- one\n"],
-    },
-    {"id": "12", "title": "Lyon", "text": ["Lyon is a city.", " It is old."], "url": "u"},
-    {"id": 3, "question": "q?", "context": [["Lyon", ["Lyon is a city."]], ["Oslo", ["One.", " Two."]]]},
-    {"id": "q", "question": "q?", "context": {"title": ["Lyon", "Oslo"], "sentences": [["One.", " Two."], ["x"]]}},
-    {"id": "q", "title": "Lyon", "question": "q?", "context": "Lyon is a city.", "answers": {"text": ["x"]}},
-    {"docid": 5, "title": None, "text": "two\nlines"},
-)
-LAYOUTS_JSONL = [
-    b"\n".join(json.dumps(row, ensure_ascii=number % 2 == 0).encode() for row in (one, one))
-    for number, one in enumerate(ROWS)
-]
-LAYOUTS_JSON = [
-    json.dumps(list(ROWS)).encode(),
-    json.dumps({"data": ROWS[:1] * 2, "version": "1"}, indent=1).encode(),
-    json.dumps({"version": "1", "data": [ROWS[6]]}).encode(),
-    json.dumps({"d1": {"title": "T", "text": "x"}, "d2": {"text": "y"}}).encode(),
-    json.dumps({"d1": "x", "d2": "Grüße 😀"}, indent=2).encode(),
-    b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS[:3]),
-    *SQUAD,
-]
-LAYOUTS_TABLES = [
-    b'id,text,title\r\n1,"one, two",T\r\n2,"two ""quoted""\r\nlines",T\r\n',
-    b"_id;title;text\nd1;T;one\nd2;;two\n",
-    b"0\tone two\n1\tthree\n",
-    b'id\tcontents\n1\t"""Lyon""\nLyon is a city."\n',
-    b"id,title,context,question\n1,T,Lyon is a city.,q?\n",
-]
 
 
 def _parquet_layouts(folder: Path) -> Target:
@@ -172,7 +87,7 @@ def _parquet_layouts(folder: Path) -> Target:
 
 
 def _parquet(folder: Path) -> Target:
-    columns = dict(zip(("id", "title", "text"), (list(one) for one in zip(*PASSAGES, strict=True)), strict=True))
+    columns = dict(zip(("id", "title", "text"), (list(column) for column in zip(*PASSAGES, strict=True)), strict=True))
     samples = []
     for number, options in enumerate(
         ({"compression": "zstd"}, {"compression": "none", "use_dictionary": False}, {"compression": "snappy"})
@@ -199,7 +114,9 @@ def _questions(name: str, samples: list[bytes], folder: Path) -> Target:
 
 def _questions_parquet(folder: Path) -> Target:
     samples = []
-    for number, rows in enumerate(([LAYOUTS[0]], LAYOUTS[3:4] * 2, LAYOUTS[7:8], LAYOUTS[9:10])):
+    for number, rows in enumerate(
+        ([QUESTION_LAYOUTS[0]], QUESTION_LAYOUTS[3:4] * 2, QUESTION_LAYOUTS[7:8], QUESTION_LAYOUTS[9:10])
+    ):
         rows = [row | {"id": str(at)} for at, row in enumerate(rows)]
         options = {"compression": "none", "use_dictionary": False} if number % 2 else {"compression": "zstd"}
         pq.write_table(pa.Table.from_pylist(rows), folder / "sample.parquet", **options)
@@ -221,10 +138,10 @@ def _small_artifact(folder: Path, kind: str, files: dict[str, bytes], **describe
 
 
 def _put_consistently(folder: Path, name: str, data: bytes, manifest: dict[str, Any]) -> None:
-    """Put a file in place, and its size and SHA-256 into the manifest: damage that no checksum tells."""
+    """Write a file and enter its size and SHA-256 in the manifest, so that no checksum reveals the damage."""
     (folder / name).write_bytes(data)
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["fingerprint"] = fingerprint_of_json({one: entry["sha256"] for one, entry in manifest["files"].items()})
+    manifest["fingerprint"] = fingerprint_of_json({file: entry["sha256"] for file, entry in manifest["files"].items()})
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -266,10 +183,10 @@ def _predictions(folder: Path) -> Target:
     def feed(data: bytes) -> None:
         _put_consistently(home, "predictions.jsonl", data, manifest)
         for row in read_predictions(home):
-            # What evaluation reads of a row.
+            # The fields that evaluation reads.
             (row["id"] + row["question"] + row["answer"]).encode("utf-8")
-            for one in row["passages"]:
-                (one["id"] + one["title"] + one["text"]).encode("utf-8")
+            for passage in row["passages"]:
+                (passage["id"] + passage["title"] + passage["text"]).encode("utf-8")
 
     return Target([sample, json.dumps(rows[0]).encode()], feed)
 
@@ -297,12 +214,12 @@ def _passage_store(folder: Path) -> Target:
     from rag_core.index.passage_store import PassageStore, write_passage_store
 
     file = folder / "passages.arrow"
-    columns = [list(one) for one in zip(*PASSAGES, strict=True)]
+    columns = [list(column) for column in zip(*PASSAGES, strict=True)]
     write_passage_store([pa.table(columns, names=["id", "title", "text"])], file)
     sample = file.read_bytes()
 
     def feed(data: bytes) -> None:
-        file.unlink()  # what is mapped must not be cut under who maps it
+        file.unlink()  # a new file, because truncating a memory-mapped one crashes its readers
         file.write_bytes(data)
         store = PassageStore(file)
         for row in range(min(len(store), 10)):
@@ -336,14 +253,14 @@ def _embeddings(folder: Path) -> Target:
 
 
 def _index(name: str, factory: str, folder: Path) -> Target:
-    """`name`, one of an index's files, behind a manifest that agrees with it."""
+    """Damages `name`, one file of an index, under a manifest that agrees with the damage."""
     import faiss
     import numpy as np
 
     from rag_core.index.passage_index import PassageIndex
     from rag_core.index.passage_store import write_passage_store
 
-    faiss.omp_set_num_threads(1)  # searches are tiny: threads would only wait for one another
+    faiss.omp_set_num_threads(1)  # searches are tiny, so threads would only wait for each other
     rows, vectors_ND = range(300), np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
     index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors_ND)
@@ -352,14 +269,14 @@ def _index(name: str, factory: str, folder: Path) -> Target:
     np.save(folder / "vectors.npy", vectors_ND)
     texts = [f"p{row}" for row in rows]
     write_passage_store([pa.table([texts, texts, texts], names=["id", "title", "text"])], folder / "passages.arrow")
-    files = {one: (folder / one).read_bytes() for one in ("index.faiss", "vectors.npy", "passages.arrow")}
+    files = {file: (folder / file).read_bytes() for file in ("index.faiss", "vectors.npy", "passages.arrow")}
     home = folder / "index"
     details = {"dim": 8, "encoder_fingerprint": "f", "factory": factory, "search_parameter": "", "search_value": 0}
     _small_artifact(home, "index", files, counts={"passages": 300}, details=details)
     manifest = json.loads((home / "manifest.json").read_bytes())
 
     def feed(data: bytes) -> None:
-        (home / name).unlink()  # what is mapped must not be cut under who maps it
+        (home / name).unlink()  # a new file, because truncating a memory-mapped one crashes its readers
         _put_consistently(home, name, data, manifest)
         opened = PassageIndex.open(home, check_content=False)
         opened.passages_of(opened.search(vectors_ND[:2], 3).rows_BK)
@@ -412,20 +329,24 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "corpus-dpr-tsv": partial(_corpus, "dpr-tsv", "c.tsv", TSV),
     "corpus-parquet": _parquet,
     "corpus-squad": partial(_corpus, "squad", "c.json", SQUAD),
-    "layouts-jsonl": partial(_corpus, "auto", "c.jsonl", LAYOUTS_JSONL),
-    "layouts-json": partial(_corpus, "auto", "c.json", LAYOUTS_JSON),
-    "layouts-tables": partial(_corpus, "auto", "c.csv", LAYOUTS_TABLES),
+    "layouts-jsonl": partial(_corpus, "auto", "c.jsonl", CORPUS_LAYOUTS_JSONL),
+    "layouts-json": partial(_corpus, "auto", "c.json", CORPUS_LAYOUTS_JSON),
+    "layouts-tables": partial(_corpus, "auto", "c.csv", CORPUS_LAYOUTS_TABLES),
     "layouts-parquet": _parquet_layouts,
-    "layouts-anything": partial(_corpus, "auto", "c", [*LAYOUTS_JSONL, *LAYOUTS_JSON, *LAYOUTS_TABLES, *JSONL, *TSV]),
+    "layouts-anything": partial(
+        _corpus, "auto", "c", [*CORPUS_LAYOUTS_JSONL, *CORPUS_LAYOUTS_JSON, *CORPUS_LAYOUTS_TABLES, *JSONL, *TSV]
+    ),
     "corpus-text": partial(_corpus, "text", "c.md", TEXT),
     "questions-jsonl": partial(_questions, "q.jsonl", QUESTIONS_JSONL),
     "questions-list": partial(_questions, "q.json", QUESTIONS_LIST),
     "questions-csv": partial(_questions, "q.csv", QUESTIONS_CSV),
     "questions-squad": partial(_questions, "q.json", SQUAD),
-    "datasets-layouts": partial(_questions, "q.jsonl", LAYOUT_LINES),
-    "datasets-objects": partial(_questions, "q.json", LAYOUT_OBJECTS),
-    "datasets-columns": partial(_questions, "q.csv", LAYOUT_CSV),
-    "datasets-gzip": partial(_questions, "q.jsonl.gz", [gzip.compress(one, mtime=0) for one in LAYOUT_LINES[-1:]]),
+    "datasets-layouts": partial(_questions, "q.jsonl", QUESTION_LAYOUTS_JSONL),
+    "datasets-objects": partial(_questions, "q.json", QUESTION_LAYOUTS_JSON),
+    "datasets-columns": partial(_questions, "q.csv", QUESTION_LAYOUTS_TABLES),
+    "datasets-gzip": partial(
+        _questions, "q.jsonl.gz", [gzip.compress(sample, mtime=0) for sample in QUESTION_LAYOUTS_JSONL[-1:]]
+    ),
     "datasets-parquet": _questions_parquet,
     "datasets-qrels": _judgements,
     "manifest": _manifest,

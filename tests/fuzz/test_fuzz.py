@@ -1,7 +1,8 @@
-"""Fuzzing: whatever bytes a reader is given, it reads them or raises `RagError`, soon and without much memory.
+"""Fuzzing: a reader reads any bytes or refuses them with `RagError`, within 2 s and 1 GiB of memory.
 
-`make test` reads again what was ever found, and a few hundred inputs that Hypothesis draws and shrinks; `make chaos` feeds
-every reader 100,000 numbered inputs in a process of its own, so that one that dies is noticed, too.
+`make test` reads all earlier findings again, and sixty inputs per reader that Hypothesis draws and shrinks.
+`make chaos` feeds 500 to 100,000 numbered inputs to every reader, in a process per group, so that a crash of the
+process is noticed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tests.fuzz.mutations import mutate, numbered
 from tests.fuzz.targets import MODEL_TARGETS, TARGETS, Feed, Target
 
 SEED = 5
-# Inputs for each target of a process. An index's files are one reader's; each input of a model target loads a model.
+# Inputs per target of each group. An index's files share one reader, and each input of a model target loads a model, so
+# these groups get fewer.
 GROUPS = {
     "corpus": 100_000,
     "layouts": 50_000,
@@ -38,7 +40,7 @@ GROUPS = {
 
 
 def targets_of(group: str) -> list[str]:
-    """Those whose names begin so; "others" are those of no group."""
+    """The targets whose names begin with the group's; "others" are the rest."""
     names = [*TARGETS, *MODEL_TARGETS]
     if group == "others":
         return [name for name in names if name.partition("-")[0] not in GROUPS]
@@ -49,17 +51,17 @@ def read_or_refused(feed: Feed, data: bytes) -> None:
     before = time.thread_time()
     with contextlib.suppress(RagError):
         feed(data)
-    assert time.thread_time() - before < SECONDS, "of the processor, whatever else the machine does"
+    assert time.thread_time() - before < SECONDS, "seconds of this thread on the processor, without those of other work"
 
 
 def warm(target: Target) -> Target:
-    """The target once it has imported all that it needs, which takes longer than an input may."""
+    """Read a valid sample first: the imports that it triggers take longer than an input may."""
     target.feed(target.samples[0])
     return target
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_was_ever_found_is_read_or_refused(name: str, tmp_path: Path) -> None:
+def test_every_earlier_finding_is_read_or_refused(name: str, tmp_path: Path) -> None:
     target = warm(TARGETS[name](tmp_path))
     for file in sorted((KEPT / name).glob("*")):
         read_or_refused(target.feed, file.read_bytes())
@@ -86,7 +88,7 @@ def test_a_damaged_model_folder_is_read_or_refused(name: str, tmp_path: Path) ->
         read_or_refused(target.feed, numbered(SEED, number, target.samples))
 
 
-def test_numbered_inputs_can_be_made_again_and_are_seldom_the_samples() -> None:
+def test_numbered_inputs_are_reproducible_and_seldom_equal_a_sample() -> None:
     samples = [b'{"id": "a", "text": "one"}\n', b"id\ttext\n1\tone\n"]
     inputs = [numbered(SEED, number, samples) for number in range(200)]
     assert inputs == [numbered(SEED, number, samples) for number in range(200)]
@@ -106,17 +108,16 @@ def test_a_hundred_thousand_inputs_are_read_or_refused_soon_and_in_little_memory
 ) -> None:
     names, progress = targets_of(group), tmp_path / "progress"
     command = [sys.executable, "-m", "tests.fuzz", *names, "--inputs", str(inputs), "--seed", str(SEED)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--progress", progress], capture_output=True, text=True, timeout=1000, cwd=Path(__file__).parents[2]
     )
     results = [
-        json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"target"')
-    ]  # libraries print, too
-    if done.returncode:
-        at = int.from_bytes(progress.read_bytes()[:8], "little")
-        pytest.fail(
-            f"{names[len(results)]} ended with {done.returncode} at input {at}, seed {SEED}: {done.stderr[-2000:]}"
-        )
+        json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"target"')
+    ]  # skips what libraries print
+    if process.returncode:
+        number = int.from_bytes(progress.read_bytes()[:8], "little")
+        name, errors = names[len(results)], process.stderr[-2000:]
+        pytest.fail(f"{name} ended with {process.returncode} at input {number}, seed {SEED}: {errors}")
     assert [result["target"] for result in results] == names
     for result in results:
         assert result["findings"] == []

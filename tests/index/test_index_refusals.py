@@ -39,5 +39,5 @@ def test_recall_is_not_measured_with_an_encoder_that_was_replaced_after_indexing
     retrieve(parts / "own" / "index", parts / "questions.jsonl", "1", None, None, as_json=True)
     shutil.rmtree(parts / "encoder")
     shutil.copytree(parts / "other-encoder", parts / "encoder")
-    with pytest.raises(ArtifactError, match=r"is not the encoder that made the index .* any more"):
+    with pytest.raises(ArtifactError, match="is no longer the encoder that made the index"):
         retrieve(parts / "own" / "index", parts / "questions.jsonl", "1", None, None)

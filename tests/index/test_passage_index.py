@@ -143,7 +143,7 @@ def test_tuning_takes_the_fewest_lists_that_reach_the_target(factory: str) -> No
         assert point.recall_at_10 == pytest.approx(hits / 2000, abs=0.002)
 
 
-def test_a_target_of_one_visits_every_list_if_need_be_also_where_their_number_is_no_power_of_two() -> None:
+def test_a_target_of_one_may_visit_every_list_even_if_their_number_is_not_a_power_of_two() -> None:
     vectors_ND = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
     measured = tune_recall([make_faiss_index(vectors_ND, "IVF12,Flat", 0)], [vectors_ND], 1.0, 0, 1)
     assert measured.chosen.recall_at_10 == 1.0
@@ -230,7 +230,7 @@ def test_an_index_that_finds_too_few_says_so_instead_of_inventing_passages(
 def test_rows_lead_to_the_passages_that_were_embedded(embeddings: Embeddings, corpus: Corpus) -> None:
     index = _built(embeddings, corpus, "Flat")
     rows_BK = np.array([[0, 2999], [701, 700]])
-    assert [[p.id for p in one] for one in index.passages_of(rows_BK)] == [["p0", "p2999"], ["p701", "p700"]]
+    assert [[p.id for p in passages] for passages in index.passages_of(rows_BK)] == [["p0", "p2999"], ["p701", "p700"]]
     assert index.passages_of(np.array([[1403]]))[0][0].text == "text 1403"
 
 

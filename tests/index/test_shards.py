@@ -57,10 +57,10 @@ def _flat_index(folder: Path, vectors_ND: np.ndarray, shards: int) -> PassageInd
 def assert_same(ours: Retrieved, theirs: Retrieved) -> None:
     """Rows, scores and vectors are equal to the last bit."""
     for name in Retrieved.__slots__:
-        one, other = getattr(ours, name), getattr(theirs, name)
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-        assert one.tobytes() == other.tobytes()
+        our_array, their_array = getattr(ours, name), getattr(theirs, name)
+        assert our_array.dtype == their_array.dtype
+        np.testing.assert_array_equal(our_array, their_array)
+        assert our_array.tobytes() == their_array.tobytes()
 
 
 @st.composite
@@ -85,22 +85,22 @@ def _corpora(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 @settings(max_examples=30)
 @given(_corpora())
 def test_any_number_of_shards_gives_the_bits_of_the_index_in_one_piece(
-    given_: tuple[np.ndarray, np.ndarray, int],
+    case: tuple[np.ndarray, np.ndarray, int],
 ) -> None:
-    vectors_ND, queries_BD, k = given_
+    vectors_ND, queries_BD, k = case
     with tempfile.TemporaryDirectory() as folder:
         counts = [shards for shards in SHARDS if shards <= len(vectors_ND)]
         opened = [_flat_index(Path(folder) / str(shards), vectors_ND, shards) for shards in counts]
-        found = [index.search(queries_BD, k) for index in opened]
-        for one in found[1:]:
-            assert_same(one, found[0])
-        passages = opened[-1].passages_of(found[-1].rows_BK)
-        assert [[p.id for p in row] for row in passages] == [[f"p{row}" for row in rows] for rows in found[0].rows_BK]
+        results = [index.search(queries_BD, k) for index in opened]
+        for result in results[1:]:
+            assert_same(result, results[0])
+        passages = opened[-1].passages_of(results[-1].rows_BK)
+        assert [[p.id for p in row] for row in passages] == [[f"p{row}" for row in rows] for rows in results[0].rows_BK]
     scores_BN = queries_BD.astype(np.float64) @ vectors_ND.astype(np.float64).T
     if np.array_equal(vectors_ND, np.rint(vectors_ND)):  # sums of whole numbers are exact: the order is known
-        np.testing.assert_array_equal(found[0].rows_BK, np.argsort(-scores_BN, axis=1, kind="stable")[:, :k])
+        np.testing.assert_array_equal(results[0].rows_BK, np.argsort(-scores_BN, axis=1, kind="stable")[:, :k])
     best_BK = -np.sort(-scores_BN, axis=1)[:, :k]
-    np.testing.assert_allclose(found[0].scores_BK, best_BK, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(results[0].scores_BK, best_BK, rtol=1e-5, atol=1e-5)
 
 
 def test_of_equal_passages_those_in_the_lower_rows_are_found(tmp_path: Path) -> None:
@@ -127,23 +127,25 @@ def embeddings(corpus: Corpus) -> Embeddings:
 def test_shards_are_contiguous_ranges_of_the_corpus_and_answer_like_one_piece(
     corpus: Corpus, embeddings: Embeddings, tmp_path: Path, shards: int
 ) -> None:
-    build_index(embeddings, corpus, tmp_path / "one", IndexConfig())
+    build_index(embeddings, corpus, tmp_path / "whole", IndexConfig())
     manifest = build_index(embeddings, corpus, tmp_path / "index", IndexConfig(shards=shards))
     ranges = manifest.details["shards"]
-    assert [one["first_row"] for one in ranges] == [sum(one["rows"] for one in ranges[:at]) for at in range(shards)]
-    assert sum(one["rows"] for one in ranges) == N == manifest.counts["passages"]
-    assert max(one["rows"] for one in ranges) - min(one["rows"] for one in ranges) <= 1
+    assert [shard["first_row"] for shard in ranges] == [
+        sum(shard["rows"] for shard in ranges[:at]) for at in range(shards)
+    ]
+    assert sum(shard["rows"] for shard in ranges) == N == manifest.counts["passages"]
+    assert max(shard["rows"] for shard in ranges) - min(shard["rows"] for shard in ranges) <= 1
     names = {
         f"shard-{at:05d}/{name}" for at in range(shards) for name in ("index.faiss", "vectors.npy", "passages.arrow")
     }
     assert set(manifest.files) == names
     stored = [np.load(tmp_path / "index" / f"shard-{at:05d}" / "vectors.npy") for at in range(shards)]
     np.testing.assert_array_equal(np.concatenate(stored), _vectors())
-    one, index = PassageIndex.open(tmp_path / "one"), PassageIndex.open(tmp_path / "index")
+    whole, index = PassageIndex.open(tmp_path / "whole"), PassageIndex.open(tmp_path / "index")
     for k in (1, 10, N // shards, N // shards + 2, N):  # up to more than a shard has
-        assert_same(index.search(QUERIES_BD, k), one.search(QUERIES_BD, k))
+        assert_same(index.search(QUERIES_BD, k), whole.search(QUERIES_BD, k))
     every_row = np.arange(N)[None]
-    assert index.passages_of(every_row) == one.passages_of(every_row)
+    assert index.passages_of(every_row) == whole.passages_of(every_row)
 
 
 @pytest.mark.parametrize("factory", ["IVF16,SQ8", "OPQ8,IVF16,PQ8x4fs", "HNSW16"])
@@ -162,7 +164,7 @@ def test_recall_of_approximate_shards_is_tuned_and_reported_for_the_whole(
     np.testing.assert_array_equal(found.vectors_BKD, _vectors()[found.rows_BK])
 
 
-def test_an_index_in_one_piece_keeps_the_key_and_the_layout_of_before(
+def test_an_index_in_one_piece_keeps_its_former_key_and_layout(
     corpus: Corpus, embeddings: Embeddings, tmp_path: Path
 ) -> None:
     manifest = build_index(embeddings, corpus, tmp_path / "index", IndexConfig())

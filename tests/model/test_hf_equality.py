@@ -1,6 +1,6 @@
 """Likelihoods and decoders against Hugging Face's RAG classes, on identical weights, contexts and scores.
 
-Where theirs differs from the paper is in docs/correctness.md; here are the cases in which both must agree.
+docs/correctness.md lists where their classes differ from the paper; these are the cases in which both must agree.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens, H hypotheses in a beam.
 """
@@ -59,7 +59,7 @@ def test_losses_after_a_forced_first_token_are_those_of_hugging_face_without_its
         labels = [[END, BOS, *answer] for answer in answers]
         if variant == "sequence":
             theirs_B = hf_loss(model, contexts, labels, exclude_bos_score=True)
-        else:  # RAG-Token's factor of the forced token, Σ_z p(z|q) p(<s>|q,z), is one of many: the first.
+        else:  # In RAG-Token the forced token's factor is the first: Σ_z p(z|q) p(<s>|q,z).
             theirs_B = hf_loss(model, contexts, labels) - hf_loss(model, contexts, [[END, BOS]] * 6)
         ours_B = rag_nll(generator, *contexts, padded(answers), variant=variant)  # type: ignore[arg-type]
         torch.testing.assert_close(ours_B, theirs_B, rtol=1e-5, atol=2e-5)
@@ -109,10 +109,10 @@ def without_padding(contexts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Te
 
 
 def with_tokens_of_released_bart(generator: Any) -> None:
-    """<s> is 0 and <pad> 1: where padding is 0, their beam search fills up with end tokens, and RAG-Sequence scores them.
+    """Set <s> to 0 and <pad> to 1: with padding 0, their beam search pads with end tokens and scores them.
 
     Their score also leaves out padding inside answers, a first token that happens to be <s>, and the document's
-    probability where an answer is its end token alone; so these are suppressed.
+    probability if an answer is only its end token; so all of these are suppressed.
     """
     settings = generator.generation_config
     for place in (generator.config, settings):

@@ -1,4 +1,4 @@
-"""The RAG model: saved and loaded, answering alike in any batch, refusing what does not fit."""
+"""The RAG model: saving, loading, answers that do not depend on the batch, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Passage
 @pytest.fixture(scope="module")
 def model(parts: tuple[Path, Path, PassageIndex]) -> RagModel:
     model = RagModel.from_parts(model_config(parts[0], parts[1]))
-    # Off the untrained, nearly uniform start, so that answers differ from question to question.
+    # Move away from the nearly uniform start, so that questions get different answers.
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.generator.parameters():
@@ -53,7 +53,7 @@ def _numbers(answers: list[Answer]) -> np.ndarray:
 
 
 def _texts(answers: list[Answer]) -> list[list[str]]:
-    return [[one.text for one in answer.candidates] for answer in answers]
+    return [[candidate.text for candidate in answer.candidates] for answer in answers]
 
 
 @pytest.mark.parametrize("variant", ["sequence", "token"])
@@ -82,12 +82,12 @@ def test_a_named_prompt_is_saved_written_out_and_read_back_for_inference(
     RagModel.from_parts(config).save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "rag_model.json").read_text())
     assert saved["prompt"]["template"] == "question: {question} context: {title} {text}"
-    # The tiny generator has positions for 64 tokens, fewer than the length that nobody has set.
+    # The tiny generator has positions for 64 tokens, fewer than the default length.
     whole = config.prompt.model_copy(update={"max_context_tokens": 64})
     assert RagModel.from_pretrained(tmp_path / "model").reader.prompt == whole
 
 
-def test_contexts_that_were_cut_are_counted_apart_inside_a_block(
+def test_contexts_that_were_cut_are_counted_separately_inside_a_block(
     parts: tuple[Path, Path, PassageIndex], model: RagModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.reader, "count", ContextCount(100, 7))
@@ -112,13 +112,13 @@ def test_answers_do_not_depend_on_the_batch_size(
     parts: tuple[Path, Path, PassageIndex], model: RagModel, variant: Variant
 ) -> None:
     done: list[int] = []
-    one, three, all_at_once = (
+    by_one, by_three, all_at_once = (
         model.answer(TEXTS, parts[2], variant=variant, decoding=_decoding(batch_size=size), on_progress=done.append)
         for size in (1, 3, 50)
     )
-    assert _texts(one) == _texts(three) == _texts(all_at_once)
-    np.testing.assert_allclose(_numbers(three), _numbers(one), atol=1e-4)
-    np.testing.assert_allclose(_numbers(all_at_once), _numbers(one), atol=1e-4)
+    assert _texts(by_one) == _texts(by_three) == _texts(all_at_once)
+    np.testing.assert_allclose(_numbers(by_three), _numbers(by_one), atol=1e-4)
+    np.testing.assert_allclose(_numbers(all_at_once), _numbers(by_one), atol=1e-4)
     assert done == [1] * 8 + [3, 3, 2] + [8]
 
 
@@ -144,7 +144,7 @@ def test_priors_are_the_softmax_of_scaled_inner_products_and_posteriors_sum_to_o
 def test_posteriors_are_bayes_rule_over_the_passages_read_one_at_a_time(
     parts: tuple[Path, Path, PassageIndex], model: RagModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Token ids for texts: an answer's text need not give the same tokens again.
+    # Token ids instead of text, because an answer's text may tokenise differently.
     monkeypatch.setattr(model.reader, "_surface", lambda token_ids, _: " ".join(map(str, token_ids)))
     tokenizer = model.generator_tokenizer
     for text, answer in zip(
@@ -165,7 +165,7 @@ def test_posteriors_are_bayes_rule_over_the_passages_read_one_at_a_time(
         )
 
 
-def test_score_scale_weighs_alike_in_training_and_in_answering(
+def test_score_scale_has_the_same_effect_in_training_and_in_answering(
     parts: tuple[Path, Path, PassageIndex], model: RagModel
 ) -> None:
     index = parts[2]
@@ -258,7 +258,7 @@ def test_loading_a_generator_again_gives_the_same_fingerprint_and_only_weights_t
     assert first.fingerprint() == second.fingerprint()
     objective = EndToEnd(first, parts[2], "token", EndToEndRates())
     objective([Question("0", TEXTS[0], ("France",))]).sum().backward()
-    without = [name for name, one in objective.named_parameters() if one.requires_grad and one.grad is None]
+    without = [name for name, weight in objective.named_parameters() if weight.requires_grad and weight.grad is None]
     assert without == []
 
 

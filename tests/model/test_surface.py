@@ -1,4 +1,4 @@
-"""Answers in the spelling of the passages, although the generator's tokenizer has lost it."""
+"""Answers have the spelling of the passages, although the generator's tokenizer loses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def uncased() -> BertTokenizer:
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: every text comes back as it was."""
+    """Byte-level BPE without merges: decoding loses nothing."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

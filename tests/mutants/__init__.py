@@ -1,7 +1,7 @@
-"""Deliberate faults, and whether the tests notice: `python -m tests.mutants` (or `make mutants`).
+"""Deliberate faults, to check that the tests notice them: `python -m tests.mutants` (or `make mutants`).
 
-Each mutant replaces one piece of source in a copy of the project, runs the tests named beside it and must see one fail.
-`tests/project/test_mutants.py` checks in every test run that each piece of source is still there, once.
+For each mutant the runner replaces one piece of source in a copy of the project and runs the mutant's tests; one of
+them must fail. `tests/project/test_mutants.py` checks in every test run that each piece still occurs exactly once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m tests.mutants`: puts each fault into a copy of the project and names the first test that fails."""
+"""`python -m tests.mutants`: puts each fault into a copy of the project and prints the first test that fails."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TIMEOUT_SECONDS = 900
 
 
 def main() -> None:
-    """Run all mutants (or those whose fault, file or tests contain a word) and print a Markdown table of what caught each."""
+    """Run the mutants and print a Markdown table with the test that caught each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the mutants whose fault, file or tests contain this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    chosen = [one for one in MUTANTS if options.only in f"{one.fault} {one.file} {one.tests}"]
+    chosen = [mutant for mutant in MUTANTS if options.only in f"{mutant.fault} {mutant.file} {mutant.tests}"]
     rows, survivors = ["| fault | in | caught by |", "| --- | --- | --- |"], 0
     with ThreadPoolExecutor(options.jobs) as pool:
         results = zip(chosen, track(pool.map(caught, chosen), total=len(chosen), description="mutants"), strict=True)

@@ -1,4 +1,4 @@
-"""A deliberate fault: one piece of source that another takes the place of."""
+"""A deliberate fault: one piece of source is replaced by another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: in `file`, `old` (which stands there once) becomes `new`; `tests` are pytest arguments."""
+    """One fault: in `file`, `old` (which occurs there once) becomes `new`; `tests` are pytest arguments."""
 
     fault: str
     file: str
@@ -17,7 +17,7 @@ class Mutant:
 
 
 def mutated(mutant: Mutant, source: str) -> str:
-    """The source with the fault in it; ValueError unless the piece to be replaced stands there exactly once."""
+    """The source with the fault in it. Raises ValueError unless `mutant.old` occurs exactly once."""
     if source.count(mutant.old) != 1:
         raise ValueError(f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times, not once")
     return source.replace(mutant.old, mutant.new)

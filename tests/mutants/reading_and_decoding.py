@@ -1,4 +1,4 @@
-"""Faults in what is computed: likelihoods, special tokens, decoders, contexts, encoders."""
+"""Faults in computations: likelihoods, special tokens, decoders, contexts, encoders."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ READING_AND_DECODING = (
         LIKELIHOOD,
     ),
     Mutant(
-        "labels one place late",
+        "labels one position late",
         LOSS,
         "labels_BKT = labels_BT.masked_fill(ignored_BT, 0)",
         "labels_BKT = labels_BT.roll(1, 1).masked_fill(ignored_BT.roll(1, 1), 0)",
@@ -75,7 +75,7 @@ READING_AND_DECODING = (
     ),
     Mutant("no normaliser in the gradient", LOSS, ".reshape(-1, 1) / total_N1", ".reshape(-1, 1)", LIKELIHOOD),
     Mutant(
-        "half precision accumulated as it is",
+        "half precision accumulated in half precision",
         LOSS,
         "return (_at_least_float32(logits_NV) - top_N1).exp_()",
         "return (logits_NV - top_N1).exp_()",
@@ -139,7 +139,7 @@ READING_AND_DECODING = (
         HF,
     ),
     Mutant(
-        "ignored labels read as they are",
+        "ignored labels read as tokens",
         TOKENS,
         "labels_NT[:, :-1].where(labels_NT[:, :-1] >= 0, self.pad)",
         "labels_NT[:, :-1].abs() % 7",
@@ -147,7 +147,7 @@ READING_AND_DECODING = (
     ),
     Mutant("end token kept in answers", TOKENS, "return generated_ids[:-1] if", "return generated_ids if", DECODING),
     Mutant(
-        "one end token of several",
+        "only the first of several end tokens used",
         TOKENS,
         'ends = _as_tuple(_find(generator, "eos_token_id"))',
         'ends = _as_tuple(_find(generator, "eos_token_id"))[:1]',
@@ -161,24 +161,24 @@ READING_AND_DECODING = (
         "else torch.zeros_like(token_AC, dtype=torch.bool)",
         DECODING,
     ),
-    Mutant("ended ones below the best H join", SEARCH, "joins_AC[:, self.H :] = False", "pass", HF),
+    Mutant("ended hypotheses below the best H join the pool", SEARCH, "joins_AC[:, self.H :] = False", "pass", HF),
     Mutant("H candidates instead of 2·H", SEARCH, "(1 + len(tokens.ends)) * H", "H", HF),
     Mutant(
-        "length one short",
+        "length counted one too short",
         SEARCH,
         "return t + 1 + self.generation",
         "return max(t, 1) + self.generation",
         f"{DECODING} {HF}",
     ),
     Mutant(
-        "questions that are done go on",
+        "finished questions keep collecting hypotheses",
         SEARCH,
         "ended_AC & self.searching_A.unsqueeze(1)",
         "ended_AC",
         f"{INVARIANCE} {HF}",
     ),
     Mutant(
-        "stops once the pool is full",
+        "search stops as soon as the pool is full",
         SEARCH,
         "if settings.early_stopping is True or self.H == 1:",
         "if True:",
@@ -209,7 +209,7 @@ READING_AND_DECODING = (
         DECODING,
     ),
     Mutant(
-        "answers returned in the order in which questions were done",
+        "answers returned in the order in which questions finished",
         SEARCH,
         "[order_B] for name",
         "for name",
@@ -245,7 +245,7 @@ READING_AND_DECODING = (
         DECODING,
     ),
     Mutant(
-        "contexts that are done stay, and others leave",
+        "finished contexts stay, and others are dropped",
         SHARED,
         "(keys[contexts_n], values[contexts_n])",
         "(keys[: len(contexts_n)], values[: len(contexts_n)])",
@@ -261,9 +261,15 @@ READING_AND_DECODING = (
     ),
     # RAG-Sequence
     Mutant("fast taken for thorough", SEQUENCE, 'if mode == "thorough":', "if True:", DECODING),
-    Mutant("a candidate's beginning taken for another's", SCORING, "[before[one[:-1]] for", "[0 for", DECODING),
-    Mutant("candidates dropped that may win", SCORING, "threshold - _MARGIN", "threshold + 1", DECODING),
-    Mutant("contexts of a group left in its order", GROUPS, "[order_N.argsort()]", "[order_N.argsort() * 0]", DECODING),
+    Mutant("a candidate scored with the prefix of another", SCORING, "[before[prefix[:-1]] for", "[0 for", DECODING),
+    Mutant("candidates dropped that could still win", SCORING, "threshold - _MARGIN", "threshold + 1", DECODING),
+    Mutant(
+        "all contexts of a group mapped to its first",
+        GROUPS,
+        "[order_N.argsort()]",
+        "[order_N.argsort() * 0]",
+        DECODING,
+    ),
     Mutant(
         "a hypothesis does not see its own token", SHARED, "torch.eye(W, dtype", "torch.zeros(W, W, dtype", DECODING
     ),

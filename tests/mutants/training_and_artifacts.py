@@ -1,4 +1,4 @@
-"""Faults in what must not be lost: training that goes on, artifacts, shards, and what is checked of them."""
+"""Faults in resumed training, artifacts and shards, and in the checks of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ TRAINING = "rag_core/training/loop.py"
 CHECKPOINT = "rag_core/training/checkpoint.py"
 LOCAL = "rag_core/storage/local.py"
 MANIFEST = "rag_core/storage/manifest.py"
-RESUMED = "tests/training/test_checkpoint.py"
+RESUMED = "tests/training/test_resuming.py tests/training/test_checkpoint.py"
 DAMAGED = "tests/storage/test_artifact.py tests/verification/test_verification.py"
 
 TRAINING_AND_ARTIFACTS = (
-    # Training that goes on
+    # Resumed training
     Mutant(
         "moments not restored",
         CHECKPOINT,
@@ -21,23 +21,23 @@ TRAINING_AND_ARTIFACTS = (
         RESUMED,
     ),
     Mutant("weights not restored", CHECKPOINT, "tensor.copy_(file.get_tensor(name))", "file.get_tensor(name)", RESUMED),
-    Mutant("schedule begun anew", TRAINING, '        self._schedule.load_state_dict(state["schedule"])\n', "", RESUMED),
+    Mutant("schedule restarted", TRAINING, '        self._schedule.load_state_dict(state["schedule"])\n', "", RESUMED),
     Mutant(
-        "dropout drawn from the generator that others share",
+        "dropout drawn from the shared generator",
         "rag_core/training/own_draws.py",
         "        if not recomputes:\n",
         "        if False:\n",
         RESUMED,
     ),
     Mutant(
-        "every step drops the same",
+        "the same dropout in every step",
         TRAINING,
         "[config.seed, DROPOUT, self._place.rank, step]",
         "[config.seed, DROPOUT, self._place.rank]",
         RESUMED,
     ),
     Mutant(
-        "data begun anew",
+        "data restarted",
         TRAINING,
         "global_batches(examples, config, skip=done)",
         "global_batches(examples, config)",
@@ -46,15 +46,15 @@ TRAINING_AND_ARTIFACTS = (
     Mutant(
         "damaged checkpoints used",
         CHECKPOINT,
-        "found.newest = self._described(folder, check_content=True)",
-        "found.newest = self._described(folder, check_content=False)",
+        "result.newest = self._open(folder, check_content=True)",
+        "result.newest = self._open(folder, check_content=False)",
         RESUMED,
     ),
-    Mutant("one checkpoint kept", CHECKPOINT, "KEPT = 2", "KEPT = 1", RESUMED),
+    Mutant("only one checkpoint kept", CHECKPOINT, "KEPT = 2", "KEPT = 1", RESUMED),
     Mutant(
         "best weights deleted",
         CHECKPOINT,
-        'best.name not in {f"best-{step:08d}" for step in spoken_of}',
+        'best.name not in {f"best-{step:08d}" for step in referenced}',
         "True",
         RESUMED,
     ),
@@ -71,28 +71,28 @@ TRAINING_AND_ARTIFACTS = (
         DAMAGED,
     ),
     Mutant(
-        "any repair put in place",
+        "a repair accepted without checking its content",
         "rag_core/verification/repair.py",
         "if not file.is_file() or sha256_of_file(file) != manifest.files[name].sha256:",
         "if not file.is_file():",
         DAMAGED,
     ),
     Mutant(
-        "halves of parts published",
+        "unfinished parts published",
         LOCAL,
         "            drop_unfinished(draft.folder)\n",
         "",
         "tests/stages/test_resume.py::test_what_a_killed_worker_left_half_written_is_not_published",
     ),
     Mutant(
-        "two writers at a place",
+        "two writers at one place",
         "rag_core/storage/writer_lock.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB",
         "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "tests/storage/test_writer_lock.py",
     ),
     Mutant(
-        "a writer unnamed that has just begun",
+        "a writer that has just started not named",
         "rag_core/storage/writer_lock.py",
         "if name or time.monotonic() > end:",
         "if True:",
@@ -121,7 +121,7 @@ TRAINING_AND_ARTIFACTS = (
     ),
     # Shards
     Mutant(
-        "a shard's own rows for the index's",
+        "rows of a shard taken for rows of the index",
         "rag_core/index/shard.py",
         "np.where(rows_BK < 0, -1, rows_BK + self._first_row)",
         "np.where(rows_BK < 0, -1, rows_BK)",

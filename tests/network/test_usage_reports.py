@@ -1,4 +1,4 @@
-"""No process of ours reports usage to anybody, whatever imports us."""
+"""None of our processes sends usage reports, whichever package is imported first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("module", ["rag_core", "tasks.environment", "flows.cli.main"])
-def test_usage_reports_are_off_in_whatever_imports_us_unless_somebody_wants_them(module: str) -> None:
+def test_importing_any_package_switches_usage_reports_off_unless_a_variable_is_set(module: str) -> None:
     code = f"import json, os, {module}; print(json.dumps(dict(os.environ)))"
     clean = {name: value for name, value in os.environ.items() if name not in OFF}
 
@@ -28,14 +28,14 @@ def test_usage_reports_are_off_in_whatever_imports_us_unless_somebody_wants_them
         done = subprocess.run(
             command, env=clean | more, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
         )
-        found: dict[str, str] = json.loads(done.stdout)
-        return found
+        environment: dict[str, str] = json.loads(done.stdout)
+        return environment
 
     assert OFF.items() <= environment_after().items()
     assert environment_after(DO_NOT_TRACK="0")["DO_NOT_TRACK"] == "0"
 
 
-def test_the_tools_understand_what_switches_them_off() -> None:
+def test_the_libraries_obey_the_variables() -> None:
     code = (
         "import rag_core, huggingface_hub.constants, mlflow.telemetry, prefect.analytics\n"
         "from prefect.settings import get_current_settings\n"
@@ -44,7 +44,7 @@ def test_the_tools_understand_what_switches_them_off() -> None:
         "      prefect.analytics.is_telemetry_enabled(), get_current_settings().server.analytics_enabled,\n"
         "      usage_stats_enabled())"
     )
-    # MLflow and Prefect report nothing from a test or a CI machine, so those marks go too.
+    # MLflow and Prefect report nothing from a test or a CI machine, so the variables that show one are removed, too.
     marks = ("PYTEST", "CI", "GITHUB_", "BUILD", "JENKINS", "TF_BUILD", "TEAMCITY")
     clean = {name: value for name, value in os.environ.items() if name not in OFF and not name.startswith(marks)}
     done = subprocess.run(
@@ -53,7 +53,7 @@ def test_the_tools_understand_what_switches_them_off() -> None:
     assert done.stdout.split() == ["True", "None", "False", "False", "False"], done.stderr
 
 
-def test_a_served_model_ends_the_usage_reports_that_its_server_had_begun() -> None:
+def test_a_served_model_ends_usage_reports_that_its_server_has_started() -> None:
     code = (
         "import os, runpy, mlflow\n"
         "print(mlflow.telemetry.get_telemetry_client() is None)\n"
@@ -62,7 +62,7 @@ def test_a_served_model_ends_the_usage_reports_that_its_server_had_begun() -> No
     )
     marks = ("PYTEST", "CI", "GITHUB_", "BUILD", "JENKINS", "TF_BUILD", "TEAMCITY")
     clean = {name: value for name, value in os.environ.items() if name not in OFF and not name.startswith(marks)}
-    # The client looks up its settings at a name of the internet when it has something to send: it has nothing here.
+    # MLflow's client would fetch its settings from the internet only to send something, and it has nothing to send.
     done = subprocess.run(
         [sys.executable, "-c", code], env=clean, cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -1,7 +1,6 @@
-"""The commands on a Ray cluster of several nodes: a node is taken away in the middle of each stage, and nothing is lost.
+"""Commands on a Ray cluster of several nodes: a node is lost in the middle of each stage, and no work is lost.
 
-What a disturbed stage publishes is compared with what an undisturbed one does on the same cluster: fingerprints, so every
-byte of every file.
+A disturbed and an undisturbed stage on the same cluster must publish equal fingerprints, so equal bytes in every file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 SMOKE = os.environ.get("CHAOS") == "smoke"
 WAIT_SECONDS = 180
 PASSAGES, SHARD_ROWS = (24_000, 1_000) if SMOKE else (48_000, 1_000)
-ASKED = 768 if SMOKE else 1_280
+NUM_QUESTIONS = 768 if SMOKE else 1_280
 SAME = "a node killed, every file the same"
 Figure = Callable[[str], None]
 
@@ -57,11 +56,12 @@ class Site:
         write_corpus(
             [folder / "passages.jsonl"], folder / "corpus", CorpusConfig(format="jsonl", shard_rows=SHARD_ROWS)
         )
-        asked = [
-            {"id": str(n), "question": QUESTIONS[n % 8][0], "answers": [QUESTIONS[n % 8][1]]} for n in range(ASKED)
+        questions = [
+            {"id": str(n), "question": QUESTIONS[n % 8][0], "answers": [QUESTIONS[n % 8][1]]}
+            for n in range(NUM_QUESTIONS)
         ]
-        write_lines(folder / "questions.jsonl", asked)
-        write_lines(folder / "dev.jsonl", asked[:8])
+        write_lines(folder / "questions.jsonl", questions)
+        write_lines(folder / "dev.jsonl", questions[:8])
         train = {"optimizer": optimizer(120, eval_every=60, log_every=10).model_dump(mode="json")}
         content = {"model": model.model_dump(mode="json"), "train": train}
         (folder / "run.yaml").write_text(yaml.safe_dump(content))
@@ -78,7 +78,7 @@ class Site:
         return self._prepared.start(*words)
 
     def refused(self, *words: object, **environment: str) -> str:
-        """Run a command, imports and all, with this in its environment, that ends with exit code 2; what it said."""
+        """Run a command in a new process, with these variables added; it must end with exit code 2. Returns stderr."""
         command = [sys.executable, "-m", "flows.cli.main", *map(str, words)]
         environment = self.environment | environment
         done = subprocess.run(
@@ -88,29 +88,30 @@ class Site:
         return done.stderr
 
     def finish(self, *words: object, out: str) -> str:
-        """Run a command to its end; the fingerprint of what it published in `out`."""
+        """Run a command to its end; return the fingerprint of the artifact that it published in `out`."""
         return self.end(self.start(*words, "--out", self.folder / out), out)
 
     def end(self, process: Command, out: str) -> str:
-        assert process.wait(WAIT_SECONDS) == 0, self.said()
+        assert process.wait(WAIT_SECONDS) == 0, self.log()
         kind = json.loads((self.folder / out / "manifest.json").read_text())["kind"]
         return open_artifact(self.folder / out, kind).fingerprint
 
     def disturbed(self, *words: object, out: str, when: Callable[[], bool], rejoin: bool = True) -> str:
-        """As `finish`; when `when` says so, one node is killed, and if `rejoin`, a new one joins the cluster."""
+        """Like `finish`, but kill a node as soon as `when` is true; if `rejoin`, add a new node to the cluster."""
         process = self.start(*words, "--out", self.folder / out)
         end = time.monotonic() + WAIT_SECONDS
         while not when():
-            assert process.poll() is None, f"it ended before a node was taken away: {self.said()}"
-            assert time.monotonic() < end, self.said()
+            assert process.poll() is None, f"it ended before a node was removed: {self.log()}"
+            assert time.monotonic() < end, self.log()
             time.sleep(0.01)
         self.cluster.remove(self.cluster.nodes[0])
-        assert process.poll() is None, "it had ended when the node was taken away"
+        assert process.poll() is None, "it had ended when the node was removed"
         if rejoin:
             self.cluster.add()
         return self.end(process, out)
 
-    def said(self) -> str:
+    def log(self) -> str:
+        """The end of the command's output."""
         return (self.folder / "log").read_text()[-6000:]
 
     def parts_of(self, out: str, pattern: str) -> int:
@@ -124,25 +125,25 @@ def write_lines(file: Path, rows: list[dict[str, object]]) -> None:
 
 @pytest.fixture(scope="module")
 def site(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with LocalCluster(nodes=2) as cluster, Site(cluster, tmp_path_factory.mktemp("site"), prefect_url) as found:
+    with LocalCluster(nodes=2) as cluster, Site(cluster, tmp_path_factory.mktemp("site"), prefect_url) as site:
         cluster.wait_for_nodes(2)
-        yield found
+        yield site
 
 
 @pytest.mark.chaos
-def test_embedding_ends_on_the_node_that_is_left(site: Site, figure: Figure) -> None:
+def test_embedding_finishes_on_the_remaining_node(site: Site, figure: Figure) -> None:
     command = "embed", "--corpus", site.folder / "corpus", "--encoder", site.folder / "encoder"
     undisturbed = site.finish(*command, out="embeddings")
-    found = site.disturbed(
+    fingerprint = site.disturbed(
         *command, out="disturbed", when=lambda: site.parts_of("disturbed", "emb*.parquet") >= 2, rejoin=False
     )
-    assert found == undisturbed
+    assert fingerprint == undisturbed
     figure(SAME)
     site.cluster.add()
 
 
 @pytest.mark.chaos(short=False)
-def test_an_index_is_built_while_a_node_goes(site: Site, figure: Figure) -> None:
+def test_an_index_is_built_while_a_node_is_lost(site: Site, figure: Figure) -> None:
     inputs = "--corpus", site.folder / "corpus", "--embeddings", site.folder / "embeddings"
     command = "index", *inputs, "--factory", "IVF256,SQ8"
     undisturbed = site.finish(*command, out="index")
@@ -151,41 +152,41 @@ def test_an_index_is_built_while_a_node_goes(site: Site, figure: Figure) -> None
 
 
 @pytest.mark.chaos(short=False)
-def test_training_on_two_nodes_goes_on_from_its_checkpoint(site: Site, figure: Figure) -> None:
+def test_training_on_two_nodes_resumes_from_its_checkpoint(site: Site, figure: Figure) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--dev", site.folder / "dev.jsonl"
     command = "train", "--variant", "token", "--config", site.folder / "run.yaml", "--index", site.folder / "index"
     command += *files, "--num-workers", 2
     site.cluster.wait_for_nodes(2)
     undisturbed = site.finish(*command, out="trained")
     site.cluster.wait_for_nodes(2)
-    assert site.disturbed(*command, out="trained-2", when=lambda: "train-token: " in site.said()) == undisturbed
+    assert site.disturbed(*command, out="trained-2", when=lambda: "train-token: " in site.log()) == undisturbed
     figure(SAME)
 
 
 @pytest.mark.chaos(short=False)
-def test_answering_goes_on_with_the_nodes_that_are_left_and_the_one_that_joins(site: Site, figure: Figure) -> None:
+def test_answering_continues_on_the_remaining_node_and_the_one_that_joins(site: Site, figure: Figure) -> None:
     files = "--questions", site.folder / "questions.jsonl", "--index", site.folder / "index"
     command = "infer", "--model", site.folder / "model", *files, "--variant", "token", "--num-workers", 2
     command += "--num-beams", 2, "--max-new-tokens", 6
     site.cluster.wait_for_nodes(2)
     undisturbed = site.finish(*command, out="answers")
-    found = site.disturbed(*command, out="answers-2", when=lambda: site.parts_of("answers-2", "part*.jsonl") >= 1)
-    assert found == undisturbed
+    fingerprint = site.disturbed(*command, out="answers-2", when=lambda: site.parts_of("answers-2", "part*.jsonl") >= 1)
+    assert fingerprint == undisturbed
     figure(SAME)
 
 
 @pytest.mark.chaos(short=False)
-def test_a_command_with_another_token_is_kept_out_and_told_so(site: Site) -> None:
+def test_a_command_with_another_token_is_refused_with_the_reason(site: Site) -> None:
     wrong = {"RAY_AUTH_TOKEN": "0" * 64}
-    said = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
-    assert f"The Ray cluster at {site.cluster.address} (RAY_ADDRESS) does not answer, or asks for another" in said
+    error = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **wrong)
+    assert f"The Ray cluster at {site.cluster.address} (RAY_ADDRESS) asks for another token than ours" in error
 
 
 @pytest.mark.chaos(short=False)
-def test_without_a_machine_a_stage_waits_for_so_long_and_says_what_is_missing(site: Site) -> None:
+def test_without_a_machine_a_stage_waits_for_the_set_time_and_says_what_is_missing(site: Site) -> None:
     for node in list(site.cluster.nodes):
         site.cluster.remove(node)
     site.cluster.wait_for_nodes(0)
     patience = {"RAG_CLUSTER_WAIT_SECONDS": "5"}
-    said = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **patience)
-    assert "For 5 s no machine of the Ray cluster has had 1 CPU free for a worker; it has 1 machine" in said
+    error = site.refused("embed", "--corpus", "corpus", "--encoder", "encoder", "--out", "out", **patience)
+    assert "For 5 s no machine of the Ray cluster has had 1 CPU free for a worker; it has 1 machine" in error

@@ -1,4 +1,4 @@
-"""Shards served by Ray actors give the local answers, bit for bit, also while actors are killed; or there is an error."""
+"""Shards served by Ray actors answer as a local index does, bit for bit, even while actors are killed; or they fail."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Passage
 
 @contextmanager
 def served(index: PassageIndex, **settings: object) -> Iterator[ShardedRetriever]:
-    """The actors' client, as a worker gets it."""
+    """Serve the index from actors; yield the client that a worker gets."""
     config = RetrievalConfig.model_validate({"mode": "sharded", **settings})
     with retrieval(str(index.path), index.manifest, config) as open_retriever:
         retriever = open_retriever()
@@ -66,8 +66,8 @@ def two_replicas(services: Path, parts: tuple[Path, Path, PassageIndex]) -> Iter
 
 
 def client(retriever: ShardedRetriever, *, replicas: int, **settings: float) -> ShardedRetriever:
-    """Another worker's, which knows only so many replicas of each shard."""
-    known = [ones[:replicas] for ones in retriever._replicas]
+    """Another worker's client, which knows only the first `replicas` replicas of each shard."""
+    known = [actors[:replicas] for actors in retriever._replicas]
     return ShardedRetriever(retriever.path, retriever.manifest, known, RetrievalConfig.model_validate(settings))
 
 
@@ -76,7 +76,7 @@ def actors(retriever: ShardedRetriever) -> list[object]:
 
 
 def process_of(actor: object, *, but: int = 0, seconds: float = 240) -> int:
-    """Its process id, other than `but`: while it is started again, it is waited for."""
+    """The actor's process id. Wait while the actor restarts, and until the id is not `but`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -99,9 +99,9 @@ def alive(process: int) -> bool:
 
 def gone(processes: list[int], seconds: float = 120) -> bool:
     end = time.monotonic() + seconds
-    while any(alive(one) for one in processes) and time.monotonic() < end:
+    while any(map(alive, processes)) and time.monotonic() < end:
         time.sleep(0.05)
-    return not any(alive(one) for one in processes)
+    return not any(map(alive, processes))
 
 
 def queries(index: Retriever, count: int = 4) -> np.ndarray:
@@ -113,15 +113,15 @@ def test_actors_answer_as_the_index_does_and_a_training_loss_is_equal_to_the_las
 ) -> None:
     index, retriever = parts[2], two_replicas
     for k in (1, 5, len(index)):  # up to more than a shard has
-        found, expected = retriever.search(queries(index), k), index.search(queries(index), k)
-        assert_same(found, expected)
-        assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+        retrieved, expected = retriever.search(queries(index), k), index.search(queries(index), k)
+        assert_same(retrieved, expected)
+        assert retriever.passages_of(retrieved.rows_BK) == index.passages_of(expected.rows_BK)
     with pytest.raises(ConfigError, match=r"10 passages per question .* holds 9"):
         retriever.search(queries(index), 10)
     questions, learnt = read_questions(write_questions_jsonl(tmp_path / "questions.jsonl")), []
-    for one in (index, retriever):
+    for searched in (index, retriever):
         model = RagModel.from_parts(model_config(parts[0], parts[1]))
-        objective = EndToEnd(model, one, "token", EndToEndRates(question_encoder=1e-3, generator=1e-3)).eval()
+        objective = EndToEnd(model, searched, "token", EndToEndRates(question_encoder=1e-3, generator=1e-3)).eval()
         loss = objective(questions).sum()
         loss.backward()
         gradients = [weight.grad.numpy().tobytes() for weight in model.parameters() if weight.grad is not None]
@@ -134,7 +134,7 @@ def test_while_an_actor_is_killed_and_replaced_every_answer_is_complete(
     two_replicas: ShardedRetriever, parts: tuple[Path, Path, PassageIndex], replicas: int
 ) -> None:
     index, retriever = parts[2], client(two_replicas, replicas=replicas)
-    asked, expected = queries(index), index.search(queries(index), 5)
+    queries_BD, expected = queries(index), index.search(queries(index), 5)
     victim = retriever._replicas[0][0]
     process, answers = process_of(victim), 0
     killer = threading.Thread(
@@ -142,10 +142,10 @@ def test_while_an_actor_is_killed_and_replaced_every_answer_is_complete(
     )
     killer.start()
     while killer.is_alive() or answers < 20:
-        found = retriever.search(asked, 5)
+        retrieved = retriever.search(queries_BD, 5)
         answers += 1
-        assert_same(found, expected)
-        assert retriever.passages_of(found.rows_BK) == index.passages_of(expected.rows_BK)
+        assert_same(retrieved, expected)
+        assert retriever.passages_of(retrieved.rows_BK) == index.passages_of(expected.rows_BK)
     assert not alive(process)
     assert process_of(victim) != process
 
@@ -200,7 +200,7 @@ def test_an_actor_refuses_a_damaged_shard_and_another_index_and_ends_with_its_st
             build_index(embeddings, corpus, path, IndexConfig(shards=2, factory="HNSW8"))
             os.kill(processes[0], signal.SIGKILL)
             with pytest.raises(
-                ArtifactError, match=r"holds another index \(\w{12}…\) than the one that this stage began"
+                ArtifactError, match=r"holds another index \(\w{12}…\) than the one that this stage started"
             ):
                 retriever.search(queries(index), 5)
             raise KeyboardInterrupt
@@ -227,7 +227,7 @@ def test_predictions_are_the_same_bytes_and_no_actor_outlives_the_stage(
 
     def remember(path: Path, replicas: list[list[object]], config: RetrievalConfig) -> None:
         wait(path, replicas, config)
-        processes.extend(process_of(actor) for ones in replicas for actor in ones)
+        processes.extend(process_of(actor) for actors in replicas for actor in actors)
 
     monkeypatch.setattr(retriever_shards, "_wait_until_ready", remember)
     model = model_config(parts[0], parts[1])
@@ -251,9 +251,9 @@ def test_the_commands_hand_on_the_number_of_shards_and_where_to_search(
 ) -> None:
     from flows.cli.commands import stages as stage_commands
 
-    given: list[Any] = []
-    for flow in ("build_index.build_index", "batch_infer.batch_infer", "train_token.train_token"):
-        monkeypatch.setattr(f"flows.{flow}", lambda *arguments: given.append(arguments[-1]))
+    configs: list[Any] = []
+    for flow in ("build_index.build_index", "batch_infer.batch_infer", "train.train_token"):
+        monkeypatch.setattr(f"flows.stages.{flow}", lambda *arguments: configs.append(arguments[-1]))
     monkeypatch.setattr(stage_commands, "print_stage", lambda result: None)
     paths = [tmp_path / name for name in ("model", "index", "questions", "out")]
     file = tmp_path / "run.yaml"
@@ -262,7 +262,7 @@ def test_the_commands_hand_on_the_number_of_shards_and_where_to_search(
     stage_commands.infer(*paths)
     stage_commands.infer(*paths, retrieval="sharded", replicas=2)
     stage_commands.train("token", *paths[:3], file, paths[3], retrieval="sharded")
-    index, local, sharded, train = given
+    index, local, sharded, train = configs
     assert index.shards == 4
     assert local.retrieval == RetrievalConfig()
     assert sharded.retrieval == RetrievalConfig(mode="sharded", replicas=2)

@@ -1,4 +1,4 @@
-"""The first signal asks the workers to stop with a checkpoint, the second one stops at once."""
+"""The first signal asks the workers to stop with a checkpoint; the second one stops at once."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tasks.on_ray.stopping import stopping_gently
 
 
 class Meter:
-    """Stands for the actor that workers ask whether to stop."""
+    """A stand-in for the `ProgressMeter`; it only takes the stop request."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.stop_requested = threading.Event()
         self.stop = self
 
     def remote(self) -> None:
-        self.asked.set()
+        self.stop_requested.set()
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_counts() -> Iterator[None]:
-    """A shell that starts tests in the background lets them ignore SIGINT."""
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """A shell that starts the tests in the background makes them ignore SIGINT; undo that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -40,7 +40,7 @@ def send(number: int) -> None:
     time.sleep(0.01)
 
 
-def test_a_signal_is_passed_on_and_has_its_effect_when_the_workers_have_stopped(
+def test_a_signal_stops_the_workers_and_takes_effect_after_that(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before, meter, steps = signal.getsignal(signal.SIGINT), Meter(), []
@@ -48,8 +48,8 @@ def test_a_signal_is_passed_on_and_has_its_effect_when_the_workers_have_stopped(
     def train() -> None:
         with stopping_gently("train", meter):
             send(signal.SIGINT)
-            assert meter.asked.wait(60)
-            steps.append("the step that was begun, and a checkpoint")
+            assert meter.stop_requested.wait(60)
+            steps.append("the current step, and a checkpoint")
 
     with pytest.raises(KeyboardInterrupt):
         train()
@@ -58,7 +58,7 @@ def test_a_signal_is_passed_on_and_has_its_effect_when_the_workers_have_stopped(
     assert "train: stopping after this step, with a checkpoint." in capsys.readouterr().err
 
 
-def test_a_second_signal_has_its_effect_at_once() -> None:
+def test_a_second_signal_takes_effect_at_once() -> None:
     steps = []
 
     def train() -> None:
@@ -72,14 +72,14 @@ def test_a_second_signal_has_its_effect_at_once() -> None:
     assert not steps
 
 
-def test_without_a_signal_nothing_is_asked_and_the_handlers_come_back() -> None:
-    before, meter = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)], Meter()
+def test_without_a_signal_no_stop_is_requested_and_the_handlers_are_restored() -> None:
+    before, meter = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], Meter()
     with stopping_gently("train", meter):
         pass
     with pytest.raises(ValueError, match="a fault"), stopping_gently("train", meter):
         raise ValueError("a fault")
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
-    assert not meter.asked.is_set()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not meter.stop_requested.is_set()
 
 
 def test_another_thread_gets_no_signals_and_sets_no_handlers() -> None:
@@ -106,7 +106,7 @@ with stopping_gently("train", meter):
     for _ in range({signals}):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-    meter.asked.wait(60)
+    meter.stop_requested.wait(60)
     print("stopped with a checkpoint", flush=True)
 print("went on", flush=True)
 """

@@ -1,4 +1,4 @@
-"""Training on Ray is disturbed, by lost workers and by signals, and comes out as if it had not been."""
+"""Training on Ray that is disturbed by lost workers and by signals gives the result of undisturbed training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SETTINGS = {"log_every": 3, "eval_every": 10, "checkpoint_every": 2}
 
 
 def make_generator_with_dropout(folder: Path, encoder: Path) -> Path:
-    """So that the curve depends on the random states of every worker."""
+    """A generator with dropout, so that the curve depends on the random states of every worker."""
     make_generator(folder, encoder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -49,7 +49,7 @@ def make_generator_with_dropout(folder: Path, encoder: Path) -> Path:
 
 
 class Training:
-    """Trains RAG-Token on the small corpus; remembers the undisturbed run's outcome for each number of workers."""
+    """Trains RAG-Token on the small corpus; caches the result of an undisturbed run for each number of workers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Training:
         return train_token(self._index.path, self._questions, self._questions, out, model, config)
 
     def run(self, out: Path, workers: int = 1, generator_rate: float = 2e-3) -> tuple[str, dict[str, Any]]:
-        """Fingerprint of the model, and every curve of its MLflow run but the speed."""
+        """Fingerprint of the model, and every curve of its MLflow run except the speed."""
         from mlflow import MlflowClient
 
         result = self.stage(out, workers, generator_rate)
@@ -78,7 +78,7 @@ class Training:
             if name not in ("seconds", "examples_per_second"):
                 points = client.get_metric_history(result.run_id, name)
                 curves[name] = [(point.step, point.value) for point in points]
-        assert len(curves["train_nll"]) == 14, "a curve has holes, or doubled points"
+        assert len(curves["train_nll"]) == 14, "a curve lacks points, or has some twice"
         assert not list(out.parent.glob(f".{out.name}.*training*")), "the training folder is left"
         return result.fingerprint, curves
 
@@ -95,13 +95,13 @@ def training(services: Path, tmp_path_factory: pytest.TempPathFactory) -> Traini
 
 @contextmanager
 def disturbed(out: Path, steps: int, disturb: Callable[[], None]) -> Iterator[None]:
-    """In the block, `disturb` is called once, as soon as a checkpoint of so many steps stands."""
+    """In the block, call `disturb` once, as soon as a checkpoint of at least `steps` steps exists."""
     disturbances = []
 
     def watch() -> None:
         end = time.monotonic() + 300
         while time.monotonic() < end:
-            if any(int(one.name[5:]) >= steps for one in out.parent.glob(f".{out.name}.training-*/step-*")):
+            if any(int(folder.name[5:]) >= steps for folder in out.parent.glob(f".{out.name}.training-*/step-*")):
                 disturb()
                 disturbances.append(steps)
                 return
@@ -118,7 +118,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_a_lone_worker_that_is_killed_is_made_good_from_the_last_checkpoint(
+def test_a_lone_worker_that_is_killed_is_replaced_from_the_last_checkpoint(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tasks.on_ray.runtime import share_of_cluster
@@ -128,15 +128,15 @@ def test_a_lone_worker_that_is_killed_is_made_good_from_the_last_checkpoint(
     worker = run_on_worker(share_of_cluster(1), os.getpid)
     with disturbed(tmp_path / "out", 12, lambda: kill(worker)):
         assert training.run(tmp_path / "out") == undisturbed
-    assert "train-token: a worker was lost; another one goes on from the last checkpoint" in capfd.readouterr().err
+    assert "train-token: a worker was lost; a new one continues from the last checkpoint" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_training_with_a_checkpoint_from_which_the_same_command_goes_on(
+def test_a_signal_stops_training_with_a_checkpoint_from_which_the_same_command_resumes(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     class Stopped(BaseException):
-        """What the handler outside does."""
+        """Raised by the handler that was set before training."""
 
     def outside(*_: object) -> None:
         raise Stopped
@@ -150,7 +150,7 @@ def test_a_signal_stops_training_with_a_checkpoint_from_which_the_same_command_g
     assert not (tmp_path / "out").exists()
     assert "stopping after this step, with a checkpoint" in capfd.readouterr().err
     assert training.run(tmp_path / "out") == undisturbed
-    assert "train-token: going on after step" in capfd.readouterr().err
+    assert "train-token: resuming after step" in capfd.readouterr().err
 
 
 def test_a_model_that_was_published_but_not_registered_is_registered_by_the_next_run(training: Training) -> None:
@@ -161,25 +161,25 @@ def test_a_model_that_was_published_but_not_registered_is_registered_by_the_next
     fingerprint = open_artifact(out, "rag-model").fingerprint
 
     def versions() -> list[Any]:
-        found = client.search_model_versions("name = 'rag-token'")
-        return [one for one in found if one.tags.get("fingerprint") == fingerprint]
+        all_versions = client.search_model_versions("name = 'rag-token'")
+        return [version for version in all_versions if version.tags.get("fingerprint") == fingerprint]
 
     registered = len(versions())
     assert registered
     note = out.parent / f".{out.name}.mlflow-run"
     note.unlink()  # as on another machine
     assert training.stage(out).skipped
-    assert len(versions()) == registered, "it is known"
-    for one in versions():
-        client.delete_model_version("rag-token", one.version)
+    assert len(versions()) == registered, "it is already registered"
+    for version in versions():
+        client.delete_model_version("rag-token", version.version)
     note.unlink()  # as after a kill before it was registered
     again = training.stage(out)
     assert again.skipped
-    assert [one.run_id for one in versions()] == [again.run_id]
+    assert [version.run_id for version in versions()] == [again.run_id]
 
 
 def train_workers() -> list[int]:
-    """The processes in which Ray Train's workers of this process's cluster live."""
+    """Process ids of Ray Train's workers on this process's cluster."""
     parents, names = {}, {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -187,8 +187,8 @@ def train_workers() -> list[int]:
             names[int(process.name)] = (process / "cmdline").read_text()
     ours = {os.getpid()}
     for _ in range(5):
-        ours |= {one for one, parent in parents.items() if parent in ours}
-    return sorted(one for one in ours if "TrainWorker" in names.get(one, ""))
+        ours |= {process for process, parent in parents.items() if parent in ours}
+    return sorted(process for process in ours if "TrainWorker" in names.get(process, ""))
 
 
 @pytest.mark.chaos(short=False)
@@ -201,15 +201,15 @@ def test_of_two_workers_one_then_the_other_is_killed_then_both_are_stopped_and_t
     stopped = disturbed(out, 28, lambda: os.kill(os.getpid(), signal.SIGINT))
     with first, second, stopped, pytest.raises(KeyboardInterrupt):
         training.run(out, workers=2)
-    said = capfd.readouterr().err
-    assert said.count("train-token: a worker was lost; another one goes on from the last checkpoint") == 2
+    shown = capfd.readouterr().err
+    assert shown.count("train-token: a worker was lost; a new one continues from the last checkpoint") == 2
     assert training.run(out, workers=2) == undisturbed
-    assert "train-token: going on after step" in capfd.readouterr().err
+    assert "train-token: resuming after step" in capfd.readouterr().err
 
 
 @pytest.mark.chaos(short=False)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_another_try_cannot_mend_is_not_tried_again(
+def test_an_error_that_a_retry_cannot_cure_is_not_retried(
     training: Training, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
 ) -> None:
     with pytest.raises(ConfigError, match=r"^Training diverged at step \d+: .*Lower the learning rates"):
@@ -236,7 +236,7 @@ def work(folder, out):
 def site(
     prefect_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Prepared, tuple[str, Any]]]:
-    """A folder with all that a command needs, commands, and what an undisturbed one makes of it."""
+    """A folder with the inputs of a command, prepared commands, and the result of an undisturbed one."""
     folder = tmp_path_factory.mktemp("commands")
     Training(folder)
     with Prepared(WORK % COMMAND, folder, environment_in(folder, PREFECT_API_URL=prefect_url)) as commands:
@@ -244,7 +244,7 @@ def site(
 
 
 def outcome(commands: Prepared, folder: Path, out: Path) -> tuple[str, Any]:
-    """Run the command to its end: the fingerprint of the model, and the curves in MLflow."""
+    """Run the command to its end; return the fingerprint of the model, and the curves in MLflow."""
     from mlflow import MlflowClient
 
     run_id = commands.finish(folder, out).rpartition("run ")[2].split()[0]
@@ -260,13 +260,17 @@ def outcome(commands: Prepared, folder: Path, out: Path) -> tuple[str, Any]:
 
 def wait_for_checkpoint(folder: Path, out: Path, process: Command, beyond: int) -> None:
     end = time.monotonic() + 300
-    while max((int(one.name[5:]) for one in out.parent.glob(f".{out.name}.training-*/step-*")), default=0) <= beyond:
+
+    def last_step() -> int:
+        return max((int(path.name[5:]) for path in out.parent.glob(f".{out.name}.training-*/step-*")), default=0)
+
+    while last_step() <= beyond:
         assert process.poll() is None, (folder / "log").read_text()
         assert time.monotonic() < end, "training did not begin"
         time.sleep(0.002)
 
 
-# What happens to a command before it is left alone, in this order.
+# What happens to a command, in this order, before it may finish.
 DISTURBANCES = ("kill",) if SMOKE else ("kill", "terminate twice at once", "kill", "terminate twice", "kill")
 
 
@@ -289,14 +293,14 @@ def test_a_command_killed_and_terminated_at_random_moments_of_training_ends_as_t
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == -signal.SIGTERM
         assert not out.exists(), "training ended before it could be disturbed"
-        reached = max(int(one.name[5:]) for one in folder.glob(".out.training-*/step-*"))
+        reached = max(int(path.name[5:]) for path in folder.glob(".out.training-*/step-*"))
     assert outcome(commands, folder, out) == undisturbed
-    assert (folder / "log").read_text().count("train-token: going on after step") == len(DISTURBANCES)
+    assert (folder / "log").read_text().count("train-token: resuming after step") == len(DISTURBANCES)
     figure(f"training: {', '.join(DISTURBANCES)}; weights and curves equal to the last bit")
 
 
 def kill_group(process: Command) -> None:
-    """Signal 9 to the command and its group; its workers, who may write another checkpoint before they notice, end, too."""
+    """Send signal 9 to the command's process group and wait for its workers, which may still write a checkpoint."""
     workers = processes_below(process.pid, lambda name: "Worker" in name)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

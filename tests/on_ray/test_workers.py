@@ -1,9 +1,10 @@
-"""Long-lived workers: items are dealt out and come back in order, processes stay, losses are made good, errors arrive."""
+"""Long-lived workers return results in order, keep their processes, replace lost workers, and pass errors on."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,23 @@ from tasks.on_ray import workers as ray_workers
 from tasks.on_ray.runtime import Share, share_of_cluster
 from tasks.on_ray.workers import map_on_workers, run_on_worker, workers_for
 
-# Workers do not have the tests among their modules.
+# Workers cannot import the tests, so functions of this file are pickled by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_what_ray_and_prefect_both_import_is_imported_before_rays_thread_starts() -> None:
+    code = (
+        "import os, sys, tasks.on_ray.workers as workers\n"
+        "def report():\n"
+        "    print('pydantic.v1.main' in sys.modules, flush=True)\n"
+        "    os._exit(0)\n"
+        "workers.ensure_ray = report\n"
+        "workers.start_early()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def adding(amount: int) -> Callable[[int], int]:
@@ -27,7 +41,7 @@ def adding(amount: int) -> Callable[[int], int]:
 
 
 def dying_once(flag: Path) -> Callable[[int], int]:
-    """Its process is killed in the middle of item 1, the first time."""
+    """Kills its own process in the middle of item 1, but only the first time."""
 
     def work(item: int) -> int:
         if item == 1 and not flag.exists():
@@ -124,7 +138,7 @@ def test_every_worker_of_a_share_finds_a_place(case: str, monkeypatch: pytest.Mo
     assert share_of_cluster(num_workers) == expected
 
 
-def test_interrupted_work_is_given_up(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_work_ends_its_workers(services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = share_of_cluster(1)
     before = workers_for(share)
 

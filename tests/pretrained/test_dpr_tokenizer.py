@@ -55,13 +55,13 @@ def test_do_lower_case_false_is_followed(tmp_path: Path, model_class: Any, token
 
 
 @pytest.mark.parametrize("config", [None, {}, {"do_lower_case": True}])
-def test_an_uncased_one_is_still_lower_cased(tmp_path: Path, config: dict[str, Any] | None) -> None:
+def test_an_uncased_tokenizer_still_lower_cases(tmp_path: Path, config: dict[str, Any] | None) -> None:
     files = {} if config is None else {"tokenizer_config": config}
     folder = dpr(tmp_path / "dpr", vocab="\n".join(WORDS), **files)
     assert TextEncoder.from_pretrained(folder).tokenize(TEXT) == LOWERED
 
 
-def test_one_that_transformers_saved_is_lower_cased_though_its_configuration_denies_it(tmp_path: Path) -> None:
+def test_an_uncased_tokenizer_saved_by_transformers_lower_cases_although_its_config_says_false(tmp_path: Path) -> None:
     folder = dpr(tmp_path / "dpr", vocab="\n".join(WORDS))
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     (folder / "vocab.txt").unlink()

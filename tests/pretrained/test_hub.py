@@ -1,4 +1,4 @@
-"""Models of a hub, against a stand-in on loopback: what is asked for, what is loaded, and at which commit."""
+"""Models of a hub, against a stand-in on loopback: which files are requested and loaded, and at which commit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_everything() -> None:
     RagModel.from_parts(ModelConfig(question_encoder=QUESTION_ENCODER, generator=BART))
 
 
-# What is asked for
+# Which files are requested
 
 
 def test_the_papers_models_are_loaded_with_three_requests_each_beside_their_files(hub: HubServer) -> None:
@@ -57,7 +57,7 @@ def test_the_papers_models_are_loaded_with_three_requests_each_beside_their_file
     files = set(hub.files())
     assert files >= {"config.json", "pytorch_model.bin", "vocab.txt", "vocab.json", "merges.txt"}
     assert files.isdisjoint(NOT_NEEDED)
-    assert len(hub.files()) == len(hub.files("HEAD")), "a file was asked for that is not there, or twice"
+    assert len(hub.files()) == len(hub.files("HEAD")), "a file was requested that does not exist, or twice"
 
 
 def test_a_process_with_a_full_cache_asks_once_a_model_and_with_commits_not_at_all(hub: HubServer) -> None:
@@ -95,7 +95,7 @@ def test_weights_are_those_of_main_and_not_of_a_pull_request(
     hub.open_pull_request(BART, {"model.safetensors": poisoned(paper_models[BART], tmp_path / "poison")})
     generator, _ = load_generator(BART)
     assert not any(bool((parameter == 66).any()) for parameter in generator.parameters())
-    assert [one for one in hub.requests if "discussions" in one.path or "refs%2Fpr" in one.path] == []
+    assert [request for request in hub.requests if "discussions" in request.path or "refs%2Fpr" in request.path] == []
     assert "model.safetensors" not in hub.files()
 
 
@@ -169,7 +169,7 @@ def test_branches_tags_and_commits_may_be_named(hub: HubServer, tmp_path: Path) 
     second = hub.publish(CONTEXT_ENCODER, dpr_files(tmp_path / "other", seed=5), branch="try/new", tag="v2.0")
     for name, commit in (("try/new", second), ("v2.0", second), ("main", first), (second, second)):
         assert pin_source(f"{CONTEXT_ENCODER}@{name}") == f"{CONTEXT_ENCODER}@{commit}"
-    old, new = (TextEncoder.from_pretrained(f"{CONTEXT_ENCODER}@{one}").fingerprint() for one in ("main", "v2.0"))
+    old, new = (TextEncoder.from_pretrained(f"{CONTEXT_ENCODER}@{name}").fingerprint() for name in ("main", "v2.0"))
     assert old != new
 
 
@@ -202,17 +202,19 @@ def test_files_are_shared_with_other_tools_through_the_hubs_cache(hub: HubServer
     folder = resolve_model_source(BART)
     commit = commit_on(hub, BART)
     assert folder == str(tmp_path / "cache" / "models--facebook--bart-large" / "snapshots" / commit)
-    found = snapshot_download(BART, local_files_only=True, cache_dir=tmp_path / "cache", allow_patterns="pytorch*")
-    assert found == folder
+    shared = snapshot_download(BART, local_files_only=True, cache_dir=tmp_path / "cache", allow_patterns="pytorch*")
+    assert shared == folder
 
 
-def test_the_pickle_is_told_of_in_one_line(hub: HubServer) -> None:
+def test_a_pickle_is_announced_in_one_line(hub: HubServer) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_generator(BART)
-    notices = [str(one.message) for one in caught if issubclass(one.category, ModelNotice)]
+    notices = [str(warning.message) for warning in caught if issubclass(warning.category, ModelNotice)]
     assert len(notices) == 1
-    assert notices[0].startswith(f"{BART}@{commit_on(hub, BART)[:12]} has pickled weights (pytorch_model.bin); tensors")
+    assert notices[0].startswith(
+        f"{BART}@{commit_on(hub, BART)[:12]} has pickled weights (pytorch_model.bin); only tensors"
+    )
 
 
 def test_vectors_of_dpr_equal_those_of_transformers(hub: HubServer, paper_models: Files, tmp_path: Path) -> None:
@@ -247,17 +249,17 @@ def test_weights_in_shards_are_fetched_with_their_index(hub: HubServer, tmp_path
     assert set(index["weight_map"].values()) <= set(hub.files())
 
 
-def test_nothing_of_ours_asks_a_hub_but_the_room_for_it() -> None:
-    """Whatever else loaded a model by a hub's name would ask for each file, and take what is on the branch just then."""
+def test_only_the_hub_package_and_model_source_contact_a_hub() -> None:
+    """Other code that loaded a model by its hub name would request each file, from the branch as it is at that moment."""
     root = Path(__file__).resolve().parents[2]
     asking = ("snapshot_download", "hf_hub_download", "cached_file", "HfApi", "AutoConfig", "AutoTokenizer")
     files = [file for floor in ("rag_core", "tasks", "flows") for file in (root / floor).rglob("*.py")]
-    found = {
+    users = {
         file.relative_to(root).as_posix()
         for file in files
         if any(re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) for name in asking)
     }
-    assert found == {
+    assert users == {
         "rag_core/pretrained/model_source.py",
         "rag_core/pretrained/hub/revision.py",
         "rag_core/pretrained/hub/snapshot.py",

@@ -33,7 +33,7 @@ def environment_of_worker(names: list[str]) -> dict[str, str | None]:
 
 
 def set_cache(folder: str, offline: bool) -> tuple[str, bool]:
-    """In the worker: another cache; returns what it had before."""
+    """In the worker: use another cache; return the former one."""
     before = constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = folder, offline
     return before
@@ -41,7 +41,7 @@ def set_cache(folder: str, offline: bool) -> tuple[str, bool]:
 
 @pytest.fixture
 def worker_with_empty_cache(services: Path, tmp_path: Path) -> Iterator[None]:
-    """As if it ran on another machine."""
+    """A worker with an empty cache, as on another machine."""
     from tasks.on_ray.runtime import share_of_cluster
     from tasks.on_ray.workers import run_on_worker
 
@@ -60,8 +60,8 @@ def test_the_token_reaches_workers_and_is_in_no_file(
 
     # Set after Ray has started, so that no process of Ray's has it in its environment, as on another machine.
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    found = run_on_worker(share_of_cluster(1), environment_of_worker, ["HF_TOKEN", "HF_ENDPOINT"])
-    assert found == {"HF_TOKEN": CANARY, "HF_ENDPOINT": hub.url}
+    environment = run_on_worker(share_of_cluster(1), environment_of_worker, ["HF_TOKEN", "HF_ENDPOINT"])
+    assert environment == {"HF_TOKEN": CANARY, "HF_ENDPOINT": hub.url}
     with progress("training", 1) as meter:
         access = ray.get(meter.hub_access.remote())
     assert access.token == CANARY
@@ -72,7 +72,7 @@ def test_the_token_reaches_workers_and_is_in_no_file(
     assert [file for file in files if CANARY.encode() in file.read_bytes()] == []
 
 
-def test_a_worker_that_is_told_that_no_hub_answers_asks_none(hub: HubServer) -> None:
+def test_a_worker_that_knows_that_no_hub_answers_makes_no_request(hub: HubServer) -> None:
     from rag_core.pretrained.hub import revision
     from rag_core.pretrained.model_source import resolve_model_source
 

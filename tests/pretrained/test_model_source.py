@@ -1,4 +1,4 @@
-"""Where weights come from: what is read, what is refused, and that nothing in a model folder is ever run."""
+"""Model folders: which are loaded, which are refused, and that code in them never runs unless trusted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _edit(file: Path, **entries: Any) -> None:
 
 def _code(marker: Path, *classes: str) -> str:
     """A module that makes a folder when it is imported, and has classes of these names."""
-    return f"import os\nos.mkdir({str(marker)!r})\n" + "".join(f"class {one}: pass\n" for one in classes)
+    return f"import os\nos.mkdir({str(marker)!r})\n" + "".join(f"class {name}: pass\n" for name in classes)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -98,7 +98,7 @@ def test_weights_of_another_architecture_are_refused(folder: Path) -> None:
         TextEncoder.from_pretrained(folder)
 
 
-def test_only_parameters_that_may_lack_are_let_go(folder: Path) -> None:
+def test_only_parameters_that_do_not_matter_may_be_missing(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
@@ -116,7 +116,7 @@ def test_a_local_folder_is_a_model_if_it_holds_a_config_or_modules(folder: Path)
         resolve_model_source(folder)
 
 
-def test_a_name_that_can_be_no_hub_name_is_refused_as_a_path(folder: Path) -> None:
+def test_a_name_that_cannot_be_a_hub_name_is_refused_as_a_path(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"config.json is a file; a model folder"):
         resolve_model_source(folder / "config.json")
     for path in (str(folder / "nowhere"), "./nowhere", "runs/one/model"):

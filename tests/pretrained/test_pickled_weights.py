@@ -43,7 +43,7 @@ def weights_of(whole: Path) -> dict[str, Any]:
 
 
 class MakesAFolder:
-    """Unpickled without care, this makes a folder."""
+    """Makes a folder when it is unpickled without care."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -58,7 +58,7 @@ def test_pickled_tensors_are_read_and_give_the_same_vectors_as_safetensors(
 ) -> None:
     weights = OrderedDict(weights_of(whole))
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
-    with pytest.warns(ModelNotice, match=r"changed-model has pickled weights \(pytorch_model\.bin\); tensors alone"):
+    with pytest.warns(ModelNotice, match=r"changed-model has pickled weights \(pytorch_model\.bin\); only tensors"):
         pickled = TextEncoder.from_pretrained(folder)
     safe = TextEncoder.from_pretrained(whole)
     np.testing.assert_array_equal(pickled.encode(TEXTS), safe.encode(TEXTS))
@@ -77,7 +77,7 @@ def test_pickles_in_shards_are_read(folder: Path, whole: Path) -> None:
         assert TextEncoder.from_pretrained(folder).fingerprint() == TextEncoder.from_pretrained(whole).fingerprint()
     torch.save({"weights": [1, 2]}, folder / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(
-        ConfigError, match=r"00002-of-00002\.bin is no state dict of tensors: its entry 'weights' is a list"
+        ConfigError, match=r"00002-of-00002\.bin is not a state dict of tensors: its entry 'weights' is a list"
     ):
         TextEncoder.from_pretrained(folder)
 
@@ -102,7 +102,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(
     with pytest.raises(ConfigError, match="changed-model"):
         load_from_source(AutoModel.from_pretrained, str(folder))
     assert not marker.exists()
-    # The pickle is a live one: who loads it without care has run its code.
+    # The pickle really is hostile: loading it without care runs its code.
     torch.load(file, weights_only=False)
     assert marker.exists()
 
@@ -124,20 +124,22 @@ def test_a_hostile_pickle_that_an_index_of_safetensors_names_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "reason"),
     [
         ([torch.zeros(2)], "holds a list, where a state dict was expected"),
         ({}, "holds a dict, where a state dict was expected"),
         (torch.zeros(2), "holds a Tensor, where a state dict was expected"),
-        ({"state_dict": {"a": torch.zeros(2)}}, "no state dict of tensors: its entry 'state_dict' is a dict"),
-        ({"a": torch.zeros(2), "epoch": 3}, "no state dict of tensors: its entry 'epoch' is a int"),
-        ({1: torch.zeros(2)}, "no state dict of tensors: its entry 1 is a Tensor"),
+        ({"state_dict": {"a": torch.zeros(2)}}, "not a state dict of tensors: its entry 'state_dict' is a dict"),
+        ({"a": torch.zeros(2), "epoch": 3}, "not a state dict of tensors: its entry 'epoch' is a int"),
+        ({1: torch.zeros(2)}, "not a state dict of tensors: its entry 1 is a Tensor"),
     ],
 )
-def test_what_is_no_state_dict_is_refused_by_name_with_a_remedy(folder: Path, content: object, what: str) -> None:
+def test_content_other_than_a_state_dict_is_refused_by_name_with_a_remedy(
+    folder: Path, content: object, reason: str
+) -> None:
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(
-        ConfigError, match=rf"changed-model/pytorch_model\.bin .*{what}.*torch\.save\(model\.state_dict"
+        ConfigError, match=rf"changed-model/pytorch_model\.bin .*{reason}.*torch\.save\(model\.state_dict"
     ):
         TextEncoder.from_pretrained(folder)
 
@@ -151,7 +153,7 @@ def test_torchscript_and_tar_archives_are_refused(folder: Path, tmp_path: Path) 
     (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
     with tarfile.open(file, "w") as archive:
         archive.add(tmp_path / "pickle", "pickle")
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is of PyTorch's oldest format \(tar\)"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is in PyTorch's oldest format \(tar\)"):
         TextEncoder.from_pretrained(folder)
 
 
@@ -166,21 +168,21 @@ def test_damaged_pickles_are_refused_by_name(folder: Path, whole: Path, kept: in
             TextEncoder.from_pretrained(folder)
 
 
-def test_that_only_tensors_are_wanted_is_passed_on_to_transformers_and_torch(
+def test_transformers_and_torch_are_told_to_read_only_tensors(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(weights_of(whole), folder / "pytorch_model.bin")
-    asked: list[tuple[str, bool]] = []
+    calls: list[tuple[str, bool]] = []
     torch_load = torch.load
 
     def spy_on_torch(*args: Any, **options: Any) -> Any:
-        asked.append(("torch", options["weights_only"]))
+        calls.append(("torch", options["weights_only"]))
         return torch_load(*args, **options)
 
     def spy_on_transformers(source: str, **options: Any) -> Any:
-        asked.append(("transformers", options["weights_only"]))
+        calls.append(("transformers", options["weights_only"]))
         return AutoModel.from_pretrained(source, **options)
 
     monkeypatch.setattr(torch, "load", spy_on_torch)
     load_weights(spy_on_transformers, str(folder), may_lack=(), trust_remote_code=True)
-    assert asked == [("torch", True), ("transformers", True), ("torch", True)]
+    assert calls == [("torch", True), ("transformers", True), ("torch", True)]

@@ -29,7 +29,7 @@ def answer(*packages: dict[str, object]) -> str:
 
 def test_a_known_vulnerability_fails_and_names_package_and_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.judge(LOCK, 1, answer(SOUND, BAD, UNKNOWN), "Found 1 known vulnerability") == 1
-    assert "bad 1.0 has PYSEC-2026-1; mended in 1.1" in capsys.readouterr().err
+    assert "bad 1.0 has PYSEC-2026-1; fixed in 1.1" in capsys.readouterr().err
 
 
 def test_sound_packages_pass_and_those_not_found_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

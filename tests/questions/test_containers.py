@@ -1,4 +1,4 @@
-"""JSON in pieces, gzip, CSV and Parquet: read as a whole-file parser would, or refused with the place."""
+"""Containers of questions (JSON, gzip, CSV, Parquet): read as a whole-file parser would, or refused with the place."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_squad_file_on_one_line_may_be_longer_than_a_line_of_json_lines(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json"])
-def test_a_null_in_a_list_is_a_bad_record_wherever_it_stands(name: str, tmp_path: Path) -> None:
+def test_a_null_in_a_list_is_a_bad_record_at_any_position(name: str, tmp_path: Path) -> None:
     for content in ('[null, {"question": "q"}]', '[{"question": "q"}, null]'):
         with pytest.raises(InputError, match=r"record [12]: a NoneType; expected an object"):
             read_questions(put(tmp_path / name, content))
@@ -104,7 +104,7 @@ def test_csv_cells_keep_commas_quotes_and_line_ends_and_name_the_line(tmp_path: 
         ("question,answers\nq?,Paris\n", "line 2: `answers` is str"),
         ("question,answers\nq?,\"['Lyon' 'Paris']\"\n", "line 2: `answers` holds strings without a comma"),
         ("question,answers\nq?,\"{'text': array(['Lyon'], dtype=object)}\"\n", "line 2: `answers` holds NumPy's print"),
-        ("question,question\nq?,r?\n", "line 1: two columns with one name"),
+        ("question,question\nq?,r?\n", "line 1: two columns with the same name"),
         ("question,is_impossible\nq?,perhaps\n", "line 2: `is_impossible` is 'perhaps'"),
         ("question,answer\nq?,\"['a', nan]\"\n", None),
         ("q?\t['Lyon' 'Paris']\n", "line 1: the second column holds strings without a comma"),
@@ -117,14 +117,14 @@ def test_csv_cells_keep_commas_quotes_and_line_ends_and_name_the_line(tmp_path: 
 )
 def test_a_bad_cell_is_refused(content: str, message: str | None, tmp_path: Path) -> None:
     file = put(tmp_path / "q.csv", content)
-    if message is None:  # no list: the answer as it stands
+    if message is None:  # not a list: the cell is the answer
         assert read_questions(file)[0].answers == ("['a', nan]",)
         return
     with pytest.raises(InputError, match=message):
         read_questions(file)
 
 
-def test_lists_whose_strings_hold_quotes_side_by_side_are_no_print_of_numpy(tmp_path: Path) -> None:
+def test_lists_whose_strings_hold_quotes_side_by_side_are_not_taken_for_numpys_print(tmp_path: Path) -> None:
     answers = ["it's 'a' 'b'", 'say "x" "y"', "c"]
     for cell in (repr(answers), json.dumps(answers)):
         with (tmp_path / "q.csv").open("w", newline="") as file:
@@ -132,7 +132,7 @@ def test_lists_whose_strings_hold_quotes_side_by_side_are_no_print_of_numpy(tmp_
         assert list(read_questions(tmp_path / "q.csv")[0].answers) == answers
 
 
-def test_topics_of_pyserini_are_an_id_and_a_question_which_quotes_nothing(tmp_path: Path) -> None:
+def test_pyserinis_topics_are_an_id_and_a_question_in_which_quotes_are_ordinary_characters(tmp_path: Path) -> None:
     file = put(tmp_path / "topics.tsv", '301\twho "is" it\n302\t"half\n')
     assert read_questions(file) == [Question("301", 'who "is" it'), Question("302", '"half')]
 
@@ -180,7 +180,7 @@ def test_a_string_of_parquet_that_is_not_utf_8_is_refused_by_its_row(tmp_path: P
         read_questions(tmp_path / "q.parquet")
 
 
-def test_rows_of_parquet_with_a_hundred_passages_each_are_in_memory_a_few_at_a_time(tmp_path: Path) -> None:
+def test_only_a_few_parquet_rows_with_a_hundred_passages_each_are_in_memory_at_a_time(tmp_path: Path) -> None:
     hard = [{"title": "t", "text": "x" * 700, "passage_id": str(n)} for n in range(100)]
     columns = {"question": ["q?"] * 600, "answers": [["a"]] * 600, "positive_ctxs": [hard] * 600}
     pq.write_table(pa.table(columns), tmp_path / "q.parquet")
@@ -193,7 +193,7 @@ def test_rows_of_parquet_with_a_hundred_passages_each_are_in_memory_a_few_at_a_t
     assert peak < 15e6, f"{peak:,} bytes; a record takes 0.1 MB"
 
 
-def test_gzip_that_is_cut_is_refused_and_gzip_of_parquet_too(tmp_path: Path) -> None:
+def test_cut_gzip_and_gzipped_parquet_are_refused(tmp_path: Path) -> None:
     lines = "".join(f'{{"question": "q{n}"}}\n' for n in range(2000))
     cells = "".join(f"q{n}?\t['a']\n" for n in range(2000))
     for name, content in (("q.jsonl.gz", lines), ("q.json.gz", lines), ("q.csv.gz", cells)):

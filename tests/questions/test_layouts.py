@@ -1,4 +1,4 @@
-"""Data sets' own layouts read to the same questions from every container, with the gold passages that the corpus has."""
+"""Each data set's layout gives the same questions in every container, with the gold passage ids of the corpus."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ HF_NQ = {
     },
 }
 TITLES = ("Cork", "Lee (river)")
-# Layout as it is named, a row of it, and the question that it is.
-# What Hugging Face's copy of KILT writes where an output has no provenance.
+# Hugging Face's copy of KILT writes this for an output without provenance.
 NOWHERE = {"wikipedia_id": "", "start_paragraph_id": -1, "end_paragraph_id": -1}
+# The layout's name, a row of it, and the expected question.
 CASES: dict[str, tuple[str, Row, Question]] = {
     "FlashRAG": ("FlashRAG", FLASH, Question("test_0", "q?", ("Lee", "river Lee"))),
     "KILT": ("KILT", KILT, Question("k1", "q?", ("Lee", "river Lee"), None, ("11:3", "11:4", "12:0"))),
@@ -215,15 +215,15 @@ CONTAINERS: dict[str, tuple[str, Callable[[list[Row]], bytes]]] = {
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_layout_reads_to_the_same_question_from_every_container(case: str, container: str, tmp_path: Path) -> None:
+def test_a_layout_gives_the_same_question_in_every_container(case: str, container: str, tmp_path: Path) -> None:
     layout, row, question = CASES[case]
-    name, written = CONTAINERS[container]
+    name, write = CONTAINERS[container]
     if container.startswith("Parquet") and case == "HotpotQA":
         pytest.skip("Parquet has no lists of a string and a number; Hugging Face's form is the other case")
-    (tmp_path / name).write_bytes(written([row]))
-    found = read_question_file(tmp_path / name)
-    assert found.questions == [question]
-    assert found.layout == layout
+    (tmp_path / name).write_bytes(write([row]))
+    file = read_question_file(tmp_path / name)
+    assert file.questions == [question]
+    assert file.layout == layout
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";"])
@@ -238,11 +238,11 @@ def test_csv_with_a_header_has_the_keys_as_columns_and_lists_as_text(case: str, 
     assert read_questions(file) == [question]
 
 
-def test_rows_of_several_layouts_in_one_file_are_each_read_by_their_own(tmp_path: Path) -> None:
+def test_a_file_may_mix_rows_of_several_layouts(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(as_lines([FLASH, HOTPOT, KILT]))
-    found = read_question_file(tmp_path / "q.jsonl")
-    assert [one.id for one in found.questions] == ["test_0", "h1", "k1"]
-    assert set(found.layout.split(" and ")) == {"FlashRAG", "HotpotQA", "KILT"}
+    file = read_question_file(tmp_path / "q.jsonl")
+    assert [question.id for question in file.questions] == ["test_0", "h1", "k1"]
+    assert set(file.layout.split(" and ")) == {"FlashRAG", "HotpotQA", "KILT"}
 
 
 def test_two_wiki_with_supporting_facts_as_rows(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_two_wiki_with_supporting_facts_as_rows(tmp_path: Path) -> None:
     ],
     ids=["KILT, empty", "KILT, none", "TriviaQA", "TriviaQA (Hugging Face)", "NQ", "FlashRAG"],
 )
-def test_a_test_set_with_hidden_answers_has_none_and_is_not_taken_for_unanswerable(row: Row, tmp_path: Path) -> None:
+def test_a_test_set_with_hidden_answers_has_no_answers_and_is_not_unanswerable(row: Row, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(as_lines([row, {"question": "other?", "answer": "a"}]))
     question = read_questions(tmp_path / "q.jsonl")[0]
     assert question.answers == ()
@@ -295,20 +295,24 @@ SQUAD_2 = {
 }  # fmt: skip
 
 
-def test_squad_2_marks_unanswerable_questions_and_plausible_answers_are_none(tmp_path: Path) -> None:
+def test_squad_2_marks_unanswerable_questions_and_plausible_answers_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "dev.json").write_text(json.dumps(SQUAD_2))
     questions = read_questions(tmp_path / "dev.json")
-    assert [(one.answers, one.is_impossible) for one in questions] == [(("Lee",), False), ((), True), ((), True)]
+    assert [(question.answers, question.is_impossible) for question in questions] == [
+        (("Lee",), False),
+        ((), True),
+        ((), True),
+    ]
 
 
-def test_an_empty_list_of_answers_means_unanswerable_only_where_other_questions_have_answers(tmp_path: Path) -> None:
+def test_an_empty_list_of_answers_means_unanswerable_only_if_other_questions_have_answers(tmp_path: Path) -> None:
     rows = [HF_SQUAD, HF_SQUAD | {"id": "s2", "answers": {"text": [], "answer_start": []}}]
     (tmp_path / "q.jsonl").write_bytes(as_lines(rows))
-    assert [one.is_impossible for one in read_questions(tmp_path / "q.jsonl")] == [False, True]
+    assert [question.is_impossible for question in read_questions(tmp_path / "q.jsonl")] == [False, True]
     (tmp_path / "q.jsonl").write_bytes(as_lines(rows[1:]))
-    assert [one.is_impossible for one in read_questions(tmp_path / "q.jsonl")] == [False]
+    assert [question.is_impossible for question in read_questions(tmp_path / "q.jsonl")] == [False]
     (tmp_path / "q.jsonl").write_bytes(as_lines([{"question": "a?", "answers": ["x"]}, {"question": "b?"}]))
-    assert [one.is_impossible for one in read_questions(tmp_path / "q.jsonl")] == [False, False]
+    assert [question.is_impossible for question in read_questions(tmp_path / "q.jsonl")] == [False, False]
 
 
 @pytest.mark.parametrize("titles", [[None, None], ["", "Cork"], ["Cork", "Cork"], ["article-2", None]])

@@ -1,4 +1,4 @@
-"""Questions: every known format reads to the same thing, and nothing is ever left out or guessed in silence."""
+"""Questions: every known format gives the same questions, and nothing is silently left out or guessed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nq_open_answers_may_be_a_string_or_a_list(tmp_path: Path) -> None:
     assert [question.answers for question in read_questions(file)] == [("a", "b"), ("c",)]
 
 
-def test_a_question_without_id_gets_its_line_even_where_another_took_that_number(tmp_path: Path) -> None:
+def test_a_question_without_id_gets_its_line_even_if_another_question_has_that_number_as_id(tmp_path: Path) -> None:
     file = put(tmp_path / "q.jsonl", '{"id": "2", "question": "1?"}\n{"question": "2?"}\n\n{"question": "4?"}\n')
     assert [(q.id, q.question) for q in read_questions(file)] == [("2", "1?"), ("line-2", "2?"), ("4", "4?")]
 
@@ -54,7 +54,7 @@ def test_dpr_csv_reads_what_dpr_wrote(tmp_path: Path) -> None:
 def test_dpr_csv_takes_a_json_list_and_runs_no_code(tmp_path: Path) -> None:
     assert read_questions(put(tmp_path / "q.csv", 'q\t["a\\/b", "\\ud83d\\ude00"]\n'))[0].answers == ("a/b", "😀")
     mark = tmp_path / "mark"
-    with pytest.raises(InputError, match="second column is no list"):
+    with pytest.raises(InputError, match="second column is not a list"):
         read_questions(put(tmp_path / "q.csv", f"q\t[open('{mark}', 'w').name]\n"))
     assert not mark.exists()
 
@@ -120,7 +120,7 @@ def test_contexts_without_scores_have_none(tmp_path: Path) -> None:
         ('{"question": "q", "type": 3}', "wrong type: type is int"),
         ('{"question": "q", "gold_passage_ids": "p"}', "`gold_passage_ids` is str"),
         ('{"question": "q", "gold_passage_ids": [null]}', "missing gold_passage_ids"),
-        ('{"question": "q", "ctxs": []}', "`ctxs` is no list of objects, or empty"),
+        ('{"question": "q", "ctxs": []}', "`ctxs` is not a list of objects, or is empty"),
         ('{"question": "q", "ctxs": [{"title": "T", "text": "t"}]}', "missing ctxs id"),
         ('{"question": "q", "ctxs": [{"id": "p", "text": ""}]}', "empty ctxs text"),
         ('{"question": "q", "ctxs": [{"id": "p", "text": "t", "score": NaN}]}', "ctxs score nan"),
@@ -148,7 +148,7 @@ def test_a_bad_line_stops_the_reading_with_file_line_and_what_was_found(
         ("only a question", "1 tab-separated columns"),
         ("q,['a']", "1 tab-separated columns"),
         ("q\t['a']\tx", "3 tab-separated columns"),
-        ("q\tParis", "second column is no list"),
+        ("q\tParis", "second column is not a list"),
         ("q\t['a', 3]", "wrong type: answers is int"),
         ("\t['a']", "empty question"),
         ("\"open\t['a']", "broken row"),
@@ -164,7 +164,11 @@ def test_a_bad_dpr_csv_row_stops_the_reading_with_its_line(tmp_path: Path, row: 
 
 @pytest.mark.parametrize(
     ("qa", "message"),
-    [("q", "a str; expected an object"), ({"id": "1"}, "missing question"), ({"answers": {"text": []}}, "no object")],
+    [
+        ("q", "a str; expected an object"),
+        ({"id": "1"}, "missing question"),
+        ({"answers": {"text": []}}, "not an object"),
+    ],
 )
 def test_a_bad_squad_question_is_named_by_its_paragraph(tmp_path: Path, qa: Any, message: str) -> None:
     with pytest.raises(InputError, match=rf"q\.json paragraph 'A#0' question 2: {message}"):
@@ -218,7 +222,7 @@ def test_written_questions_read_back_equal(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["q.jsonl"]
 
 
-def test_a_failed_write_leaves_the_older_file_and_no_rubbish(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     write_questions(QUESTIONS, file)
     broken = Question("x", "q", contexts=(Passage("p", "", "t"),), context_scores=(1.0, 2.0))
@@ -228,7 +232,7 @@ def test_a_failed_write_leaves_the_older_file_and_no_rubbish(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_is_replaced_whole_so_that_who_reads_the_older_one_is_not_disturbed(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_so_a_reader_of_the_older_file_is_not_disturbed(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     write_questions(QUESTIONS, file)
     before = file.read_text(encoding="utf-8")

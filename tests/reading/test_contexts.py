@@ -1,4 +1,4 @@
-"""Questions and passages joined: what is kept, what is cut, and what the generator is asked to write."""
+"""Contexts made of questions and passages: what is kept, what is cut, and the labels of answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def bart() -> BartTokenizer:
-    """Bytes and their merges: decoding loses nothing."""
+    """Byte-level BPE: decoding loses nothing."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -68,7 +68,7 @@ def t5() -> T5Tokenizer:
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> MarianTokenizer:
-    """Slow: it tells no offsets. It reads English and writes German, with other pieces of one vocabulary."""
+    """A slow tokenizer without offsets. It reads English and writes German, with other pieces of one vocabulary."""
     folder = tmp_path_factory.mktemp("marian")
     vocabulary = {"</s>": 0, "<unk>": 1}
     for side, texts in (("source", READ), ("target", WRITTEN)):
@@ -122,7 +122,7 @@ def test_a_named_template_is_kept_written_out_and_the_papers_is_the_default() ->
     with pytest.raises(ValidationError, match="one of the names bart, t5"):
         PromptConfig(template="T5")
     described = PromptConfig.model_fields["template"].description or ""
-    assert all(one in described for one in (*TEMPLATES, *TEMPLATES.values()))
+    assert all(name in described for name in (*TEMPLATES, *TEMPLATES.values()))
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_braces_inside_fields_stay_as_they_are(tokenizer) -> None:
     prompt = PromptConfig(template="{title} / {text} // {question}")
     passage = Passage("1", "a {question} {text} {0}", "set {x} {title} {question} }{ \\1 \\g<0>")
     ids_BKS = assemble_contexts(tokenizer, prompt, ["what is {title} {text} \\1?"], [[passage]], CPU).input_ids_BKS
-    wanted = "a {question} {text} {0} / set {x} {title} {question} }{ \\1 \\g<0> // what is {title} {text} \\1?"
-    assert ids_BKS[0, 0].tolist() == tokenizer(wanted)["input_ids"]
+    filled = "a {question} {text} {0} / set {x} {title} {question} }{ \\1 \\g<0> // what is {title} {text} \\1?"
+    assert ids_BKS[0, 0].tolist() == tokenizer(filled)["input_ids"]
 
 
 def test_labels_are_answer_tokens_and_end_without_start_padded_with_minus_100(tokenizer) -> None:
@@ -224,7 +224,7 @@ def test_answers_are_the_same_tokens_as_target_where_a_tokenizer_has_one_side(
     answers = ["France", "the river Rhone", "522,000", " Zürich ", ""]
     for answer, labels in zip(answers, answer_labels(one_side, answers, 64, CPU).tolist(), strict=True):
         expected = one_side(answer, add_special_tokens=False)["input_ids"]
-        assert [one for one in labels if one != -100] == [*expected, end_token_id(one_side)]
+        assert [label for label in labels if label != -100] == [*expected, end_token_id(one_side)]
 
 
 def test_a_tokenizer_with_two_sides_writes_with_the_targets_pieces(marian: MarianTokenizer) -> None:
@@ -233,12 +233,12 @@ def test_a_tokenizer_with_two_sides_writes_with_the_targets_pieces(marian: Maria
     assert pieces != marian.tokenize("Norwegen"), "both sides cut the word alike, so this test would show nothing"
     expected = [*(marian.encoder[piece] for piece in pieces), marian.eos_token_id]
     assert answer_labels(marian, ["Norwegen"], 32, CPU).tolist() == [expected]
-    # And it reads as before.
+    # The side that reads is unchanged.
     context = assemble_contexts(marian, PromptConfig(), QUESTIONS[:1], [PASSAGES[0][:1]], CPU).input_ids_BKS[0, 0]
     assert context.tolist() == marian(f"Lyon / {PASSAGES[0][0].text} // {QUESTIONS[0]}")["input_ids"]
 
 
-def test_answers_of_a_slow_tokenizer_are_decoded_without_knowing_places(marian: MarianTokenizer) -> None:
+def test_answers_of_a_slow_tokenizer_are_decoded_without_offsets(marian: MarianTokenizer) -> None:
     (labels,) = answer_labels(marian, ["Norwegen"], 32, CPU).tolist()
     assert SurfaceReader(marian)(labels[:-1], ["Oslo liegt in Norwegen."]) == "Norwegen"
 
@@ -284,20 +284,20 @@ EMOJI = {"title": "", "text": "👩‍👧" * 20, "question": "🇫🇷?", "room
 
 
 def _assembled(tokenizer: Any, template: str, case: dict[str, Any]) -> tuple[list[int], int] | None:
-    """Ids and number cut of one context, or nothing if the question does not fit."""
+    """The ids of one context and the number of cut contexts, or None if the question does not fit."""
     prompt = PromptConfig(template=template, max_context_tokens=case["room"])
     try:
         passages = [[Passage("1", case["title"], case["text"])]]
-        found = assemble_contexts(tokenizer, prompt, [case["question"]], passages, CPU)
+        result = assemble_contexts(tokenizer, prompt, [case["question"]], passages, CPU)
     except ConfigError:
         return None
-    assert (found.attention_mask_BKS == 1).all()
-    return found.input_ids_BKS[0, 0].tolist(), found.cut
+    assert (result.attention_mask_BKS == 1).all()
+    return result.input_ids_BKS[0, 0].tolist(), result.cut
 
 
 def _around(template: str, part: str, case: dict[str, Any]) -> tuple[str, str]:
-    """What stands before and after a part of the filled template."""
-    before, after = (one.format(**case) for one in template.split(part))
+    """The text before and after a part of the filled template."""
+    before, after = (side.format(**case) for side in template.split(part))
     return before, after
 
 
@@ -317,15 +317,15 @@ def test_only_tokens_at_the_end_of_the_text_are_ever_dropped(
         whole = fast(filled, return_offsets_mapping=True, return_special_tokens_mask=True)
         full, spans, special = (whole[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
         before, after = _around(template, "{text}", case)
-        found = _assembled(fast, template, case)
+        result = _assembled(fast, template, case)
         if len(full) <= room:
-            assert found == (full, 0)
+            assert result == (full, 0)
             return
-        if found is None:
-            # A token or two may reach from the text into what stands beside it.
+        if result is None:
+            # A token or two may reach from the text into its neighbours.
             assert len(fast(before + after)["input_ids"]) + 2 > room
             return
-        ids, cut = found
+        ids, cut = result
         assert (len(ids), cut) == (room, 1)
         start, end, excess = len(before), len(before) + len(case["text"]), len(full) - room
 
@@ -333,7 +333,7 @@ def test_only_tokens_at_the_end_of_the_text_are_ever_dropped(
             first, last = spans[place]
             return not special[place] and last <= end and not filled[first:start].strip()
 
-        # What was dropped is one run of the text's tokens, with none of the text's after it.
+        # The dropped tokens are consecutive, and the last tokens of the text.
         assert any(
             ids == full[:at] + full[at + excess :]
             and all(of_text(place) for place in range(at, at + excess))
@@ -360,15 +360,15 @@ def test_without_offsets_the_context_holds_a_prefix_of_the_text_and_one_characte
     @example(SPACES)
     @example(EMOJI)
     def holds(case: dict[str, Any]) -> None:
-        found, room = _assembled(marian, template, case), case["room"]
+        result, room = _assembled(marian, template, case), case["room"]
         lengths = range(len(case["text"]) + 1)
         prefixes = [marian(template.format(**case | {"text": case["text"][:n]}))["input_ids"] for n in lengths]
         if len(prefixes[-1]) <= room:
-            assert found == (prefixes[-1], 0)
-        elif found is None:
+            assert result == (prefixes[-1], 0)
+        elif result is None:
             assert len(prefixes[0]) > room
         else:
-            ids, cut = found
+            ids, cut = result
             assert cut == 1
             assert len(ids) <= room
             assert ids[-1] == marian.eos_token_id
@@ -381,7 +381,7 @@ def test_without_offsets_the_context_holds_a_prefix_of_the_text_and_one_characte
 
 def test_each_cut_context_of_a_batch_counts_once(tokenizer, marian: MarianTokenizer) -> None:
     passages_BK = [[LONG, PASSAGES[0][0], LONG], [PASSAGES[1][0], LONG, PASSAGES[1][0]]]
-    for one in (tokenizer, marian):
-        contexts = assemble_contexts(one, PromptConfig(max_context_tokens=100), QUESTIONS, passages_BK, CPU)
+    for each_tokenizer in (tokenizer, marian):
+        contexts = assemble_contexts(each_tokenizer, PromptConfig(max_context_tokens=100), QUESTIONS, passages_BK, CPU)
         assert contexts.cut == 3
         assert (contexts.attention_mask_BKS.sum(2) > 90).tolist() == [[True, False, True], [False, True, False]]

@@ -1,4 +1,4 @@
-"""What makes decoding and training fast changes no result: packed weights, groups of contexts, candidates that leave early.
+"""Fast paths do not change results: packed weights, groups of contexts, candidates that are dropped early.
 
 Legend: B questions, K passages per question, N contexts, S context tokens, T answer tokens, V vocabulary.
 """
@@ -28,10 +28,10 @@ def test_fewer_answers_of_rag_sequence_are_the_first_of_more() -> None:
         settings = {"num_beams": 4, "max_new_tokens": 6}
         some = decode_rag_sequence(model, *contexts, num_return_sequences=1, **settings)
         more = decode_rag_sequence(model, *contexts, num_return_sequences=4, **settings)
-        for (one,), several in zip(some, more, strict=True):
-            assert one.token_ids == several[0].token_ids
-            assert one.log_prob == pytest.approx(several[0].log_prob, abs=1e-9)
-            torch.testing.assert_close(one.doc_log_posterior, several[0].doc_log_posterior)
+        for (single,), several in zip(some, more, strict=True):
+            assert single.token_ids == several[0].token_ids
+            assert single.log_prob == pytest.approx(several[0].log_prob, abs=1e-9)
+            torch.testing.assert_close(single.doc_log_posterior, several[0].doc_log_posterior)
             fewer_candidates += len(several) > 1
     assert fewer_candidates > 60, "there must be other answers to leave out"
 
@@ -44,13 +44,13 @@ def test_fewer_answers_of_rag_token_are_the_first_of_more(length_penalty: float,
         model = tiny_bart(vocab_size=12, seed=seed)
         contexts = random_contexts(B=3, K=4, S=7, seed=seed, vocab_size=12)
         settings = {"length_penalty": length_penalty, "early_stopping": early_stopping}
-        found = {
-            wanted: decode_rag_token(
-                model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=wanted, **settings
+        by_number = {
+            requested: decode_rag_token(
+                model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=requested, **settings
             )
-            for wanted in (1, 2, 4)
+            for requested in (1, 2, 4)
         }
-        for one, two, four in zip(*found.values(), strict=True):
+        for one, two, four in zip(*by_number.values(), strict=True):
             assert [hypothesis.token_ids for hypothesis in (*one, *two)] == [
                 hypothesis.token_ids for hypothesis in (*four[:1], *four[:2])
             ]
@@ -72,11 +72,11 @@ def test_answers_that_cannot_win_are_not_read_to_their_end(decode: Any, monkeypa
 
     monkeypatch.setattr(PassageDecoder, "step", counted)
     read = []
-    for wanted in (1, 4):
+    for requested in (1, 4):
         rows.clear()
         for seed in range(10):
             model, contexts = tiny_bart(vocab_size=12, seed=seed), random_contexts(3, 4, 7, seed, vocab_size=12)
-            decode(model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=wanted)
+            decode(model, *contexts, num_beams=4, max_new_tokens=6, num_return_sequences=requested)
         read.append(sum(rows))
     assert read[0] < 0.95 * read[1], f"decoder rows for one answer and for four: {read}"
 
@@ -122,20 +122,22 @@ def test_gradients_with_onednn_equal_those_without(family: str, variant: Any, mo
     model = tiny_model(family, vocab_size=30, dtype=torch.float32)
     contexts = random_contexts(B=3, K=2, S=9, seed=3, vocab_size=30, dtype=torch.float32)
     labels_BT = torch.tensor([[5, 6, 2, -100], [7, 2, -100, -100], [8, 9, 10, 2]])
-    found = []
+    gradients = []
     for without in (False, True):
         if without:
             monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         model.zero_grad()
         rag_nll(model, *contexts, labels_BT, variant=variant).sum().backward()
-        found.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
+        gradients.append(
+            {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_in_bfloat16_too_a_token_is_scored_without_seeing_later_ones(family: str) -> None:
+def test_in_bfloat16_a_token_is_scored_without_seeing_later_ones(family: str) -> None:
     model = tiny_model(family, vocab_size=12, dtype=torch.float32)
     ids_BKS, mask_BKS, _ = random_contexts(B=3, K=1, S=7, seed=1, vocab_size=12)
     labels_NT = torch.tensor([[5, 6, 7, 8, 9, 10]] * 3)

@@ -1,4 +1,4 @@
-"""The longest context and answer of each family run through the model; one token more is refused beforehand."""
+"""The longest context and answer of each family run through the model; one more token is refused before the run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DECODE: dict[str, Any] = {"num_beams": 2}
 
 
 def contexts_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two contexts of so many tokens for one question, and their scores."""
+    """Two contexts of `tokens` tokens each for one question, and their scores."""
     ids_BKS = torch.randint(3, 6, (1, 2, tokens), generator=torch.Generator().manual_seed(0))
     return ids_BKS, torch.ones_like(ids_BKS), torch.zeros(1, 2, dtype=torch.float64)
 
@@ -63,7 +63,7 @@ def test_the_longest_context_is_read_and_one_token_more_is_refused(build: str) -
     for decode in (decode_rag_sequence, decode_rag_token):
         with pytest.raises(ConfigError, match=refusal):
             decode(generator, *contexts_of(limit + 1), max_new_tokens=4, **DECODE)
-    # What is refused would not have run.
+    # The refused length would indeed fail in the model.
     with pytest.raises((IndexError, RuntimeError)):
         generator.get_encoder()(input_ids=contexts_of(limit + 1)[0][0])
 
@@ -138,7 +138,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return encoder, make_generator(folder / "generator", encoder)
 
 
-def test_lengths_that_are_set_are_refused_when_a_model_is_put_together(parts: tuple[Path, Path]) -> None:
+def test_explicit_lengths_beyond_the_positions_are_refused_when_a_model_is_made(parts: tuple[Path, Path]) -> None:
     for name, words in (("max_context_tokens", "encoder"), ("max_answer_tokens", "decoder")):
         whole = PROMPT.model_copy(update={name: 64})
         RagModel.from_parts(model_config(*parts).model_copy(update={"prompt": whole}))
@@ -154,7 +154,7 @@ def test_lengths_that_are_set_are_refused_when_a_model_is_put_together(parts: tu
             GeneratorReader(generator, tokenizer, long)
 
 
-def test_lengths_that_nobody_set_are_lowered_to_what_the_generator_can_read(parts: tuple[Path, Path]) -> None:
+def test_default_lengths_are_lowered_to_what_the_generator_can_read(parts: tuple[Path, Path]) -> None:
     prompt = PromptConfig(template="{text} // {question}")
     model = RagModel.from_parts(model_config(*parts).model_copy(update={"prompt": prompt}))
     assert model.settings.prompt.max_context_tokens == model.reader.prompt.max_context_tokens == 64
@@ -187,7 +187,10 @@ def test_another_models_tokenizer_is_refused_when_the_generator_is_loaded(
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {f"word{number}": 900 + number for number in range(3)}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"tokens up to id 902, but the model has embeddings for \d+: it is another"):
+    with pytest.raises(
+        ConfigError,
+        match=r"tokens up to id 902, but the model has embeddings for only \d+, so the tokenizer is another",
+    ):
         load_generator(folder)
 
 

@@ -60,9 +60,9 @@ def paper_nll(logits_BKTV: Tensor, doc_scores_BK: Tensor, labels_BT: Tensor, var
 def test_loss_equals_the_papers_formula(variant: str, seed: int) -> None:
     logits_BKTV, doc_scores_BK, labels_BT = random_case(seed=seed)
     expected = torch.tensor(paper_nll(logits_BKTV, doc_scores_BK, labels_BT, variant), dtype=torch.float64)
-    found = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    actual = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     single = NLL[variant](logits_BKTV.float(), doc_scores_BK.float(), labels_BT)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=0)
@@ -136,15 +136,15 @@ def test_huge_logits_and_one_sure_passage_keep_loss_and_gradients_finite(variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ignored_labels_count_nothing_wherever_they_are(variant: str) -> None:
+def test_ignored_labels_add_nothing_wherever_they_are(variant: str) -> None:
     logits_BKTV, doc_scores_BK, labels_BT = random_case()
     labels_BT[0, 0] = labels_BT[0, 2] = labels_BT[1, 4] = -100
     labels_BT[2] = -100
-    found_B = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
+    actual_B = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
     expected = torch.tensor(paper_nll(logits_BKTV, doc_scores_BK, labels_BT, variant), dtype=torch.float64)
-    torch.testing.assert_close(found_B, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(actual_B, expected, rtol=0, atol=1e-10)
     other_B = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT.masked_fill(labels_BT == -100, 999), ignore_index=999)
-    assert torch.equal(other_B, found_B)
+    assert torch.equal(other_B, actual_B)
     logits_BKTV.requires_grad_()
     NLL[variant](logits_BKTV, doc_scores_BK, labels_BT).sum().backward()
     assert logits_BKTV.grad is not None
@@ -157,9 +157,9 @@ def test_absent_passage_counts_as_probability_zero(variant: str) -> None:
     without_B = NLL[variant](logits_BKTV[:, 1:], doc_scores_BK[:, 1:], labels_BT)
     doc_scores_BK[:, 0] = float("-inf")
     doc_scores_BK.requires_grad_()
-    found_B = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
-    torch.testing.assert_close(found_B.detach(), without_B, rtol=0, atol=1e-12)
-    found_B.sum().backward()
+    actual_B = NLL[variant](logits_BKTV, doc_scores_BK, labels_BT)
+    torch.testing.assert_close(actual_B.detach(), without_B, rtol=0, atol=1e-12)
+    actual_B.sum().backward()
     assert doc_scores_BK.grad is not None
     assert doc_scores_BK.grad.isfinite().all()
 
@@ -168,12 +168,12 @@ def test_absent_passage_counts_as_probability_zero(variant: str) -> None:
 def test_half_precision_logits_are_accumulated_in_float32(variant: str) -> None:
     logits_BKTV, doc_scores_BK, labels_BT = random_case(T=8, V=5000)
     half_BKTV = logits_BKTV.bfloat16().requires_grad_()
-    found_B = NLL[variant](half_BKTV, doc_scores_BK.bfloat16(), labels_BT)
-    assert found_B.dtype == torch.float32
+    actual_B = NLL[variant](half_BKTV, doc_scores_BK.bfloat16(), labels_BT)
+    assert actual_B.dtype == torch.float32
     exact_BKTV = half_BKTV.detach().double().requires_grad_()
     exact_B = NLL[variant](exact_BKTV, doc_scores_BK.bfloat16().double(), labels_BT)
-    torch.testing.assert_close(found_B.double(), exact_B, rtol=1e-6, atol=0)
-    found_B.sum().backward()
+    torch.testing.assert_close(actual_B.double(), exact_B, rtol=1e-6, atol=0)
+    actual_B.sum().backward()
     exact_B.sum().backward()
     assert half_BKTV.grad is not None
     assert half_BKTV.grad.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def test_half_precision_logits_are_accumulated_in_float32(variant: str) -> None:
 
 
 def separate_passes(model: Any, contexts: tuple[Tensor, Tensor, Tensor], labels: list[list[int]]) -> list[list[Tensor]]:
-    """Logits (T, V) of each question under each of its passages, one unpadded forward pass a pair."""
+    """Logits (T, V) of each question under each of its passages, one unpadded forward pass per pair."""
     input_ids_BKS, attention_mask_BKS, _ = contexts
     start = model.config.decoder_start_token_id
     return [
@@ -205,21 +205,21 @@ def test_rag_nll_equals_separate_unpadded_passes(family: str, variant: str) -> N
     end = end_token(model)
     labels = [[3, 5, 4, end], [end], [6, end]]
     labels_BT = torch.tensor([row + [-100] * (4 - len(row)) for row in labels])
-    found_B = rag_nll(model, *contexts, labels_BT, variant=variant)  # type: ignore[arg-type]
+    actual_B = rag_nll(model, *contexts, labels_BT, variant=variant)  # type: ignore[arg-type]
     logits = separate_passes(model, contexts, labels)
     for b, row in enumerate(labels):
         expected = paper_nll(torch.stack(logits[b])[None], contexts[2][b : b + 1], torch.tensor([row]), variant)
-        assert found_B[b].item() == pytest.approx(expected[0], abs=1e-10)
+        assert actual_B[b].item() == pytest.approx(expected[0], abs=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ignored_labels_inside_an_answer_are_read_as_padding_and_not_scored(variant: str) -> None:
     model = tiny_bart()
     contexts = random_contexts(B=1, K=2, S=6, seed=3)
-    found_B = rag_nll(model, *contexts, torch.tensor([[3, -100, 4, 2]]), variant=variant)  # type: ignore[arg-type]
+    actual_B = rag_nll(model, *contexts, torch.tensor([[3, -100, 4, 2]]), variant=variant)  # type: ignore[arg-type]
     logits = torch.stack(separate_passes(model, contexts, [[3, PAD, 4, 2]])[0])[None]
     expected = paper_nll(logits, contexts[2], torch.tensor([[3, -100, 4, 2]]), variant)
-    assert found_B.item() == pytest.approx(expected[0], abs=1e-10)
+    assert actual_B.item() == pytest.approx(expected[0], abs=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

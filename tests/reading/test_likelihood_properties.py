@@ -1,12 +1,12 @@
-"""Losses and gradients against the paper's formulas in plain Python floats, on chosen cases and on drawn ones.
+"""Losses and gradients against the paper's formulas in plain Python floats, on chosen and on random cases.
 
 With p(z) = softmax(s)_z and r_z the posterior of passage z, the derivatives of the negative log-likelihoods are
 
     RAG-Sequence    ∂/∂x_ztv = r_z  (p_zt(v) − [v = a_t])      ∂/∂s_z = p(z) − r_z
     RAG-Token       ∂/∂x_ztv = r_zt (p_zt(v) − [v = a_t])      ∂/∂s_z = Σ_t (p(z) − r_zt)
 
-where r_z = p(z|q,a) ∝ p(z) Π_t p_zt(a_t) and r_zt ∝ p(z) p_zt(a_t). Both are one formula over units: the whole answer is
-one unit of RAG-Sequence, each of its tokens one of RAG-Token.
+where r_z = p(z|q,a) ∝ p(z) Π_t p_zt(a_t) and r_zt ∝ p(z) p_zt(a_t). Both are one formula over units: the whole answer
+is one unit of RAG-Sequence, each of its tokens is one of RAG-Token.
 
 Legend: B questions, K passages per question, T answer tokens, V vocabulary, U units.
 """
@@ -63,8 +63,8 @@ def log_softmax(row: list[float]) -> list[float]:
 
 
 def paper(case: Case, variant: str, ignore_index: int = -100) -> tuple[Outcome, Tensor]:
-    """Loss and gradients by the formulas above; and for each document score Σ_u p(z) + r_zu, what its gradient is a
-    difference of."""
+    """Loss and gradients by the formulas above, and for each document score Σ_u p(z) + r_zu: its gradient is the
+    difference of these two terms."""
     nll_B, logits_grad_BKTV, scores_grad_BK, terms_BK = [], [], [], []
     for logits_KTV, scores, labels in zip(*(tensor.tolist() for tensor in case), strict=True):
         T, V = len(labels), len(logits_KTV[0][0])
@@ -102,22 +102,22 @@ def paper(case: Case, variant: str, ignore_index: int = -100) -> tuple[Outcome, 
 
 def assert_equals_the_paper(case: Case, variant: str, ignore_index: int = -100) -> None:
     """float64 to 1e-10; float32 to a relative 1e-5, element by element; half precision likewise, and its gradients
-    rounded once to their own type. A document score's gradient is a difference, and relative to its two terms."""
-    found = outcome(case, variant, ignore_index)
+    rounded once to their own type. A document score's gradient is a difference: its error is relative to both terms."""
+    actual = outcome(case, variant, ignore_index)
     expected, terms_BK = paper(case, variant, ignore_index)
     dtype = case.logits_BKTV.dtype
-    assert found.logits_grad_BKTV.dtype == found.scores_grad_BK.dtype == dtype
+    assert actual.logits_grad_BKTV.dtype == actual.scores_grad_BK.dtype == dtype
     if dtype == torch.float64:
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
         return
-    assert found.nll_B.dtype == torch.float32
-    torch.testing.assert_close(found.nll_B.double(), expected.nll_B, rtol=1e-5, atol=1e-14)
+    assert actual.nll_B.dtype == torch.float32
+    torch.testing.assert_close(actual.nll_B.double(), expected.nll_B, rtol=1e-5, atol=1e-14)
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     smallest = {torch.float16: 2.0**-25}.get(dtype, 1e-36)
     torch.testing.assert_close(
-        found.logits_grad_BKTV.double(), expected.logits_grad_BKTV, rtol=1e-5 + rounding, atol=smallest
+        actual.logits_grad_BKTV.double(), expected.logits_grad_BKTV, rtol=1e-5 + rounding, atol=smallest
     )
-    error_BK = (found.scores_grad_BK.double() - expected.scores_grad_BK).abs()
+    error_BK = (actual.scores_grad_BK.double() - expected.scores_grad_BK).abs()
     assert (error_BK <= 1e-5 * terms_BK + rounding * expected.scores_grad_BK.abs() + smallest).all()
 
 
@@ -162,7 +162,7 @@ def huge_logits() -> Case:
 
 
 def sure_tokens() -> Case:
-    """Labels 5 to 60 nats above the rest: the loss and the label's gradient are tiny, and 1 − p has no digit to spare."""
+    """Labels 5 to 60 nats above the rest: the loss and the label's gradient are tiny, and 1 − p loses all digits."""
     case = normal_case(seed=1)
     labels_BKT1 = case.labels_BT[:, None, :, None].expand(-1, 4, -1, -1)
     lead = torch.linspace(10, 60, 60, dtype=torch.float64).view(3, 4, 5, 1)
@@ -192,7 +192,7 @@ def test_loss_and_gradients_equal_the_papers_formulas(name: str, variant: str, d
 
 
 def numbers(dtype: torch.dtype, largest: float) -> list[st.SearchStrategy[float]]:
-    """Kinds of finite numbers up to `largest`: only the ends, everyday ones, any."""
+    """Kinds of finite numbers up to `largest`: extremes only, ordinary numbers, any."""
     ends = st.sampled_from([largest, -largest])
     few = st.sampled_from([0.0, 1.0, torch.finfo(dtype).tiny, 1e4, -1e4])
     return [ends, st.floats(-20, 20), st.one_of(st.floats(-largest, largest), few, ends)]
@@ -216,7 +216,7 @@ def cases(
         wide = torch.int64 if dtype == torch.int64 else torch.float64
         return torch.tensor(draw(st.lists(elements, min_size=n, max_size=n)), dtype=wide).to(dtype).view(shape)
 
-    # One kind a case: mixed freely, all passages would hardly ever meet an end at once.
+    # One kind per case: with a free mixture, all passages would hardly ever be extreme at once.
     logits, scores = (draw(st.sampled_from(numbers(dtype, largest))) for _ in range(2))
     scores_BK = tensor(scores, B, K, dtype=dtype)
     absent_BK = tensor(st.booleans(), B, K, dtype=torch.int64) == 1
@@ -238,15 +238,15 @@ def test_no_finite_input_gives_an_infinite_loss_or_gradient(
     variant: str, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     case, ignore_index = data.draw(cases(dtype, torch.finfo(dtype).max))
-    found = outcome(case, variant, ignore_index)
+    actual = outcome(case, variant, ignore_index)
     T = case.labels_BT.shape[1]
-    assert found.nll_B.isfinite().all()
-    assert found.nll_B.min() >= -1e-12
+    assert actual.nll_B.isfinite().all()
+    assert actual.nll_B.min() >= -1e-12
     # A comparison with NaN is false.
-    assert (found.logits_grad_BKTV.abs() <= 1).all()
-    assert (found.scores_grad_BK.abs() <= T).all()
-    assert (found.scores_grad_BK[case.doc_scores_BK == ABSENT] == 0).all()
-    assert (found.logits_grad_BKTV.transpose(1, 2)[case.labels_BT == ignore_index] == 0).all()
+    assert (actual.logits_grad_BKTV.abs() <= 1).all()
+    assert (actual.scores_grad_BK.abs() <= T).all()
+    assert (actual.scores_grad_BK[case.doc_scores_BK == ABSENT] == 0).all()
+    assert (actual.logits_grad_BKTV.transpose(1, 2)[case.labels_BT == ignore_index] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -274,7 +274,7 @@ def test_both_variants_agree_on_one_passage_and_on_one_token(sizes: dict[str, in
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_impossible_tokens_count_ten_to_the_thirty_and_only_they(variant: str, dtype: torch.dtype) -> None:
+def test_only_impossible_tokens_count_ten_to_the_thirty(variant: str, dtype: torch.dtype) -> None:
     top = torch.finfo(dtype).max
     labels_BT, score_11 = torch.tensor([[0, 1]]), torch.zeros(1, 1, dtype=dtype)
     beyond = outcome(Case(torch.tensor([[[[top, -top], [top, -top]]]], dtype=dtype), score_11, labels_BT), variant)

@@ -1,4 +1,4 @@
-"""What a batch of questions is answered from: the index, the file's own contexts, or nothing."""
+"""A batch of questions is answered from the index, from the file's own contexts, or closed-book."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> tuple[RagModel, PassageI
 
 
 def fid_file(folder: Path, *, scored: bool = True, bare_last: bool = False) -> Path:
-    """Two questions with contexts of their own, two and one."""
+    """A file with two questions: the first has two contexts of its own, the second has one."""
     contexts = [
         {"id": "x1", "title": "Lyon", "text": "Lyon is a city in Norway."},
         {"id": "x2", "title": "", "text": "About 522."},
@@ -53,7 +53,7 @@ def fid_file(folder: Path, *, scored: bool = True, bare_last: bool = False) -> P
     ]
     if scored:
         for row in rows:
-            row["ctxs"] = [dict(one, score=2.0 - place) for place, one in enumerate(row["ctxs"])]
+            row["ctxs"] = [dict(context, score=2.0 - rank) for rank, context in enumerate(row["ctxs"])]
     if bare_last:
         del rows[1]["ctxs"]
     file = folder / "fid.jsonl"
@@ -100,10 +100,10 @@ def test_answers_are_in_the_files_order_and_the_same_however_they_are_batched(
     together = answer_questions(*system, questions, config, done.append)
     alone = [answer_questions(*system, [question], config)[0] for question in questions]
     assert sum(done) == len(questions) > max(done)
-    assert [one.text for one in together] == [one.text for one in alone]
-    assert [one.log_prob for one in together] == pytest.approx([one.log_prob for one in alone], abs=1e-4)
-    assert [[read.passage for read in one.passages] for one in together] == [
-        [read.passage for read in one.passages] for one in alone
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert [answer.log_prob for answer in together] == pytest.approx([answer.log_prob for answer in alone], abs=1e-4)
+    assert [[read.passage for read in answer.passages] for answer in together] == [
+        [read.passage for read in answer.passages] for answer in alone
     ]
 
 
@@ -147,12 +147,14 @@ def test_the_manifest_counts_the_contexts_of_all_shards_and_those_that_were_cut(
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     tokenizer = RagModel.from_parts(model).generator_tokenizer
     lengths = [
-        len(tokenizer(f"{one['text']} // {row['question']}")["input_ids"]) for row in rows for one in row["passages"]
+        len(tokenizer(f"{passage['text']} // {row['question']}")["input_ids"])
+        for row in rows
+        for passage in row["passages"]
     ]
-    by_hand = sum(length > 18 for length in lengths)
-    assert 0 < by_hand < len(lengths)
-    counts = {"questions": len(QUESTIONS), "contexts": 3 * len(QUESTIONS), "contexts_cut": by_hand}
+    expected_cut = sum(length > 18 for length in lengths)
+    assert 0 < expected_cut < len(lengths)
+    counts = {"questions": len(QUESTIONS), "contexts": 3 * len(QUESTIONS), "contexts_cut": expected_cut}
     assert result.counts == open_artifact(tmp_path / "out", "predictions").counts == counts
     metrics = MlflowClient().get_run(result.run_id).data.metrics
-    assert metrics["contexts_cut_share"] == pytest.approx(by_hand / len(lengths))
-    assert metrics["count_contexts_cut"] == by_hand
+    assert metrics["contexts_cut_share"] == pytest.approx(expected_cut / len(lengths))
+    assert metrics["count_contexts_cut"] == expected_cut

@@ -1,4 +1,4 @@
-"""Scores on dev questions while a model is trained: over whom they are means, and what training is refused or spared."""
+"""Dev scores during training: over which questions they are means, and which dev files and settings are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.small_corpus import QUESTIONS, make_encoder, make_generator, 
 
 EXAMPLES = [Question(str(n), text, (answer,), kind, (gold,)) for n, (text, answer, gold, kind) in enumerate(QUESTIONS)]
 IMPOSSIBLE = Question("x", "who rules Lyon?", (), None, ("lyon:country",), is_impossible=True)
-# Matches every answer, since an untrained generator gives none that is right.
+# This pattern matches every answer, because an untrained generator gives no right ones.
 PATTERN = Question("r", "which country is Cork in?", (r".*",), answers_are="regex")
 FILE = Path("questions.jsonl")
 CONFIG = TrainConfig(optimizer=optimizer(4, precision="float32"))
@@ -73,19 +73,19 @@ def test_dev_scores_of_several_workers_are_those_of_one_though_shards_are_uneven
     objective, index = _objective(model, parts[2]).eval(), parts[2]
     questions = [*EXAMPLES[:3], PATTERN, replace(EXAMPLES[4], gold_passage_ids=())]
     expected = dev_scores(model, objective, index, questions, "token", CONFIG)
-    told: list[dict[str, float]] = []
+    sent: list[dict[str, float]] = []
 
-    def listen(values: dict[str, float]) -> dict[str, float]:
-        told.append(values)
+    def record(values: dict[str, float]) -> dict[str, float]:
+        sent.append(values)
         return values
 
-    monkeypatch.setattr("tasks.stages.train.sum_over_workers", listen)
+    monkeypatch.setattr("tasks.stages.train.sum_over_workers", record)
     for rank in range(workers):
         dev_scores(model, objective, index, questions[rank::workers], "token", CONFIG)
-    assert len({tuple(values) for values in told}) == 1, "what is added up must be the same, in the same order"
-    sums = {name: sum(values[name] for values in told) for name in told[0]}
-    found = {f"dev_{name}": value for name, value in means_of(sums).items()}
-    assert found == pytest.approx({name: value for name, value in expected.items() if "cut" not in name}, rel=1e-5)
+    assert len({tuple(values) for values in sent}) == 1, "all workers must send the same names in the same order"
+    sums = {name: sum(values[name] for values in sent) for name in sent[0]}
+    scores = {f"dev_{name}": value for name, value in means_of(sums).items()}
+    assert scores == pytest.approx({name: value for name, value in expected.items() if "cut" not in name}, rel=1e-5)
 
 
 def test_dev_questions_by_which_no_weights_can_be_chosen_are_refused() -> None:
@@ -105,9 +105,9 @@ def _file(questions: list[Question]) -> QuestionFile:
 
 
 def test_only_another_rule_than_the_published_one_makes_training_run_again() -> None:
-    former = {"rates", "optimizer", "eval_questions", "best_by"}
-    assert set(CONFIG.decisive()) == former
-    assert set(CONFIG.model_copy(update={"match": "characters"}).decisive()) == {*former, "match"}
+    names = {"rates", "optimizer", "eval_questions", "best_by"}
+    assert set(CONFIG.decisive()) == names
+    assert set(CONFIG.model_copy(update={"match": "characters"}).decisive()) == {*names, "match"}
 
 
 def _trained(parts: tuple[Path, Path, PassageIndex], rate: float, damaged: str = "", eval_every: int = 4) -> None:
@@ -123,7 +123,7 @@ def _trained(parts: tuple[Path, Path, PassageIndex], rate: float, damaged: str =
 
 
 @pytest.mark.parametrize(
-    ("rate", "eval_every", "told"),
+    ("rate", "eval_every", "message"),
     [
         (1e30, 4, r"at step 2: not finite: the question encoder's vectors\. The learning rate was 7\.5e\+29"),
         (
@@ -140,9 +140,9 @@ def _trained(parts: tuple[Path, Path, PassageIndex], rate: float, damaged: str =
     ],
 )
 def test_a_learning_rate_that_diverges_is_called_that_whichever_part_shows_it_first(
-    parts: tuple[Path, Path, PassageIndex], rate: float, eval_every: int, told: str
+    parts: tuple[Path, Path, PassageIndex], rate: float, eval_every: int, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^Training diverged {told}.*Lower the learning rates") as error:
+    with pytest.raises(ConfigError, match=rf"^Training diverged {message}.*Lower the learning rates") as error:
         _trained(parts, rate, eval_every=eval_every)
     assert "index" not in str(error.value)
 

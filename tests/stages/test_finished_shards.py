@@ -1,4 +1,4 @@
-"""A shard that was finished by a worker which was lost before it could say so is counted, not made again."""
+"""If a worker finishes a shard and is lost before it reports that, the shard is counted and not made again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def written(folder: Path) -> dict[str, int]:
+def times_written(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
@@ -38,9 +38,9 @@ def test_of_a_corpus(services: Path, folder: Path, tmp_path: Path) -> None:
     config = EmbedConfig(encoder=str(folder / "encoder"))
     with progress("embed-corpus", 9) as meter:
         first = [ShardEmbedder(config, str(tmp_path), False, meter)(shard) for shard in shards]
-        before = written(tmp_path)
+        before = times_written(tmp_path)
         assert [ShardEmbedder(config, str(tmp_path), False, meter)(shard) for shard in shards] == first == [4, 4, 1]
-    assert written(tmp_path) == before
+    assert times_written(tmp_path) == before
 
 
 def test_of_questions(services: Path, folder: Path, tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_of_questions(services: Path, folder: Path, tmp_path: Path) -> None:
     with progress("batch-infer", 8) as meter:
         arguments = model, lambda: PassageIndex.open(folder / "index"), *files, config, False, meter
         first = [QuestionAnswerer(*arguments)(number) for number in range(3)]
-        before = written(tmp_path)
+        before = times_written(tmp_path)
         assert [QuestionAnswerer(*arguments)(number) for number in range(3)] == first
     assert [count.contexts for count in first] == [9, 9, 6]
-    assert written(tmp_path) == before
+    assert times_written(tmp_path) == before

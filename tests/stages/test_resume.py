@@ -1,4 +1,4 @@
-"""Killed with signal 9, a stage goes on where it stopped: the output is that of an undisturbed run, row for row."""
+"""A stage killed with signal 9 resumes where it stopped; its output equals that of an undisturbed run, row for row."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ with_services(work, ray=True)(*sys.argv[1:])
 
 
 def start(work: str, folder: Path, *arguments: object, **environment: str) -> subprocess.Popen[bytes]:
-    """A process group of its own, as a command has in a terminal, with its servers unless `environment` names others."""
+    """Start `work` in its own process group, as a terminal does; `environment` may name servers to use."""
     command = [sys.executable, "-c", MAIN % work, *map(str, arguments)]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
@@ -63,20 +63,20 @@ def start(work: str, folder: Path, *arguments: object, **environment: str) -> su
 
 
 def finish(work: str, folder: Path, *arguments: object) -> str:
-    """Run it to its end; what it wrote since."""
+    """Run `work` to its end; return what it added to the log."""
     before = (folder / "log").stat().st_size if (folder / "log").exists() else 0
     assert start(work, folder, *arguments).wait(2 * WAIT_SECONDS) == 0, (folder / "log").read_text()
     return (folder / "log").read_bytes()[before:].decode()
 
 
 def kill_when_finished(parts: int, out: Path, pattern: str, process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the whole group as soon as so many parts of `out` are finished."""
+    """Send SIGKILL to the whole process group as soon as this many parts of `out` are finished."""
     end = time.monotonic() + WAIT_SECONDS
     while len(draft_files(out, pattern)) < parts:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < end, "it did not get that far"
         time.sleep(0.01)
-    # Ray's workers have groups of their own, and end when they find their driver gone.
+    # Ray's workers have their own process groups, and end when they notice that their driver is gone.
     workers = processes_below(process.pid, lambda name: "Worker" in name)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -105,8 +105,8 @@ def test_embedding_goes_on_after_its_process_group_was_killed_twice(tmp_path: Pa
         kill_when_finished(parts, out, "emb*.parquet", start(work, tmp_path, tmp_path / "corpus", out))
         assert not out.exists()
     finished = draft_files(out, "emb*.parquet")
-    said = finish(work, tmp_path, tmp_path / "corpus", out)
-    assert f"{50 * len(finished)} of 1500 were finished by a run that was stopped" in said
+    log = finish(work, tmp_path, tmp_path / "corpus", out)
+    assert f"an earlier run finished {50 * len(finished)} of 1500" in log
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished, (
         "finished shards are not made again"
     )
@@ -129,14 +129,14 @@ def test_answering_goes_on_after_its_process_group_was_killed(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "model")
     make_index(tmp_path, encoder)
     questions = tmp_path / "questions.jsonl"
-    asked = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(1600)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    rows = [{"id": str(n), "question": QUESTIONS[n % len(QUESTIONS)][0]} for n in range(1600)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     out, parts = tmp_path / "out", "part*.jsonl"
     arguments = tmp_path / "model", tmp_path / "index", questions
     kill_when_finished(10, out, parts, start(INFER, tmp_path, *arguments, out))
     finished = draft_files(out, parts)
-    said = finish(INFER, tmp_path, *arguments, out)
-    assert f"{16 * len(finished)} of 1600 were finished by a run that was stopped" in said
+    log = finish(INFER, tmp_path, *arguments, out)
+    assert f"an earlier run finished {16 * len(finished)} of 1600" in log
     finish(INFER, tmp_path, *arguments, tmp_path / "undisturbed")
     for name in ("predictions.jsonl", "predictions.parquet"):
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -159,14 +159,14 @@ def test_only_one_run_writes_at_a_place_and_the_other_is_told_who_does(tmp_path:
 
 def test_unfinished_work_is_kept_for_the_same_work_only(tmp_path: Path) -> None:
     def stopped(config: dict[str, int]) -> list[str]:
-        found: list[str] = []
+        resumed: list[str] = []
         stopping = contextlib.suppress(KeyboardInterrupt)
         with stopping, publish(tmp_path / "out", "thing", config=config, resume=True) as draft:
-            found += sorted(file.name for file in draft.folder.iterdir())
-            (draft.folder / f"part-{len(found)}").write_text("x")
+            resumed += sorted(file.name for file in draft.folder.iterdir())
+            (draft.folder / f"part-{len(resumed)}").write_text("x")
             (draft.folder / ".unfinished-1").write_text("half")
             raise KeyboardInterrupt
-        return found
+        return resumed
 
     assert [stopped({"seed": 1}) for _ in range(3)] == [[], ["part-0"], ["part-0", "part-1"]]
     assert stopped({"seed": 2}) == []

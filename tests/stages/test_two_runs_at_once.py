@@ -1,5 +1,4 @@
-"""Commands started on the same output, with their own Ray, two at the same moment: one works, the others wait or fail, as
-they were told."""
+"""Several commands write the same output at once, each with its own Ray: one works, the others wait or fail, as set."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from tests.stages.test_resume import EMBED, start
 
 pytestmark = [pytest.mark.chaos(short=False), pytest.mark.timeout(600)]
 
-# The first one's stage goes on when the test says so, however quick or busy the machine is.
+# The stage waits for the test's signal, so that the order does not depend on the speed of the machine.
 HELD_EMBED = (EMBED % MINILM).replace(
     "    embed_corpus(",
     """    import time
     import tasks.stages.embed_corpus as stage
-    at_once = stage.embed_on_ray
+    embed_on_ray = stage.embed_on_ray
 
     def held(*arguments):
         while not Path("../go-on").exists():
             time.sleep(0.1)
-        return at_once(*arguments)
+        return embed_on_ray(*arguments)
 
     stage.embed_on_ray = held
     embed_corpus(""",
@@ -51,30 +50,30 @@ def test_of_flow_runs_at_once_one_makes_the_artifact_one_waits_and_one_fails(tmp
         settings = {"RAG_WAIT_SECONDS": wait, "PREFECT_API_URL": prefect_url}
         runs[name] = start(HELD_EMBED, tmp_path / name, tmp_path / "corpus", out, **settings)
 
-    def told(name: str) -> bool:
+    def saw_other_run(name: str) -> bool:
         return HELD in (tmp_path / name / "log").read_text()
 
     try:
         begin("first", "500")
         begin("second", "500")
-        wait_until(lambda: told("first") or told("second"), *runs.values())
+        wait_until(lambda: saw_other_run("first") or saw_other_run("second"), *runs.values())
         begin("impatient", "0")
         assert runs["impatient"].wait(WAIT_SECONDS) != 0
-        assert told("impatient")
+        assert saw_other_run("impatient")
         (tmp_path / "go-on").touch()
         assert [runs[name].wait(WAIT_SECONDS) for name in ("first", "second")] == [0, 0]
-        assert sorted((told("first"), told("second"))) == [False, True]
+        assert sorted((saw_other_run("first"), saw_other_run("second"))) == [False, True]
     finally:
-        for one in runs.values():
-            if one.poll() is None:
-                os.killpg(one.pid, signal.SIGKILL)
+        for process in runs.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert verify(out).findings == []
     assert sorted(path.name for path in tmp_path.glob(".out*")) == [".out.mlflow-run"]
 
 
-def wait_until(true: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + WAIT_SECONDS
-    while not true():
+    while not condition():
         assert all(process.poll() is None for process in processes)
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -2,8 +2,8 @@
 
     python -m tests.storage.make_v1_samples FOLDER
 
-They are made once and kept: `tests/storage/test_v1_samples.py` reads the stored ones for ever. Run this again only to add a kind,
-and never over the stored samples: what was written then is what has to be read.
+They are made once and kept: `tests/storage/test_v1_samples.py` reads the stored samples for ever. Run this again only
+to add a kind, and never overwrite the stored samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rag_core.storage.artifact import fingerprint_of_files, publish
 from rag_core.storage.inputs import input_paths
 from tests.support.small_corpus import make_encoder, make_generator, make_index, model_config, write_questions_jsonl
 
-# So small that weights are a few kilobytes, and what they answer is nonsense, but always the same.
+# The weights are a few kilobytes. The answers are nonsense, but always the same.
 HIDDEN_SIZE = 8
 DECODING = DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=2, precision="float32")
 
@@ -41,15 +41,15 @@ def make_samples(folder: Path) -> None:
     model.settings.variant = "token"
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
     model.save_pretrained(folder / "rag-model", config={"variant": "token"})
-    asked = read_questions(questions)
+    rows_read = read_questions(questions)
     made_from = {
         "model": model.fingerprint(),
         "index": index.manifest.fingerprint,
         "questions": fingerprint_of_files([questions]),
     }
     loaded = RagModel.from_pretrained(folder / "rag-model")
-    answers = loaded.answer([one.question for one in asked], index, decoding=DECODING)
-    rows = [prediction_row(question, answer) for question, answer in zip(asked, answers, strict=True)]
+    answers = loaded.answer([row.question for row in rows_read], index, decoding=DECODING)
+    rows = [prediction_row(question, answer) for question, answer in zip(rows_read, answers, strict=True)]
     config = {"decoding": json.loads(DECODING.model_dump_json())}
     with publish(folder / "predictions", "predictions", config=config, made_from=made_from) as draft:
         write_part(rows, draft.folder / "part.jsonl")

@@ -1,4 +1,4 @@
-"""Publishing and opening artifacts: what a reader may rely on, whatever happens to the writer or the disk."""
+"""Publishing and opening artifacts: a reader never sees half an artifact, whatever happens to writer or disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_is_published_can_be_opened_with_its_counts_and_files(tmp_path: Pat
     assert manifest.files["part/data.txt"].bytes == 3
 
 
-def test_publishing_is_atomic_nothing_stands_at_the_target_before_the_end(tmp_path: Path) -> None:
+def test_publishing_is_atomic_nothing_is_at_the_target_before_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with publish(out, "thing") as draft:
         (draft.folder / "data.txt").write_text("x")
@@ -38,7 +38,7 @@ def test_publishing_is_atomic_nothing_stands_at_the_target_before_the_end(tmp_pa
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_the_older_artifact_and_no_rubbish(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_leaves_the_older_artifact_and_no_leftovers(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(out: Path) -> None:
         with publish(out, "thing") as draft:
             (draft.folder / "data.txt").write_text("half")
@@ -51,7 +51,7 @@ def test_an_exception_leaves_the_older_artifact_and_no_rubbish(tmp_path: Path, e
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_exception_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
+def test_an_exception_of_a_first_publish_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), publish(tmp_path / "out", "thing"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -127,7 +127,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
         open_artifact(tmp_path / "out", "thing")
 
 
-def test_no_folder_no_manifest_and_a_broken_manifest_are_told_apart(tmp_path: Path) -> None:
+def test_no_folder_no_manifest_and_a_broken_manifest_have_different_messages(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such folder"):
         open_artifact(tmp_path / "nowhere", "thing")
     with pytest.raises(ArtifactError, match=f"it has no {MANIFEST}"):
@@ -149,11 +149,11 @@ def test_the_key_finds_the_same_work_and_no_other(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_work(tmp_path: Path) -> None:
-    one = make(tmp_path / "a", config={"x": "1"})
+    first = make(tmp_path / "a", config={"x": "1"})
     same = make(tmp_path / "b", config={"x": "2"})
     other = make(tmp_path / "c", "two", config={"x": "1"})
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert one.key == other.key != same.key
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert first.key == other.key != same.key
 
 
 def test_the_fingerprint_of_sources_ignores_their_names_but_not_their_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the disk refuses, a message says so and what stood before still stands: full, read-only, links that lead out."""
+"""If the disk refuses a write (full, read-only, links that lead out), a message says so; the older artifact stands."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_safetensors(file: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_parquet, write_faiss, write_safetensors])
-def test_a_full_disk_is_named_and_the_former_artifact_stands(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_is_named_and_the_older_artifact_stands(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with mounted(tmp_path / "small") as small:
         make(small / "out")
         with (
@@ -74,10 +74,10 @@ def test_a_full_disk_is_named_and_the_former_artifact_stands(write, tmp_path: Pa
         assert open_artifact(small / "out", "thing")
         assert (small / "out" / "data").read_bytes() == b"first"
         assert [path.name for path in small.iterdir()] == ["out"]
-        make(small / "out", b"when there is room again")
+        make(small / "out", b"after space was freed")
 
 
-def test_finished_parts_outlive_a_full_disk(tmp_path: Path) -> None:
+def test_finished_parts_survive_a_full_disk(tmp_path: Path) -> None:
     with mounted(tmp_path / "small") as small:
 
         def write_parts(sizes: list[int]) -> None:
@@ -92,7 +92,7 @@ def test_finished_parts_outlive_a_full_disk(tmp_path: Path) -> None:
             assert [path.name for path in draft.folder.iterdir()] == ["part-0"]
 
 
-def test_a_read_only_place_is_named_and_the_former_artifact_stands(tmp_path: Path) -> None:
+def test_a_read_only_place_is_named_and_the_older_artifact_stands(tmp_path: Path) -> None:
     with mounted(tmp_path / "small") as small:
         make(small / "out")
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
@@ -102,7 +102,7 @@ def test_a_read_only_place_is_named_and_the_former_artifact_stands(tmp_path: Pat
         assert open_artifact(small / "out", "thing")
 
 
-def test_an_input_that_may_not_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+def test_an_unreadable_input_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), publish(tmp_path / "here" / "out", "thing"):
         raise PermissionError(13, "Permission denied", "/elsewhere/input")
 
@@ -131,7 +131,7 @@ def test_a_draft_that_is_a_link_is_replaced_and_nothing_is_written_through_it(tm
     assert open_artifact(tmp_path / "out", "thing")
 
 
-def test_a_place_that_is_a_link_is_written_where_it_leads_and_stays_a_link(tmp_path: Path) -> None:
+def test_publishing_at_a_link_writes_its_target_and_keeps_the_link(tmp_path: Path) -> None:
     (tmp_path / "large disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "large disk" / "out")
     for content in (b"first", b"second"):

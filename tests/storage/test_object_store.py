@@ -1,4 +1,4 @@
-"""Artifacts at s3://: as whole, as checked and as exclusive as local ones. Against a real server process."""
+"""Artifacts at s3:// keep the guarantees of local ones: whole, checked, one writer. Uses a real server process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from pydantic import BaseModel
 from rag_core.corpus.corpus import Corpus, CorpusConfig, write_corpus
 from rag_core.errors import ArtifactError, ConfigError, InputError
 from rag_core.questions.questions import files_of_questions, read_questions
-from rag_core.storage import object_store
-from rag_core.storage import stored_artifact as stored_artifact
+from rag_core.storage import object_store, stored_artifact
 from rag_core.storage.artifact import find_finished, finish_publishing, local_file, open_artifact, publish
 from rag_core.storage.places import ArtifactPath, ObjectPath, absolute, as_place
 from rag_core.storage.stored_artifact import work_folder
@@ -43,14 +42,14 @@ def place(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in {**server, "RAG_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
     object_store._filesystem_of.cache_clear()
-    found = as_place(f"s3://{BUCKET}/{tmp_path.name}/out")
-    assert isinstance(found, ObjectPath)
-    return found
+    place = as_place(f"s3://{BUCKET}/{tmp_path.name}/out")
+    assert isinstance(place, ObjectPath)
+    return place
 
 
 @pytest.fixture
 def s3(server: dict[str, str], place: ObjectPath) -> Any:
-    """A client of its own for looking at what is there and for damaging it."""
+    """A separate client to list and damage objects."""
     return boto3.client("s3")
 
 
@@ -63,12 +62,12 @@ def make(place: Path, files: dict[str, str], **settings: Any) -> None:
 
 
 def keys(s3: Any, place: ObjectPath) -> list[str]:
-    found = s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix + "/").get("Contents", [])
-    return sorted(one["Key"].removeprefix(place.prefix + "/") for one in found)
+    objects = s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix + "/").get("Contents", [])
+    return sorted(item["Key"].removeprefix(place.prefix + "/") for item in objects)
 
 
 def contents(place: Path) -> dict[str, str]:
-    """What a machine reads that has no copy yet."""
+    """Texts of the artifact's files by name, read through the cache."""
     from rag_core.storage.artifact import local_copy
 
     folder = local_copy(place)
@@ -84,12 +83,12 @@ def test_a_place_keeps_its_two_slashes_through_paths_settings_and_workers() -> N
     class Settings(BaseModel):
         out: ArtifactPath
 
-    for spelt in ("s3://bucket/a/b", Path("s3://bucket/a/b"), Path("s3:/bucket/a/b"), ObjectPath("s3://bucket/a/b")):
-        found = Settings.model_validate({"out": spelt}).out
-        assert isinstance(found, ObjectPath)
-        assert (str(found / "c"), found.bucket, found.prefix) == ("s3://bucket/a/b/c", "bucket", "a/b")
-        assert str(Path(absolute(Path(str(found))))) == "s3:/bucket/a/b"
-        assert absolute(spelt) == str(found.parent / "b") == "s3://bucket/a/b"
+    for spelling in ("s3://bucket/a/b", Path("s3://bucket/a/b"), Path("s3:/bucket/a/b"), ObjectPath("s3://bucket/a/b")):
+        out = Settings.model_validate({"out": spelling}).out
+        assert isinstance(out, ObjectPath)
+        assert (str(out / "c"), out.bucket, out.prefix) == ("s3://bucket/a/b/c", "bucket", "a/b")
+        assert str(Path(absolute(Path(str(out))))) == "s3:/bucket/a/b"
+        assert absolute(spelling) == str(out.parent / "b") == "s3://bucket/a/b"
     assert Settings.model_validate_json('{"out": "s3://bucket/a"}').model_dump_json() == '{"out":"s3://bucket/a"}'
     assert Settings(out=Path("runs/s3")).out == Path("runs/s3")
 
@@ -145,7 +144,7 @@ def test_a_cut_and_a_missing_object_are_named(
     make(place, {"data.txt": "one"})
     if not copy:
         another_machine(monkeypatch, tmp_path / "elsewhere")
-    (key,) = [f"{place.prefix}/{one}" for one in keys(s3, place) if one != "manifest.json"]
+    (key,) = [f"{place.prefix}/{name}" for name in keys(s3, place) if name != "manifest.json"]
     s3.put_object(Bucket=place.bucket, Key=key, Body=b"on")
     with pytest.raises(ArtifactError, match=rf"s3://{BUCKET}/.*data\.txt has 2 bytes, the manifest says 3.*rag verify"):
         open_artifact(place, "thing")
@@ -160,15 +159,15 @@ def test_a_changed_object_of_the_same_size_is_named(
 ) -> None:
     make(place, {"data.txt": "one"})
     another_machine(monkeypatch, tmp_path / "elsewhere")
-    (key,) = [f"{place.prefix}/{one}" for one in keys(s3, place) if one != "manifest.json"]
+    (key,) = [f"{place.prefix}/{name}" for name in keys(s3, place) if name != "manifest.json"]
     s3.put_object(Bucket=place.bucket, Key=key, Body=b"two")
     with pytest.raises(ArtifactError, match=r"data\.txt was changed since it was published"):
         open_artifact(place, "thing")
     make(place, {"data.txt": "one"})
-    assert contents(place) == {"data.txt": "one"}, "publishing the same again mends it"
+    assert contents(place) == {"data.txt": "one"}, "publishing the same again repairs it"
 
 
-def test_a_reader_that_meets_a_replaced_artifact_looks_once_more(
+def test_a_reader_whose_artifact_was_replaced_reads_the_new_one(
     place: ObjectPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(place, {"data.txt": "one"})
@@ -185,18 +184,18 @@ import os, signal, sys, time
 from pathlib import Path
 from rag_core.storage.artifact import find_finished, finish_publishing, publish
 from rag_core.errors import ArtifactError
-from rag_core.storage import stored_artifact as stored_artifact
+from rag_core.storage import stored_artifact
 place, text, go, files, last = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 upload = stored_artifact.upload
 
-def upload_the_last_one(*given):
+def upload_until_killed(*arguments):
     global last
-    upload(*given)
+    upload(*arguments)
     last -= 1
     if not last:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stored_artifact.upload = upload_the_last_one
+stored_artifact.upload = upload_until_killed
 try:
     if not (find_finished(place, "thing", {}, {}) or finish_publishing(place, "thing", {}, {})):
         with publish(place, "thing", resume=True) as draft:
@@ -215,7 +214,7 @@ except ArtifactError as error:
 def start(
     place: ObjectPath, text: str, go: Path, files: int, cache: Path, killed_after: int = 0
 ) -> subprocess.Popen[str]:
-    """A process that publishes once `go` is there, and is killed after so many uploads."""
+    """A process that publishes as soon as `go` exists, and is killed after `killed_after` uploads (0: never)."""
     command = [sys.executable, "-c", PUBLISHER, str(place), text, str(go), str(files), str(killed_after)]
     environment = os.environ | {"RAG_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -229,27 +228,28 @@ def wait_for(condition: Any, seconds: float = 240) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replacing"])
-def test_of_two_publishers_at_once_exactly_one_wins_and_the_other_names_it(
+def test_one_of_two_simultaneous_publishers_wins_and_the_other_names_it(
     place: ObjectPath, s3: Any, there: bool, tmp_path: Path
 ) -> None:
     if there:
         make(place, {"data.txt": "older"}, config={"other": "work"})
     go = tmp_path / "go"
-    both = [start(place, text, go, 3, tmp_path / text) for text in ("left", "right")]
+    publishers = [start(place, text, go, 3, tmp_path / text) for text in ("left", "right")]
     wait_for(lambda: all(Path(f"{go}.{text}").exists() for text in ("left", "right")))
     go.touch()
-    said = [one.communicate(timeout=240)[0] for one in both]
-    assert sorted(one.returncode for one in both) == [0, 2], said
-    (winner,) = [text for one, text in zip(both, ("left", "right"), strict=True) if one.returncode == 0]
-    (refusal,) = [text for one, text in zip(both, said, strict=True) if one.returncode == 2]
+    outputs = [publisher.communicate(timeout=240)[0] for publisher in publishers]
+    codes = [publisher.returncode for publisher in publishers]
+    assert sorted(codes) == [0, 2], outputs
+    (winner,) = [text for code, text in zip(codes, ("left", "right"), strict=True) if code == 0]
+    (refusal,) = [output for code, output in zip(codes, outputs, strict=True) if code == 2]
     assert contents(place) == {f"part-{number:03}": winner * 1000 for number in range(3)}
     fingerprint = open_artifact(place, "thing").fingerprint[:16]
     assert f"{place} was published by another run in the meantime (the artifact there is {fingerprint}" in refusal
-    # The loser's command, run again, finds the same work done.
+    # If the loser's command is run again, it finds the same work done.
     assert find_finished(place, "thing", {}, {}) is not None
 
 
-def test_an_upload_that_was_killed_goes_on_with_what_is_missing(place: ObjectPath, s3: Any, tmp_path: Path) -> None:
+def test_a_killed_upload_continues_with_the_missing_files(place: ObjectPath, s3: Any, tmp_path: Path) -> None:
     go = tmp_path / "go"
     go.touch()
     process = start(place, "x", go, 20, tmp_path / "cache", killed_after=5)
@@ -262,8 +262,9 @@ def test_an_upload_that_was_killed_goes_on_with_what_is_missing(place: ObjectPat
         open_artifact(place, "thing")
     assert work_folder(place).is_dir(), "what was made is kept"
     assert finish_publishing(place, "thing", {}, {}) is not None, "nothing is made again"
-    later = {one["Key"]: one for one in s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix)["Contents"]}
-    assert [later[one["Key"]]["LastModified"] for one in stored] == [one["LastModified"] for one in stored]
+    objects = s3.list_objects_v2(Bucket=place.bucket, Prefix=place.prefix)["Contents"]
+    modified = {item["Key"]: item["LastModified"] for item in objects}
+    assert [modified[item["Key"]] for item in stored] == [item["LastModified"] for item in stored]
     assert contents(place) == {f"part-{number:03}": "x" * 1000 for number in range(20)}
     assert not work_folder(place).exists()
 
@@ -286,7 +287,7 @@ def test_a_split_of_beir_is_read_from_a_store_with_its_queries(place: ObjectPath
     assert [file.name for file in files_of_questions(place / "qrels/test.tsv")] == ["test.tsv", "queries.jsonl.gz"]
 
 
-def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewhere_is_refused(
+def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_out_of_it_is_refused(
     place: ObjectPath, s3: Any, tmp_path: Path
 ) -> None:
     for name in ("a.txt", "deep/b.txt"):
@@ -294,12 +295,12 @@ def test_a_folder_of_sources_is_read_from_a_store_and_a_name_that_leads_elsewher
     folder = local_file(place)
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.txt")} == {"a.txt", "deep/b.txt"}
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/../../../evil.txt", Body=b"evil")
-    with pytest.raises(ArtifactError, match="whose name leads elsewhere"):
+    with pytest.raises(ArtifactError, match="whose name leads out of the folder"):
         local_file(place)
     assert not list(tmp_path.rglob("evil.txt"))
 
 
-def test_corpus_files_are_recognised_in_a_store_as_they_are_here(place: ObjectPath, s3: Any, tmp_path: Path) -> None:
+def test_corpus_files_in_a_store_are_recognised_as_on_a_disk(place: ObjectPath, s3: Any, tmp_path: Path) -> None:
     page = {"wikipedia_id": "7", "wikipedia_title": "Lyon", "text": ["Lyon", "It is a city."]}
     files = {
         "beir/corpus.jsonl.gz": gzip.compress(b'{"_id": "d1", "text": "one"}\n'),
@@ -339,18 +340,20 @@ def test_verify_reads_every_object_and_repair_replaces_the_damaged_ones(
     write_corpus([source], place, CorpusConfig(format="jsonl", shard_rows=4))
     assert artifacts_below(place.parent) == [place]
     assert verify(place).findings == []
-    stored = {
-        one: s3.get_object(Bucket=place.bucket, Key=f"{place.prefix}/{one}")["Body"].read() for one in keys(s3, place)
-    }
+
+    def read(name: str) -> bytes:
+        content: bytes = s3.get_object(Bucket=place.bucket, Key=f"{place.prefix}/{name}")["Body"].read()
+        return content
+
+    stored = {name: read(name) for name in keys(s3, place)}
     gone, changed, cut = [name for name in stored if "passages-" in name]
     s3.delete_object(Bucket=place.bucket, Key=f"{place.prefix}/{gone}")
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/{changed}", Body=stored[changed][::-1])
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/{cut}", Body=stored[cut][:-1])
     s3.put_object(Bucket=place.bucket, Key=f"{place.prefix}/notes.txt", Body=b"mine")
     expected = [(gone, "missing"), (changed, "content"), (cut, "size"), ("notes.txt", "foreign")]
-    assert [(one.file, one.state) for one in verify(place).findings] == expected
-    another_machine(monkeypatch, tmp_path / "elsewhere")  # which has no copy to take them from
+    assert [(finding.file, finding.state) for finding in verify(place).findings] == expected
+    another_machine(monkeypatch, tmp_path / "elsewhere")  # it has no local copy
     assert repair(place) == [Path(name).name for name in (gone, changed, cut)]
-    assert [one.file for one in verify(place).findings] == ["notes.txt"]
-    mended = {one: s3.get_object(Bucket=place.bucket, Key=f"{place.prefix}/{one}")["Body"].read() for one in stored}
-    assert mended == stored
+    assert [finding.file for finding in verify(place).findings] == ["notes.txt"]
+    assert {name: read(name) for name in stored} == stored

@@ -1,6 +1,6 @@
-"""Artifacts with schema version 1 are read for ever: the stored ones hold what they held on the day they were made.
+"""Artifacts with schema version 1 stay readable for ever: the stored samples give the values they were made with.
 
-Numbers stand here as they were written then (`tests/storage/make_v1_samples.py`); they do not come from today's code.
+The numbers here were recorded when the samples were made (`tests/storage/make_v1_samples.py`), not by today's code.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ ANSWER_OF_THE_REGISTERED_MODEL = "country 000 flows///flows/the river///000 000 
 FIRST_VECTOR = [0.148364, -0.211084, 1.109668, -0.190283, -0.084668, 0.063574, -0.294238, -0.540332]
 
 
-def test_every_sample_is_whole_and_has_the_fingerprint_that_it_had(tmp_path: Path) -> None:
-    # Away from here nothing but the samples themselves can be found.
+def test_every_sample_is_whole_and_keeps_its_fingerprint(tmp_path: Path) -> None:
+    # In a copy elsewhere, no inputs except the samples themselves can be found.
     shutil.copytree(SAMPLES, tmp_path / "v1")
-    found = {}
+    fingerprints = {}
     for path in artifacts_below(tmp_path / "v1"):
         report = verify(path)
         assert report.findings == []
         manifest = read_manifest(path)
         assert manifest.schema_version == 1
-        found[manifest.kind] = manifest.fingerprint
-    assert found == FINGERPRINTS
+        fingerprints[manifest.kind] = manifest.fingerprint
+    assert fingerprints == FINGERPRINTS
 
 
 def test_the_corpus_holds_its_passages() -> None:
     passages = list(Corpus.open(SAMPLES / "corpus").iter_passages())
-    assert [one.id for one in passages] == IDS
+    assert [passage.id for passage in passages] == IDS
     assert (passages[5].title, passages[5].text) == ("Oslo", "The river of Oslo is the Akerselva.")
 
 
@@ -61,13 +61,14 @@ def test_the_embeddings_hold_their_vectors() -> None:
     assert vectors_ND[0] == pytest.approx(FIRST_VECTOR, abs=1e-6)
 
 
-def test_the_index_finds_what_it_found() -> None:
+def test_the_index_finds_the_recorded_passages() -> None:
     index = PassageIndex.open(SAMPLES / "index")
     _, vectors_nD = next(Embeddings.open(SAMPLES / "embeddings").iter_vectors())
-    found = index.search(vectors_nD[1:2], 3)
-    assert found.rows_BK.tolist() == [[7, 1, 4]]
-    assert found.scores_BK[0] == pytest.approx([2.182316, 2.105896, 2.010338], abs=1e-5)
-    assert [one.id for one in index.passages_of(found.rows_BK)[0]] == ["cork:people", "lyon:people", "oslo:people"]
+    hits = index.search(vectors_nD[1:2], 3)
+    assert hits.rows_BK.tolist() == [[7, 1, 4]]
+    assert hits.scores_BK[0] == pytest.approx([2.182316, 2.105896, 2.010338], abs=1e-5)
+    passages = index.passages_of(hits.rows_BK)[0]
+    assert [passage.id for passage in passages] == ["cork:people", "lyon:people", "oslo:people"]
 
 
 def test_the_generator_loads() -> None:
@@ -79,7 +80,7 @@ def test_the_generator_loads() -> None:
     )
 
 
-def test_the_model_answers_as_it_did() -> None:
+def test_the_model_gives_the_recorded_answer() -> None:
     model = RagModel.from_pretrained(SAMPLES / "rag-model")
     decoding = DecodingConfig(num_beams=2, max_new_tokens=6, num_return_sequences=2, precision="float32")
     (answer,) = model.answer(["which country is Lyon in?"], PassageIndex.open(SAMPLES / "index"), decoding=decoding)
@@ -99,7 +100,7 @@ def test_the_predictions_hold_their_rows() -> None:
 def test_a_model_that_mlflow_registered_before_modules_moved_still_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It holds a copy of the code that loads it, as it was when it was registered; the weights are those of the other sample.
+    # The sample contains the loading code of the day it was registered; its weights come from the rag-model sample.
     import mlflow
 
     shutil.copytree(SAMPLES / "registered-model", tmp_path / "model")

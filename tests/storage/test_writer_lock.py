@@ -1,4 +1,4 @@
-"""Two writers at one place: the second waits or fails, by choice, and what is made is made once and whole."""
+"""Two writers at one place: the second waits or fails, as set, and the artifact is made once and whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rag_core.storage.writer_lock import lock_file, only_writer, reserved, wait_
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 240
 
-# What a stage does around its work (`run_stage`); the work goes on until the test lets it end.
+# What `run_stage` does around a stage's work; the work lasts until the test lets it end.
 STAGE = """
 import os, sys, time
 from pathlib import Path
@@ -49,20 +49,22 @@ HELD = "is being written by another run (process "
 
 
 def two_at_once(folder: Path, wait: str) -> list[tuple[int, str, str]]:
-    """Exit code, output and messages of two processes, one of which works until the other has waited, or given up."""
+    """Exit code, stdout and stderr of two processes; one works until the other has waited or given up."""
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "RAG_WAIT_SECONDS": wait}
     command = [sys.executable, "-c", STAGE, str(folder / "out"), str(folder / "end")]
-    both, messages = [], [folder / "messages-0", folder / "messages-1"]
-    for messages_of_one in messages:
-        with messages_of_one.open("w") as file:
-            both.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True))
+    runs, messages = [], [folder / "messages-0", folder / "messages-1"]
+    for message_file in messages:
+        with message_file.open("w") as file:
+            runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True))
     until = time.monotonic() + WAIT_SECONDS
-    while not any(one.poll() is not None for one in both) and HELD not in "".join(map(Path.read_text, messages)):
-        assert time.monotonic() < until, "nobody was held up"
+    while not any(run.poll() is not None for run in runs) and HELD not in "".join(map(Path.read_text, messages)):
+        assert time.monotonic() < until, "neither process had to wait"
         time.sleep(0.02)
     (folder / "end").touch()
-    said = [one.communicate(timeout=WAIT_SECONDS)[0] for one in both]
-    return [(one.returncode, out.strip(), err.read_text()) for one, out, err in zip(both, said, messages, strict=True)]
+    outputs = [run.communicate(timeout=WAIT_SECONDS)[0] for run in runs]
+    return [
+        (run.returncode, out.strip(), err.read_text()) for run, out, err in zip(runs, outputs, messages, strict=True)
+    ]
 
 
 def writers_of(out: Path) -> set[str]:
@@ -70,46 +72,46 @@ def writers_of(out: Path) -> set[str]:
     return {(out / f"part-{number}").read_text() for number in range(10)}
 
 
-def test_of_two_runs_at_once_the_one_that_waits_finds_the_work_done(tmp_path: Path) -> None:
+def test_of_two_simultaneous_runs_the_one_that_waits_finds_the_work_done(tmp_path: Path) -> None:
     ends = two_at_once(tmp_path, "240")
     assert [code for code, _, _ in ends] == [0, 0], ends
-    assert sorted(said for _, said, _ in ends) == ["made", "skipped"]
+    assert sorted(out for _, out, _ in ends) == ["made", "skipped"]
     assert len(writers_of(tmp_path / "out")) == 1
-    (waited,) = [err for _, said, err in ends if said == "skipped"]
+    (waited,) = [err for _, out, err in ends if out == "skipped"]
     assert HELD in waited
     assert "of at most 240 s" in waited
     assert sorted(path.name for path in tmp_path.iterdir()) == ["end", "messages-0", "messages-1", "out"]
 
 
-def test_of_two_runs_at_once_the_one_that_may_not_wait_is_told_who_writes_and_since_when(tmp_path: Path) -> None:
+def test_of_two_simultaneous_runs_the_one_that_does_not_wait_names_the_writer_and_its_start(tmp_path: Path) -> None:
     ends = two_at_once(tmp_path, "0")
     assert sorted(code for code, _, _ in ends) == [0, 2], ends
-    (refused,) = [said for code, said, _ in ends if code == 2]
+    (refused,) = [out for code, out, _ in ends if code == 2]
     assert "being written by another run (process " in refused
     assert "s ago)" in refused
     assert "rag --wait" in refused
     assert len(writers_of(tmp_path / "out")) == 1
 
 
-def test_a_writer_that_has_not_yet_said_who_it_is_is_named_as_soon_as_it_has(
+def test_a_writer_that_has_not_yet_written_its_name_gets_time_to_do_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_lock, "NAME_SECONDS", WAIT_SECONDS)
     with lock_file(tmp_path / "out").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
 
-        def say() -> None:
+        def write_name() -> None:
             file.write("process 7 on a-host")
             file.flush()
 
-        later = threading.Timer(0.3, say)
+        later = threading.Timer(0.3, write_name)
         later.start()
         with pytest.raises(ArtifactError, match=r"another run \(process 7 on a-host"), only_writer(tmp_path / "out", 0):
             pass
         later.join()
 
 
-def test_waiting_ends_when_its_time_is_over(tmp_path: Path) -> None:
+def test_waiting_ends_after_the_given_seconds(tmp_path: Path) -> None:
     began = time.monotonic()
     with (
         only_writer(tmp_path / "out"),
@@ -120,7 +122,7 @@ def test_waiting_ends_when_its_time_is_over(tmp_path: Path) -> None:
     assert time.monotonic() - began >= 0.3
 
 
-def test_one_publish_at_a_time_uses_a_stages_hold(tmp_path: Path) -> None:
+def test_one_publish_at_a_time_uses_the_lock_of_its_stage(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with reserved(out):
         for text in ("one", "two"):
@@ -128,13 +130,13 @@ def test_one_publish_at_a_time_uses_a_stages_hold(tmp_path: Path) -> None:
                 (draft.folder / "data.txt").write_text(text)
                 with pytest.raises(ArtifactError, match="being written"), publish(out, "thing"):
                     pass
-        assert lock_file(out).exists(), "the stage holds it still"
+        assert lock_file(out).exists(), "the stage still holds it"
     assert not lock_file(out).exists()
     assert (out / "data.txt").read_text() == "two"
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan"])
-def test_a_wait_that_is_no_number_of_seconds_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_that_is_not_a_number_of_seconds_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAG_WAIT_SECONDS", text)
     with pytest.raises(ConfigError, match=f"RAG_WAIT_SECONDS is '{text}'"):
         wait_setting()

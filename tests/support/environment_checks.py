@@ -1,4 +1,4 @@
-"""What the tests of `tasks/environment/` share: wrong values of every variable, and how a refusal is looked at."""
+"""Shared by the tests of `tasks/environment/`: wrong values of every variable, and a check of error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_all_variables() -> None:
     check_variables({**FOR_EVERY_COMMAND, **FOR_STAGES})
 
 
-# Of every variable in docs/configuration.md five wrong values, who notices, and what is said beside the variable's name.
+# For every variable in docs/configuration.md: the check that must refuse it, and five wrong values.
 URLS = ("banana", "htp://127.0.0.1/x", "http://127.0.0.1:99999", f"http://u:{SECRET}/x@127.0.0.1", "http://a b/api")
 SECONDS_WRONG = ("ten", "-1", "nan", "1,5", "1 s")
 FOLDERS_WRONG = ("/proc/nothing", "/dev/null", "/dev/null/below", "/proc/self/mem", "/sys/nothing/below")
@@ -55,12 +55,12 @@ WRONG: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "HF_HUB_ETAG_TIMEOUT": (check_all_variables, ("ten", "-1", "0", "1.5", "inf")),
     "HF_TOKEN": (check_all_variables, ("a\nb", "ключ", "“hf_x”", "hf_\x07", "hf_x\r\ny")),
 }
-# Any text is right: what is wrong with them, a server says.
+# Variables that take any text: only the server can say whether it is right.
 BY_THE_SERVER = {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"}
 
 
 def message_of(check: Callable[[], None], *words: str) -> str:
-    """The paragraph in which a check ends; it holds the words, and no secret."""
+    """The message of the ConfigError that `check` raises: one paragraph with all `words` and no secret."""
     with pytest.raises(ConfigError) as raised:
         check()
     message = str(raised.value)
@@ -72,11 +72,12 @@ def message_of(check: Callable[[], None], *words: str) -> str:
 
 
 def quickly(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
-    """Servers get half a second to answer."""
+    """Give servers half a second to answer."""
     for module in modules:
         monkeypatch.setattr(f"{module}.SECONDS", 0.5)
 
 
 def of_release(file: Path, revision: str) -> None:
+    """Make the database claim to be of the MLflow release with that last migration."""
     with sqlite3.connect(file) as connection:
         connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `tasks/environment/`; a module asks for them with `pytest_plugins`."""
+"""Fixtures for the tests of `tasks/environment/`; a test module loads them with `pytest_plugins`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.environment_checks import BY_THE_SERVER, WRONG
 
 @pytest.fixture
 def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """None of the variables that are looked at is set, and the current folder is empty."""
+    """Unset all variables that are checked, and work in an empty folder."""
     for name in {*WRONG, *BY_THE_SERVER, "AWS_ENDPOINT_URL_S3"}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
@@ -23,7 +23,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's as it is installed, with an experiment "gone" that was deleted."""
+    """A database of the installed MLflow release, with a deleted experiment "gone"."""
     from mlflow import MlflowClient
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

@@ -1,6 +1,6 @@
-"""Fixtures: the stand-in for the hub with the paper's models, and this process as one that uses it.
+"""Fixtures: a stand-in for the hub that serves the paper's models, and this process configured to use it.
 
-A test module that wants them says `pytest_plugins = ["tests.support.hub_fixtures"]`.
+A test module requests them by `pytest_plugins = ["tests.support.hub_fixtures"]`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.servers.hub_server import HubServer, hub_server
 
 @pytest.fixture(scope="session")
 def paper_models(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """The files of each model, by its name on the hub."""
+    """Hub name of each model → its files."""
     home = tmp_path_factory.mktemp("models")
     return {
         BART: bart_files(home / "bart"),
@@ -43,7 +43,7 @@ def paper_models(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def hub(paper_models: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The stand-in with these models; this process asks it, knows no token, and has an empty cache."""
+    """The stand-in with these models. This process uses it, without a token, and with an empty cache."""
     with hub_server() as server:
         for name, files in paper_models.items():
             server.publish(name, files)

@@ -1,4 +1,4 @@
-"""Draws from the generators that a process shares, made by another thread, as any library's thread may make them."""
+"""Another thread draws from the random generators that all threads share, as a library's thread may."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def draw_in_another_thread(times: int = 1) -> None:
-    """Another thread draws from every shared generator, and has ended."""
+    """Let another thread draw from every shared generator, and wait until it has ended."""
 
     def draw() -> None:
         for _ in range(times):
@@ -25,7 +25,7 @@ def draw_in_another_thread(times: int = 1) -> None:
 
 @contextmanager
 def torchs_own_generator_untouched() -> Iterator[None]:
-    """AssertionError if the block draws from PyTorch's default generator, or seeds it."""
+    """Raise AssertionError if the block draws from PyTorch's default generator or seeds it."""
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,7 +1,7 @@
-"""Commands that are begun again and again, each a real process with its own group and Ray, but not its own imports.
+"""Start commands again and again without repeating imports: one process imports, then forks for every command.
 
-A command spends eight of its first ten seconds on imports, which no kill here is about. So one process imports, and forks
-for every command; what a command does from then on, and how it is killed, is as if it had been started by itself.
+A command spends eight of its first ten seconds on imports, and the kills tested here do not concern those. Apart from
+that a forked command is like any other: a real process with its own process group and its own Ray.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-# What is asked of `Prepared`: the `rag` command, or a function `work` with the services of a command.
+# Sources of `main` for `Prepared`: the `rag` command, or a function `work` with the services of a command.
 RAG = """
 import flows.cli.main
 
@@ -36,7 +36,8 @@ from pathlib import Path
 import flows.pipeline
 %s
 for line in sys.stdin:
-    assert threading.active_count() == 1, "a process of several threads must not fork"  # libraries' own are made for it
+    # Counts Python threads only; native threads of libraries are prepared for forks.
+    assert threading.active_count() == 1, "a process of several threads must not fork"
     pid = os.fork()
     if not pid:
         os.setsid()
@@ -50,7 +51,7 @@ for line in sys.stdin:
 
 
 class Command:
-    """A command that was begun; the names are those of `subprocess.Popen`."""
+    """A started command; methods are named as in `subprocess.Popen`."""
 
     def __init__(self, pid: int, parent: subprocess.Popen[bytes]) -> None:
         self.pid = pid
@@ -77,11 +78,11 @@ class Command:
 
 
 class Prepared:
-    """`with Prepared(main, folder, environment) as commands: commands.start(…)`: one at a time, writing to `log` there.
+    """`with Prepared(main, folder, environment) as commands: commands.start(…)`. Runs one command at a time.
 
     Args:
         main: source of a function `main`, which is called with the arguments as strings.
-        folder: current folder of the commands.
+        folder: current folder of the commands; they append their output to the file `log` there.
         environment: of the commands.
     """
 
@@ -93,19 +94,19 @@ class Prepared:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            bufsize=0,  # or a line could wait where `select` does not see it
+            bufsize=0,  # a buffered line would be invisible to `select`
         )
         self._last: Command | None = None
 
     def start(self, *arguments: object) -> Command:
         assert self._parent.stdin
         assert self._parent.stdout
-        self._parent.stdin.write(json.dumps([str(one) for one in arguments]).encode() + b"\n")
+        self._parent.stdin.write(json.dumps([str(argument) for argument in arguments]).encode() + b"\n")
         self._last = Command(int(self._parent.stdout.readline()), self._parent)
         return self._last
 
     def finish(self, *arguments: object) -> str:
-        """Run it to its end; what it wrote since."""
+        """Run a command to its end; returns what it wrote to the log."""
         before = self._log.stat().st_size if self._log.exists() else 0
         assert self.start(*arguments).wait() == 0, self._log.read_text()
         return self._log.read_bytes()[before:].decode()

@@ -1,4 +1,4 @@
-"""A corpus of nine facts, its questions, and tiny models over it: everything a stage needs, in seconds."""
+"""A corpus of nine facts, questions about it, and tiny models: everything that a stage needs, made in seconds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ PROMPT = PromptConfig(template="{text} // {question}", max_context_tokens=48, ma
 
 def write_passages_jsonl(file: Path) -> Path:
     """The facts as JSON lines."""
-    file.write_text("".join(json.dumps({"id": one, "title": title, "text": text}) + "\n" for one, title, text in FACTS))
+    rows = [{"id": fact_id, "title": title, "text": text} for fact_id, title, text in FACTS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
@@ -62,7 +63,7 @@ def make_encoder(folder: Path, *, hidden_size: int = 32, seed: int = 0) -> Path:
     """A BERT of two layers with random weights and a vocabulary made from the facts and questions."""
     folder.mkdir(parents=True, exist_ok=True)
     words: set[str] = set()
-    for text in [*(fact[2] for fact in FACTS), *(one[0] for one in QUESTIONS)]:
+    for text in [*(fact[2] for fact in FACTS), *(row[0] for row in QUESTIONS)]:
         spaced = "".join(letter if letter.isalnum() else f" {letter} " for letter in text.lower())
         words |= set(spaced.split())
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "/", *sorted(words)]
@@ -84,7 +85,7 @@ def make_encoder(folder: Path, *, hidden_size: int = 32, seed: int = 0) -> Path:
 
 
 def make_generator(folder: Path, encoder: Path) -> Path:
-    """An untrained encoder-decoder from the encoder's weights."""
+    """An untrained encoder-decoder, initialised from the encoder's weights."""
     torch.manual_seed(1)
     model, tokenizer = build_generator(PretrainConfig(encoder=str(encoder), encoder_layers=2, decoder_layers=1))
     model.save_pretrained(folder)
@@ -93,7 +94,7 @@ def make_generator(folder: Path, encoder: Path) -> Path:
 
 
 def make_index(folder: Path, encoder: Path) -> PassageIndex:
-    """Corpus, embeddings and index of the facts below `folder`."""
+    """Make corpus, embeddings and index of the facts below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     source = write_passages_jsonl(folder / "passages.jsonl")
     write_corpus([source], folder / "corpus", CorpusConfig(format="jsonl", shard_rows=4))
@@ -114,14 +115,14 @@ def make_index(folder: Path, encoder: Path) -> PassageIndex:
 
 
 def model_config(encoder: Path, generator: Path, num_docs: int = 3) -> ModelConfig:
-    """A RAG model over the tiny parts."""
+    """Configuration of a RAG model over the tiny encoder and generator."""
     return ModelConfig(
         question_encoder=str(encoder), generator=str(generator), score_scale=4.0, num_docs=num_docs, prompt=PROMPT
     )
 
 
 def optimizer(steps: int, **changes: object) -> OptimizerConfig:
-    """A short run."""
+    """Settings of a short training run."""
     return OptimizerConfig.model_validate(
         {"steps": steps, "batch_size": 4, "log_every": 1, "eval_every": steps, **changes}
     )

@@ -1,4 +1,4 @@
-"""The file that keeps what MLflow could not be told: whole lines, in order, sent once, by whoever finds it."""
+"""The file that keeps unsent writes: whole lines, in order, sent once, by any process that finds it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ HEADER = {"do": "open", "run": "r1"}
 
 
 class Server:
-    """Answers or not; remembers what it got."""
+    """A server that is up or down, and remembers the entries that it received."""
 
     def __init__(self, *, up: bool = False) -> None:
         self.up = up
-        self.got: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
 
     def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
         if not self.up:
             raise UnreachableError("It does not answer.")
-        self.got += entries
+        self.received += entries
 
 
 def steps(entries: list[dict[str, Any]]) -> list[int]:
@@ -40,7 +40,7 @@ def point(step: int) -> dict[str, Any]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The journal's."""
+    """The journal's clock, which the test moves."""
     clock = Clock()
     monkeypatch.setattr(tracking_journal, "time", clock)
     return clock
@@ -53,10 +53,10 @@ def test_writes_queue_behind_older_ones_and_keep_their_order(tmp_path: Path, clo
         journal.write(point(step))
     server.up = True
     journal.write(point(3))
-    assert server.got == [], "while the pause lasts the server is not asked"
+    assert server.received == [], "while the pause lasts the server is not asked"
     clock.now += tracking_journal.FIRST_PAUSE
     journal.write(point(4))
-    assert steps(server.got) == [0, 1, 2, 3, 4]
+    assert steps(server.received) == [0, 1, 2, 3, 4]
     assert not journal.file.exists()
 
 
@@ -69,7 +69,7 @@ def test_a_line_cut_off_by_a_kill_is_not_joined_to_the_next(tmp_path: Path) -> N
     assert steps(read_journal(journal.file)[1]) == [0, 1]
 
 
-def test_what_the_server_refuses_stays_with_all_that_follows(tmp_path: Path) -> None:
+def test_an_entry_that_the_server_refuses_stays_in_the_file_with_all_later_ones(tmp_path: Path) -> None:
     class Refusing(Server):
         def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
             if self.up and entries[0]["step"] == 1:
@@ -82,7 +82,7 @@ def test_what_the_server_refuses_stays_with_all_that_follows(tmp_path: Path) -> 
         journal.write(point(step) | {"metrics": {str(n): 0.0 for n in range(900)}})
     server.up = True
     assert journal.send(60) == "line 3 was refused: no such metric"
-    assert steps(server.got) == [0]
+    assert steps(server.received) == [0]
     assert steps(read_journal(journal.file)[1]) == [1, 2]
 
 
@@ -92,8 +92,8 @@ def test_a_damaged_line_is_named_and_nothing_is_sent_past_it(tmp_path: Path) -> 
     journal.write(point(0))
     journal.file.write_bytes(journal.file.read_bytes() + b"}{\n")
     server.up = True
-    assert f"{journal.file}, line 3 is no JSON" in journal.send(60)
-    assert server.got == []
+    assert f"{journal.file}, line 3 is not JSON" in journal.send(60)
+    assert server.received == []
     with pytest.raises(ArtifactError, match="line 3"):
         read_journal(journal.file)
 
@@ -106,11 +106,11 @@ def test_a_kept_file_travels_with_its_entry_and_is_deleted_after(tmp_path: Path)
     assert b"PNG" not in journal.file.read_bytes(), "the journal stays readable"
     server.up = True
     assert journal.send(60) == ""
-    assert [entry["content"] for entry in server.got] == [b"\x89PNG", b""]
+    assert [entry["content"] for entry in server.received] == [b"\x89PNG", b""]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, clock: Clock) -> None:
+def test_a_slow_catch_up_does_not_hold_up_a_step(tmp_path: Path, clock: Clock) -> None:
     class Slow(Server):
         def __call__(self, header: dict[str, Any], entries: list[dict[str, Any]], hurry: bool) -> None:
             super().__call__(header, entries, hurry)
@@ -125,9 +125,9 @@ def test_writes_that_take_long_to_catch_up_hold_no_step_up(tmp_path: Path, clock
     before = clock.now
     journal.write({"do": "tags", "step": 6})
     assert clock.now - before < 2
-    assert 0 < len(server.got) < 6
+    assert 0 < len(server.received) < 6
     journal.send(60)
-    assert steps(server.got) == list(range(7))
+    assert steps(server.received) == list(range(7))
 
 
 def append(file: Path, name: int) -> None:
@@ -136,7 +136,7 @@ def append(file: Path, name: int) -> None:
         journal.write({"do": "tags", "writer": name, "step": number})
 
 
-def test_what_some_processes_write_while_others_send_arrives_once_and_in_order(tmp_path: Path) -> None:
+def test_entries_written_while_others_send_arrive_once_and_in_order(tmp_path: Path) -> None:
     file, server = tmp_path / "r1.jsonl", Server(up=True)
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=append, args=(file, name)) for name in range(3)]
@@ -147,7 +147,7 @@ def test_what_some_processes_write_while_others_send_arrives_once_and_in_order(t
         while any(writer.is_alive() for writer in writers):
             Journal(file, HEADER, server).send(0.001)
 
-    # Locks are held by open files, so two threads keep each other out as two processes do.
+    # An open file holds the lock, so two threads exclude each other as two processes do.
     senders = [threading.Thread(target=send) for _ in range(2)]
     for sender in senders:
         sender.start()
@@ -157,4 +157,4 @@ def test_what_some_processes_write_while_others_send_arrives_once_and_in_order(t
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == []
     for name in range(3):
-        assert steps([entry for entry in server.got if entry["writer"] == name]) == list(range(100))
+        assert steps([entry for entry in server.received if entry["writer"] == name]) == list(range(100))

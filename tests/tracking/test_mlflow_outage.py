@@ -1,7 +1,7 @@
-"""An MLflow server that is killed in the middle: work goes on, and every write reaches it once, in order, later.
+"""An MLflow server is killed while runs write: work continues, and every write reaches it later, once and in order.
 
-One scenario, on a real server process and a real Ray worker (the fixture `services`): the server is killed while both
-write; a second run begins and ends without it; it comes back while the first goes on.
+One scenario, with a real server process and a real Ray worker (fixture `services`): the server is killed while driver
+and worker write; a second run starts and ends without it; the server comes back while the first run continues.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rag_core.errors import ArtifactError, ConfigError
 from tests.support.servers.mlflow_server import MlflowServer
 from tests.support.servers.processes import content_of
 
-# A write may wait about a second for a server that does not answer (`PROMPT_SECONDS`), and on a busy machine for its turn.
-# MLflow's own clients try for minutes.
+# A write may wait about a second for a server that does not answer (`PROMPT_SECONDS`), and longer on a busy machine.
+# MLflow's own clients retry for minutes.
 LONGEST_SECONDS = 20.0
 PASSWORD = "canary-8e21"
 
@@ -30,19 +30,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @dataclass
 class Scenario:
-    """What was written, how long the longest write took, and what the user was told."""
+    """What was written, how long the longest write took, and which messages the user saw."""
 
     server: MlflowServer
     first: str
     unsent_in_the_middle: list[str]
     written: dict[str, int]
     longest: dict[str, float]
-    told: str
-    sync_said: str
+    messages: str
+    sync_output: str
 
 
 def writing_worker(stop: str, address):  # type: ignore[no-untyped-def]
-    """Starts a Ray worker that writes a curve until the file `stop` is there: how many points, the longest time of one."""
+    """Start a Ray worker that writes a curve until the file `stop` exists.
+
+    Its result: the number of points, and the seconds that the slowest write took.
+    """
     import ray
 
     # Defined here, so that the worker need not import this file.
@@ -65,7 +68,7 @@ def writing_worker(stop: str, address):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """Not started yet; killed in any case."""
+    """A server that is not started yet; killed in the end in any case."""
     server = MlflowServer(tmp_path_factory.mktemp("mlflow-outage"))
     yield server
     server.kill()
@@ -79,11 +82,11 @@ def scenario(services: Path, server: MlflowServer) -> Scenario:
     from flows.cli.main import app
     from tasks.tracking import runs as tracking
 
-    folder, told = server.folder, list[str]()
+    folder, messages = server.folder, list[str]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("http://", f"http://rag:{PASSWORD}@"))
         patch.setenv("RAG_MLFLOW_UNSENT", str(folder / "unsent"))
-        patch.setattr("tasks.notices.say", lambda text, **options: told.append(text))
+        patch.setattr("tasks.notices.say", lambda text, **options: messages.append(text))
         server.start()
         tracking.prepare_store()
         with tracking.open_run("parent") as parent, tracking.open_run("first", parent.run_id) as run:
@@ -109,8 +112,8 @@ def scenario(services: Path, server: MlflowServer) -> Scenario:
             shutil.copytree(folder / "unsent", folder / "copy")
             in_the_middle = sorted(file.name for file in (folder / "unsent").glob("*.jsonl"))
             server.start()
-            said = CliRunner().invoke(app, ["sync-mlflow"])
-            assert said.exit_code == 0, said.exception
+            synced = CliRunner().invoke(app, ["sync-mlflow"])
+            assert synced.exit_code == 0, synced.exception
             write(20)
             stop.touch()
             by_worker, worker_longest = ray.get(worker, timeout=240)
@@ -120,13 +123,13 @@ def scenario(services: Path, server: MlflowServer) -> Scenario:
         in_the_middle,
         {"driver": written, "worker": by_worker},
         {"driver": longest, "worker": worker_longest},
-        " ".join(told),
-        said.output,
+        " ".join(messages),
+        synced.output,
     )
 
 
 def client_of(scenario: Scenario) -> Any:
-    """A client of the server, which another test may have killed since."""
+    """A client of the server, which is restarted first if another test has killed it."""
     from mlflow import MlflowClient
 
     scenario.server.start()
@@ -144,11 +147,11 @@ def test_every_point_arrives_once_and_in_order_from_driver_and_worker(scenario: 
     assert not list((scenario.server.folder / "unsent").iterdir())
 
 
-def test_no_write_holds_a_step_up(scenario: Scenario) -> None:
+def test_no_write_holds_up_a_step(scenario: Scenario) -> None:
     assert max(scenario.longest.values()) < LONGEST_SECONDS, scenario.longest
 
 
-def test_parameters_files_and_the_end_arrive_too_and_the_run_says_what_happened(scenario: Scenario) -> None:
+def test_parameters_files_and_the_end_arrive_too_and_a_tag_names_the_outage(scenario: Scenario) -> None:
     client = client_of(scenario)
     run = client.get_run(scenario.first)
     assert run.info.status == "FINISHED"
@@ -156,11 +159,11 @@ def test_parameters_files_and_the_end_arrive_too_and_the_run_says_what_happened(
     file = client.download_artifacts(scenario.first, "late.json", str(scenario.server.folder))
     assert json.loads(Path(file).read_text()) == {"answer": 42}
     assert "kept and sent later" in run.data.tags["mlflow_unreachable"]
-    assert "does not answer" in scenario.told
-    assert "mlflow-unsent" not in scenario.told, "the folder is the one that was set"
-    assert str(scenario.server.folder / "unsent") in scenario.told
-    assert "rag sync-mlflow" in scenario.told
-    assert "MLflow answers again" in scenario.told
+    assert "does not answer" in scenario.messages
+    assert "mlflow-unsent" not in scenario.messages, "the folder is the one that was set"
+    assert str(scenario.server.folder / "unsent") in scenario.messages
+    assert "rag sync-mlflow" in scenario.messages
+    assert "MLflow answers again" in scenario.messages
 
 
 def test_a_run_that_began_without_the_server_is_made_once_under_its_parent(scenario: Scenario) -> None:
@@ -186,10 +189,10 @@ def test_the_password_of_the_address_is_written_nowhere(scenario: Scenario) -> N
     assert {"server.db", "raylet.out"} <= {file.name for file in files}
     assert [file for file in files if file.parent.name == "copy"], "what was kept in the middle is among them"
     assert [str(file) for file in files if PASSWORD.encode() in content_of(file)] == []
-    assert PASSWORD not in scenario.told + scenario.sync_said
+    assert PASSWORD not in scenario.messages + scenario.sync_output
 
 
-def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
+def test_if_the_server_never_comes_back_the_user_is_told_which_file_keeps_the_writes(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from typer.testing import CliRunner
@@ -198,8 +201,8 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
     from tasks.tracking import runs as tracking
     from tasks.tracking.journal import read_journal
 
-    told: list[str] = []
-    monkeypatch.setattr("tasks.notices.say", lambda text, **options: told.append(text))
+    messages: list[str] = []
+    monkeypatch.setattr("tasks.notices.say", lambda text, **options: messages.append(text))
     monkeypatch.setenv("RAG_MLFLOW_UNSENT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", scenario.server.uri)
     scenario.server.start()
@@ -209,23 +212,23 @@ def test_a_server_that_never_comes_back_leaves_a_file_and_says_which(
         for step in range(2):
             before = time.monotonic()
             run.log_metrics({"loss": 1.0}, step)
-            assert time.monotonic() - before < LONGEST_SECONDS, "a server that hangs holds no step up either"
+            assert time.monotonic() - before < LONGEST_SECONDS, "a server that hangs does not hold up a step either"
             tracking.pause_of(scenario.server.uri).until = 0.0
         scenario.server.kill()
     file = tmp_path / f"{run.run_id}.jsonl"
-    assert f"3 writes of this run have not reached MLflow (MLflow at {scenario.server.uri}" in told[-1]
-    assert str(file) in told[-1]
+    assert f"3 writes of this run have not reached MLflow (MLflow at {scenario.server.uri}" in messages[-1]
+    assert str(file) in messages[-1]
     header, entries = read_journal(file)
     assert header["run"] == run.run_id
     assert [entry["do"] for entry in entries] == ["metrics"] * 2 + ["end"]
     assert [entry["step"] for entry in entries[:2]] == [0, 1]
-    said = CliRunner().invoke(app, ["sync-mlflow", str(file)])
-    assert isinstance(said.exception, ArtifactError)
-    assert str(file) in str(said.exception)
+    synced = CliRunner().invoke(app, ["sync-mlflow", str(file)])
+    assert isinstance(synced.exception, ArtifactError)
+    assert str(file) in str(synced.exception)
     assert file.exists()
 
 
-def test_a_server_that_is_not_there_at_the_beginning_is_an_error_before_any_work(
+def test_a_server_that_is_missing_at_the_start_is_an_error_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tasks.tracking import runs as tracking
@@ -233,8 +236,8 @@ def test_a_server_that_is_not_there_at_the_beginning_is_an_error_before_any_work
 
     uri = f"http://somebody:secret@127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(ConfigError, match=r"does not answer \(connection refused\).*Nothing was begun") as raised:
+    with pytest.raises(ConfigError, match=r"does not answer \(connection refused\).*No work was started") as raised:
         tracking.prepare_store()
     assert "secret" not in str(raised.value)
-    with pytest.raises(ConfigError, match="Nothing was begun"), tracking.open_run("first"):
+    with pytest.raises(ConfigError, match="No work was started"), tracking.open_run("first"):
         pass

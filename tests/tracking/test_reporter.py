@@ -1,4 +1,4 @@
-"""What a worker reports: points of the curves once, whoever was lost in between, and the best weights."""
+"""A worker reports every point of a curve once, even if workers are lost in between, and keeps the best weights."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Driver:
     """Stands for the link to the driver, which outlives a worker."""
 
     def __init__(self) -> None:
-        self.told: dict[str, int] = {}
+        self.logged: dict[str, int] = {}
         self.done = 0
 
     def start_at(self, step: int) -> dict[str, int]:
         self.done = step
-        return dict(self.told)
+        return dict(self.logged)
 
     def advance(self, steps: int, note: str) -> None:
         self.done += steps
 
-    def tell(self, curve: str, step: int) -> None:
-        self.told[curve] = step
+    def mark_logged(self, curve: str, step: int) -> None:
+        self.logged[curve] = step
 
     def stop_wanted(self) -> bool:
         return False
@@ -57,35 +57,35 @@ def _steps(reporter: Reporter, first: int, last: int) -> None:
             reporter.keep(step, {"em": -abs(step - 4.0)})
 
 
-def test_a_worker_that_goes_on_sends_the_points_that_the_lost_one_did_not(tmp_path: Path) -> None:
+def test_a_replacement_worker_sends_the_points_that_the_lost_one_did_not(tmp_path: Path) -> None:
     run, driver = Mlflow(), Driver()
     _steps(undisturbed := _reporter(Mlflow(), Driver(), tmp_path / "undisturbed"), 1, 8)
     lost = _reporter(run, driver, tmp_path / "training")
     _steps(lost, 1, 3)
     state = json.loads(json.dumps(lost.state()))
-    _steps(lost, 4, 6)  # lost, after three steps that no checkpoint has seen
-    next_one = _reporter(run, driver, tmp_path / "training")
-    next_one.restore(3, state)
+    _steps(lost, 4, 6)  # the worker is lost after three steps that no checkpoint holds
+    resumed = _reporter(run, driver, tmp_path / "training")
+    resumed.restore(3, state)
     assert driver.done == 3
-    _steps(next_one, 4, 8)
-    assert next_one.result(8) == undisturbed.result(8)
+    _steps(resumed, 4, 8)
+    assert resumed.result(8) == undisturbed.result(8)
     assert run.points == undisturbed.address.points  # type: ignore[attr-defined]
     assert driver.done == 8
 
 
-def test_a_run_that_goes_on_under_another_mlflow_run_sends_the_whole_curve(tmp_path: Path) -> None:
+def test_training_resumed_under_another_mlflow_run_sends_the_whole_curve(tmp_path: Path) -> None:
     _steps(undisturbed := _reporter(Mlflow(), Driver(), tmp_path / "undisturbed"), 1, 8)
     _steps(stopped := _reporter(Mlflow(), Driver(), tmp_path / "training"), 1, 5)
     run = Mlflow()
-    next_one = _reporter(run, Driver(), tmp_path / "training")
-    next_one.restore(5, json.loads(json.dumps(stopped.state())))
-    _steps(next_one, 6, 8)
+    resumed = _reporter(run, Driver(), tmp_path / "training")
+    resumed.restore(5, json.loads(json.dumps(stopped.state())))
+    _steps(resumed, 6, 8)
     assert sorted(run.points) == sorted(undisturbed.address.points)  # type: ignore[attr-defined]
-    assert next_one.result(8) == undisturbed.result(8)
-    assert next_one.result(8)["best_step"] == 4
+    assert resumed.result(8) == undisturbed.result(8)
+    assert resumed.result(8)["best_step"] == 4
 
 
-def test_a_worker_that_begins_anew_leaves_out_what_the_lost_one_sent(tmp_path: Path) -> None:
+def test_a_worker_that_starts_over_skips_the_points_that_the_lost_one_sent(tmp_path: Path) -> None:
     run, driver = Mlflow(), Driver()
     _steps(_reporter(run, driver, tmp_path / "training"), 1, 3)
     _steps(_reporter(run, driver, tmp_path / "training"), 1, 4)

@@ -32,9 +32,9 @@ def _valid(name: str) -> None:
 
 
 def _as_a_lax_store_sees_it(name: str) -> str:
-    """MySQL's usual collation: neither case nor accents count, nor spaces at the end."""
+    """MySQL's usual collation: case, accents and spaces at the end do not count."""
     letters = unicodedata.normalize("NFKD", name.casefold())
-    return "".join(one for one in letters if not unicodedata.combining(one)).rstrip()
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).rstrip()
 
 
 def _check_prefixes(types: list[str]) -> None:
@@ -43,7 +43,7 @@ def _check_prefixes(types: list[str]) -> None:
         _valid(f"{prefix}/answer_recall_at_1000_count")
         assert "/" not in prefix
         assert type_of_prefix(prefix) == (kind if len(kind) < 50 else type_of_prefix(prefix))
-    assert len({_as_a_lax_store_sees_it(one) for one in prefixes.values()}) == len(set(types))
+    assert len({_as_a_lax_store_sees_it(prefix) for prefix in prefixes.values()}) == len(set(types))
 
 
 def test_any_type_is_a_metric_name_that_mlflow_takes_and_reads_back() -> None:
@@ -55,7 +55,7 @@ def test_any_type_is_a_metric_name_that_mlflow_takes_and_reads_back() -> None:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.text(min_size=1, max_size=12).filter(lambda one: one.strip() and "\0" not in one), unique=True))
+@given(st.lists(st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and "\0" not in text), unique=True))
 def test_drawn_types_are_metric_names_too(types: list[str]) -> None:
     prefixes = metric_prefixes(types)
     for kind, prefix in prefixes.items():
@@ -86,17 +86,17 @@ def test_a_plot_shows_any_type_without_warnings_and_of_many_the_largest() -> Non
         figure = scores_by_type(by_type([(kind, {"em": 1.0}) for kind in TYPES]), "em")
         assert figure is not None
         figure.savefig("/dev/null", format="png")
-        labels = [one.get_text() for one in figure.axes[0].get_yticklabels()]
+        labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         assert labels[0] == f"all questions ({len(TYPES)})"
         assert {"overall (1)", "$x^2$ (1)", "$\\frac$ (1)", "a\\nb (1)"} <= set(labels)
         assert max(map(len, labels)) < 60
-        many = by_type([(f"type {n}", {"em": 0.5}) for n in range(200) for _ in range(1 + n % 3)])
-        figure = scores_by_type(many, "em")
+        evaluation = by_type([(f"type {n}", {"em": 0.5}) for n in range(200) for _ in range(1 + n % 3)])
+        figure = scores_by_type(evaluation, "em")
         assert figure is not None
         figure.savefig("/dev/null", format="png")
         bars = figure.axes[0].patches
         assert len(bars) == MOST_BARS + 1
-        assert {one.get_text()[-3:] for one in figure.axes[0].get_yticklabels()[1:]} == {"(3)"}
+        assert {label.get_text()[-3:] for label in figure.axes[0].get_yticklabels()[1:]} == {"(3)"}
 
 
 def test_there_is_no_plot_of_a_score_that_no_question_has() -> None:
@@ -125,7 +125,7 @@ def test_tables_in_markdown_have_a_row_a_type_and_a_dash_where_there_is_no_score
 
 
 def test_two_hundred_odd_types_reach_mlflow_and_read_back(services: Path, tmp_path: Path) -> None:
-    """More metrics than MLflow takes at once, names that it refuses, and a type called as all questions together."""
+    """More metrics than MLflow takes at once, names that it refuses, and a type named like the row of all questions."""
     import mlflow
     from mlflow import MlflowClient
 
@@ -135,7 +135,7 @@ def test_two_hundred_odd_types_reach_mlflow_and_read_back(services: Path, tmp_pa
     question, answer = CASES[0]
     cases = [(replace(question, id=str(n), type=kind), answer) for n, kind in enumerate(types)]
     cases.append((Question("x", "who?", (), "overall", is_impossible=True), answer))
-    write_questions([one for one, _ in cases], tmp_path / "questions.jsonl")
+    write_questions([question for question, _ in cases], tmp_path / "questions.jsonl")
     (tmp_path / "a[").mkdir()
     predictions = _published(tmp_path / "a[/b]|`c`", cases)
     result, evaluation = evaluate(predictions, tmp_path / "questions.jsonl", [1, 2], match="characters")
@@ -145,9 +145,9 @@ def test_two_hundred_odd_types_reach_mlflow_and_read_back(services: Path, tmp_pa
     assert (run.data.metrics["em"], run.data.metrics["count"], run.data.metrics["unanswerable"]) == (1, 200, 1)
     assert run.data.params == {"match": "characters", "k": "1,2"}
     assert {name: run.data.metrics[name] for name in score_metrics(evaluation)} == score_metrics(evaluation)
-    told = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/scores.json"))
-    assert set(told["by_type"]) == set(types)
-    for kind, scores in told["by_type"].items():
+    report = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/scores.json"))
+    assert set(report["by_type"]) == set(types)
+    for kind, scores in report["by_type"].items():
         prefix = scores.get("metrics", f"{kind}/…").removesuffix("/…")
         assert run.data.metrics[f"{prefix}/em"] == scores["em"] == 1
     plots = {file.path for file in MlflowClient().list_artifacts(result.run_id, "plots")}

@@ -49,7 +49,7 @@ def _objective(parts: tuple[Path, Path, PassageIndex], variant: Variant = "seque
 
 
 def _nll_by_hand(objective: EndToEnd, index: PassageIndex, example: Question, variant: Variant) -> torch.Tensor:
-    """Every passage of the corpus scored by its stored vector, the best three read one at a time, in float64."""
+    """Score every passage of the corpus by its stored vector, and read the best three one at a time, in float64."""
     model = objective.model
     tokenizer = model.generator_tokenizer
     ids = torch.tensor([model.question_encoder.tokenizer(example.question)["input_ids"]])
@@ -78,7 +78,7 @@ def test_the_loss_and_both_gradients_equal_an_evaluation_by_hand(
     parts: tuple[Path, Path, PassageIndex], variant: Variant
 ) -> None:
     objective = _objective(parts, variant).eval()
-    # Away from the untrained start, where every passage explains every answer alike and no gradient reaches the encoder.
+    # Move away from the untrained start, where all passages are equally likely and the encoder gets no gradient.
     torch.manual_seed(11)
     with torch.no_grad():
         for parameter in objective.model.generator.parameters():
@@ -87,23 +87,23 @@ def test_the_loss_and_both_gradients_equal_an_evaluation_by_hand(
     by_hand_B = torch.stack([_nll_by_hand(objective, parts[2], example, variant) for example in EXAMPLES[:4]])
     torch.testing.assert_close(nll_B.double(), by_hand_B, rtol=1e-4, atol=1e-4)
     for group in objective.parameter_groups():
-        found, expected = (
-            torch.cat([one.flatten() for one in torch.autograd.grad(loss.sum(), group["params"], retain_graph=True)])
+        actual, expected = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), group["params"], retain_graph=True)])
             for loss in (nll_B, by_hand_B)
         )
         assert expected.norm() > 0.1
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_a_reader_teaches_the_question_encoder_which_passage_to_find(parts: tuple[Path, Path, PassageIndex]) -> None:
     model, index = RagModel.from_parts(model_config(parts[0], parts[1], num_docs=9)), parts[2]
     facts = {example.gold_passage_ids[0]: example.answers[0] for example in EXAMPLES} | {"cork:river": "Lee"}
-    # The reader tells what its passage says, whatever was asked; so only the choice of the passage can help.
-    told = [
+    # The reader learns to answer with its passage's fact, whatever the question; so only the right passage can help.
+    examples = [
         ReadingExample(e.question, p, facts[p.id]) for e in EXAMPLES for p in index.passages_of(np.arange(9)[None])[0]
     ]
     reading = Reading(model.reader, rate=2e-3, fresh=("crossattention",), fresh_factor=4)
-    run_training(reading, told, optimizer(120, batch_size=24, warmup_steps=5), Place(), Hooks())
+    run_training(reading, examples, optimizer(120, batch_size=24, warmup_steps=5), Place(), Hooks())
     objective = EndToEnd(model, index, "sequence", EndToEndRates(question_encoder=1e-3, generator=0))
     before = _gold_priors(model, index)
     run_training(objective, EXAMPLES, optimizer(40, batch_size=8, warmup_steps=5), Place(), Hooks())
@@ -196,11 +196,11 @@ def test_accumulated_parts_give_the_update_of_one_whole_batch() -> None:
 def test_real_accumulation_equals_one_batch_end_to_end(parts: tuple[Path, Path, PassageIndex]) -> None:
     norms: list[list[float]] = []
     for accumulation in (1, 4):
-        told: list[float] = []
-        hooks = Hooks(log=lambda step, metrics, told=told: told.extend((metrics["train_nll"], metrics["grad_norm"])))
+        logs: list[float] = []
+        hooks = Hooks(log=lambda step, metrics, logs=logs: logs.extend((metrics["train_nll"], metrics["grad_norm"])))
         config = optimizer(2, accumulation=accumulation, precision="float32")
         run_training(_objective(parts), EXAMPLES, config, Place(), hooks)
-        norms.append(told)
+        norms.append(logs)
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-3)
 
 
@@ -242,8 +242,8 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused_with_its_numbers(
     batch_size: int, workers: int, accumulation: int
 ) -> None:
     config = optimizer(1, batch_size=batch_size, accumulation=accumulation)
-    wanted = f"batch_size {batch_size} cannot be cut into {workers} workers × {accumulation} accumulated parts"
-    with pytest.raises(ConfigError, match=wanted):
+    message = f"batch_size {batch_size} cannot be divided into {workers} workers × {accumulation} accumulated parts"
+    with pytest.raises(ConfigError, match=message):
         run_training(_Line(), PAIRS, config, Place(world_size=workers), Hooks())
 
 
@@ -267,7 +267,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_to_zero(monkeypatch: pytest.M
     monkeypatch.setattr(
         torch.optim.AdamW,
         "step",
-        lambda self, *given: (used.append(self.param_groups[0]["lr"]), plain_step(self, *given))[1],
+        lambda self, *arguments: (used.append(self.param_groups[0]["lr"]), plain_step(self, *arguments))[1],
     )
     run_training(_Line(rate=0.1), PAIRS, optimizer(10, warmup_steps=warmup), Place(), Hooks())
     rise = [0.1 * (step + 1) / 4 for step in range(warmup)]
@@ -277,14 +277,14 @@ def test_the_rate_rises_over_the_warm_up_and_falls_to_zero(monkeypatch: pytest.M
 
 
 def test_gradients_are_clipped_and_their_norm_before_clipping_is_reported() -> None:
-    told: list[dict[str, float]] = []
+    logs: list[dict[str, float]] = []
     line = _Line(rate=0.0)
-    hooks = Hooks(log=lambda step, metrics: told.append(metrics))
+    hooks = Hooks(log=lambda step, metrics: logs.append(metrics))
     run_training(line, PAIRS, optimizer(1, batch_size=11, max_grad_norm=1e-3, weight_decay=0), Place(), hooks)
     x_B, y_B = np.array(PAIRS).T
     error_B = 0.5 * x_B - 0.25 - y_B
-    assert told[0]["train_nll"] == pytest.approx(np.mean(error_B**2), rel=1e-5)
-    assert told[0]["grad_norm"] == pytest.approx(np.hypot(np.mean(2 * error_B * x_B), np.mean(2 * error_B)), rel=1e-5)
+    assert logs[0]["train_nll"] == pytest.approx(np.mean(error_B**2), rel=1e-5)
+    assert logs[0]["grad_norm"] == pytest.approx(np.hypot(np.mean(2 * error_B * x_B), np.mean(2 * error_B)), rel=1e-5)
 
 
 def test_reports_and_evaluations_come_at_their_steps_and_at_the_end() -> None:
@@ -305,34 +305,34 @@ SHORT = PROMPT.model_copy(update={"max_context_tokens": 18, "max_answer_tokens":
 
 
 def _cut_by_hand(parts: tuple[Path, Path, PassageIndex]) -> dict[str, int]:
-    """How many of each question's three contexts are too long, found one at a time by the untrained question encoder."""
+    """For each question, how many of its three contexts are too long, with the untrained question encoder."""
     model, index = RagModel.from_parts(model_config(parts[0], parts[1])), parts[2]
     cut = {}
     for example in EXAMPLES:
-        found = index.search(model.question_encoder.encode([example.question]), 3)
-        texts = [f"{passage.text} // {example.question}" for passage in index.passages_of(found.rows_BK)[0]]
+        matches = index.search(model.question_encoder.encode([example.question]), 3)
+        texts = [f"{passage.text} // {example.question}" for passage in index.passages_of(matches.rows_BK)[0]]
         cut[example.id] = sum(len(model.generator_tokenizer(text)["input_ids"]) > 18 for text in texts)
     assert 0 < sum(cut.values()) < 3 * len(EXAMPLES)
     return cut
 
 
-class _Ear:
-    """Stands for the MLflow run and for the driver."""
+class _Listener:
+    """Takes the place of the MLflow run and of the driver."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, float]] = []
+        self.points: list[tuple[int, float]] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        self.told.append((step, metrics["contexts_cut_share"]))
+        self.points.append((step, metrics["contexts_cut_share"]))
 
     def start_at(self, _: int) -> dict[str, int]:
         return {}
 
     def advance(self, *_: object) -> None: ...
-    def tell(self, *_: object) -> None: ...
+    def mark_logged(self, *_: object) -> None: ...
 
 
-def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last_one_dev_left_out(
+def test_each_point_of_the_curves_has_the_share_of_contexts_cut_since_the_last_point_without_dev(
     parts: tuple[Path, Path, PassageIndex], tmp_path: Path
 ) -> None:
     from tasks.stages.train import TrainConfig, dev_scores
@@ -342,8 +342,8 @@ def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last
     model = RagModel.from_parts(model_config(parts[0], parts[1]).model_copy(update={"prompt": SHORT}))
     objective = EndToEnd(model, parts[2], "token", EndToEndRates(question_encoder=0, generator=1e-3))
     config = optimizer(5, batch_size=2, log_every=2, eval_every=1, accumulation=2)
-    ear = _Ear()
-    reporter = Reporter(ear, ear, lambda _: None, lambda _: 0.0, 0, model.reader.count, Checkpoints(tmp_path))
+    listener = _Listener()
+    reporter = Reporter(listener, listener, lambda _: None, lambda _: 0.0, 0, model.reader.count, Checkpoints(tmp_path))
     shares: list[float] = []
 
     def evaluate(_: int) -> dict[str, float]:
@@ -356,7 +356,7 @@ def test_each_point_of_the_curves_tells_the_share_of_contexts_cut_since_the_last
     steps = [sum(cut[example.id] for example in batch) for batch in islice(global_batches(EXAMPLES, config), 5)]
     expected = [(2, sum(steps[:2]) / 12), (4, sum(steps[2:4]) / 12), (5, steps[4] / 6)]
     assert len({share for _, share in expected}) > 1
-    assert ear.told == [(step, pytest.approx(share)) for step, share in expected]
+    assert listener.points == [(step, pytest.approx(share)) for step, share in expected]
     assert reporter.result(5)["contexts"] == ContextCount(5 * 2 * 3, sum(steps))
     assert shares == pytest.approx([sum(cut[example.id] for example in EXAMPLES[:3]) / 9] * 5)
 
@@ -373,12 +373,12 @@ def test_two_workers_add_up_the_contexts_they_cut_and_the_curves_go_on_after_the
 
     curves: list[tuple[list[dict[str, float]], list[dict[str, float]]]] = []
     draw = tasks.stages.train.training_curves
-    monkeypatch.setattr(tasks.stages.train, "training_curves", lambda *given: (curves.append(given), draw(*given))[1])
+    monkeypatch.setattr(tasks.stages.train, "training_curves", lambda *args: (curves.append(args), draw(*args))[1])
     cut = _cut_by_hand(parts)
     questions = write_questions_jsonl(tmp_path / "questions.jsonl")
     model = model_config(parts[0], parts[1]).model_copy(update={"prompt": SHORT})
     settings = optimizer(6, log_every=2, eval_every=2)
-    # A rate at which the likelihood of dev answers falls from the start: the first evaluation is the best one.
+    # At this rate the likelihood of dev answers falls from the start: the first evaluation is the best.
     rates = EndToEndRates(question_encoder=0, generator=3.0)
     config = tasks.stages.train.TrainConfig(optimizer=settings, rates=rates, best_by="nll", num_workers=2)
     result = train_token(parts[2].path, questions, questions, tmp_path / "out", model, config)
@@ -388,9 +388,9 @@ def test_two_workers_add_up_the_contexts_they_cut_and_the_curves_go_on_after_the
     assert (counts["contexts"], counts["contexts_cut"]) == (6 * 4 * 3, sum(steps))
     history, dev = curves[0]
     assert [point["step"] for point in history] == [point["step"] for point in dev] == [2, 4, 6]
-    told = MlflowClient().get_metric_history(result.run_id, "contexts_cut_share")
-    by_hand = [sum(steps[at : at + 2]) / 24 for at in (0, 2, 4)]
-    assert [(point.step, point.value) for point in told] == [
+    points = MlflowClient().get_metric_history(result.run_id, "contexts_cut_share")
+    by_hand = [sum(steps[start : start + 2]) / 24 for start in (0, 2, 4)]
+    assert [(point.step, point.value) for point in points] == [
         (step, pytest.approx(share)) for step, share in zip((2, 4, 6), by_hand, strict=True)
     ]
-    assert counts["best_step"] < 6, "the last step was the best, so this test shows nothing of the curves after it"
+    assert counts["best_step"] < 6, "the last step was the best, so no curve goes on after it"

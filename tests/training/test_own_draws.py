@@ -1,4 +1,4 @@
-"""Random draws that another thread cannot disturb, and that are PyTorch's own otherwise."""
+"""Other threads cannot disturb `own_draws`; apart from that, the draws equal PyTorch's."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_a_draw_follows_from_its_key_whatever_another_thread_draws_meanwhile(nam
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_draw_is_the_one_that_pytorch_makes_of_the_same_seed(name: str) -> None:
     with own_draws([7, 1], CPU):
-        found = DRAWS[name]()
+        actual = DRAWS[name]()
     with seeded(number_of(7, 1)):
         expected = DRAWS[name]()
-    torch.testing.assert_close(found, expected)
-    assert found.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected)
+    assert actual.dtype == expected.dtype
 
 
-def test_what_draws_nothing_is_left_as_it_is() -> None:
+def test_functions_that_draw_nothing_do_as_before() -> None:
     with own_draws([1], CPU):
         assert torch.equal(functional.dropout(X_BF, 0.4, training=False), X_BF)
         assert torch.equal(nn.Dropout(0.4).eval()(X_BF), X_BF)
@@ -97,7 +97,7 @@ def test_what_draws_nothing_is_left_as_it_is() -> None:
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(3))), "a caller's own generator"
 
 
-def test_torchs_own_generator_is_found_as_it_was() -> None:
+def test_torchs_own_generator_is_restored() -> None:
     with torchs_own_generator_untouched(), contextlib.suppress(ZeroDivisionError), own_draws([1], CPU):
         torch.rand(3), functional.alpha_dropout(X_BF, 0.4, training=True)
         1 / 0  # noqa: B018
@@ -154,7 +154,7 @@ def test_draws_that_take_no_generator_do_not_depend_on_draws_before() -> None:
 def test_gradients_are_those_of_the_masks_that_were_drawn() -> None:
     grads = []
     for block in (lambda: own_draws([7, 1], CPU), lambda: seeded(number_of(7, 1))):
-        q, k, v = (one.clone().requires_grad_() for one in (Q_BHSF, K_BHSF, V_BHSF))
+        q, k, v = (states.clone().requires_grad_() for states in (Q_BHSF, K_BHSF, V_BHSF))
         with block():
             functional.dropout(
                 functional.scaled_dot_product_attention(q, k, v, dropout_p=0.4), 0.2
@@ -164,7 +164,7 @@ def test_gradients_are_those_of_the_masks_that_were_drawn() -> None:
 
 
 def test_a_model_that_computes_its_layers_again_for_the_gradient_gets_the_same_masks() -> None:
-    """Where another generator gave them, the second pass would draw others, and the gradient would be of nothing."""
+    """With another generator the second pass would draw other masks, and the gradient would be wrong."""
     from torch.utils.checkpoint import checkpoint
 
     layer = nn.Dropout(0.5)

@@ -1,4 +1,4 @@
-"""A generator made from an encoder: where its weights start, what it reads when, and that it learns to copy."""
+"""A generator made from an encoder: its first weights, its training examples, and learning to copy."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_both_sides_start_from_the_encoders_first_layers(encoder: Path) -> None:
     source = BertModel.from_pretrained(encoder).state_dict()
     assert (model.config.encoder.num_hidden_layers, model.config.decoder.num_hidden_layers) == (2, 1)
     for side, layers in ((model.encoder, 2), (model.decoder.bert, 1)):
-        own = {name: one for name, one in side.state_dict().items() if "crossattention" not in name}
+        own = {name: tensor for name, tensor in side.state_dict().items() if "crossattention" not in name}
         assert max(int(name.split(".")[2]) for name in own if name.startswith("encoder.layer.")) == layers - 1
-        assert all(torch.equal(one, source[name]) for name, one in own.items())
+        assert all(torch.equal(tensor, source[name]) for name, tensor in own.items())
 
 
 def test_cross_attention_starts_with_the_weights_of_self_attention(encoder: Path) -> None:
@@ -61,8 +61,8 @@ def test_cross_attention_starts_with_the_weights_of_self_attention(encoder: Path
         expected = dict(known.attention.named_parameters())
         assert cross.keys() == expected.keys()
         assert all(torch.equal(cross[name], expected[name]) for name in cross)
-        # A copy, not the same tensor: the two must be free to part.
-        assert all(cross[name] is not one for name, one in layer.attention.named_parameters())
+        # A copy, not the same tensor, as the two are trained separately.
+        assert all(cross[name] is not tensor for name, tensor in layer.attention.named_parameters())
 
 
 def test_fresh_parameters_learn_at_four_times_the_rate_and_every_parameter_once(encoder: Path) -> None:
@@ -73,7 +73,7 @@ def test_fresh_parameters_learn_at_four_times_the_rate_and_every_parameter_once(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert sorted(map(id, [*known["params"], *fresh["params"]])) == sorted(names)
     taken = {names[id(parameter)] for parameter in fresh["params"]}
-    # What no pretrained encoder holds: the head and the attention to the passages.
+    # Fresh parameters: the head and the attention to the passages.
     from_encoder = set(BertModel.from_pretrained(encoder).state_dict())
     new = {
         name
@@ -92,12 +92,12 @@ def test_special_tokens_are_set_and_survive_saving(encoder: Path, tmp_path: Path
     again, tokenizer_again = load_generator(tmp_path)
     cls, sep, pad = (tokenizer_again.convert_tokens_to_ids(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
     assert (cls, sep, pad) == (2, 3, 0)
-    for one in (model, again):
-        for settings in (one.config, one.generation_config):
+    for each_model in (model, again):
+        for settings in (each_model.config, each_model.generation_config):
             assert (settings.decoder_start_token_id, settings.eos_token_id, settings.pad_token_id) == (cls, sep, pad)
-    # The pooler takes no part in reading, whether it is kept or not.
-    weights = {name: one for name, one in model.state_dict().items() if "pooler" not in name}
-    assert all(torch.equal(one, again.state_dict()[name]) for name, one in weights.items())
+    # The pooler is never used, so it does not matter whether it is kept.
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "pooler" not in name}
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in weights.items())
 
 
 def test_dropout_is_set_on_both_sides(encoder: Path) -> None:
@@ -106,9 +106,9 @@ def test_dropout_is_set_on_both_sides(encoder: Path) -> None:
     assert rates == {0.25}
 
 
-def test_more_layers_than_the_encoder_has_are_refused_instead_of_invented(encoder: Path) -> None:
+def test_more_layers_than_the_encoder_has_are_refused(encoder: Path) -> None:
     for changes in ({"encoder_layers": 3}, {"decoder_layers": 3}):
-        with pytest.raises(ConfigError, match="has 2 layers, but 3 are to be kept"):
+        with pytest.raises(ConfigError, match="has 2 layers, but the settings keep 3"):
             build_generator(_config(encoder, **changes))
 
 
@@ -126,15 +126,15 @@ def test_a_decoder_only_model_is_refused_as_generator(encoder: Path) -> None:
         load_generator(encoder)
 
 
-def test_copying_asks_for_the_passage_itself() -> None:
-    assert copying_examples(PASSAGES[:2]) == [ReadingExample("", one, one.text) for one in PASSAGES[:2]]
+def test_the_target_of_copying_is_the_passage() -> None:
+    assert copying_examples(PASSAGES[:2]) == [ReadingExample("", passage, passage.text) for passage in PASSAGES[:2]]
 
 
 def test_reading_pairs_each_question_with_its_gold_passage() -> None:
     stranger = Question("x", "who?", ("me",), None, ("elsewhere",))
     mute = Question("y", "who?", (), None, ("lyon:river",))
     examples = reading_examples([*QUESTION_ROWS[:3], stranger, mute], PASSAGES)
-    assert [(one.question, one.passage.id, one.target) for one in examples] == [
+    assert [(example.question, example.passage.id, example.target) for example in examples] == [
         (text, gold, answer) for text, answer, gold, _ in QUESTIONS[:3]
     ]
 
@@ -149,10 +149,10 @@ def test_passages_are_copied_up_to_copy_steps_and_questions_read_afterwards(enco
     config = _config(encoder, copy_steps=3)
     copying, batch = copying_examples(PASSAGES), reading_examples(QUESTION_ROWS, PASSAGES)[:5]
     seen = [copy_then_read(copying, step, batch, config) for step in (1, 2, 3, 4, 5)]
-    assert all(len(one) == 5 for one in seen)
-    assert all(example in copying for one in seen[:3] for example in one)
+    assert all(len(batch) == 5 for batch in seen)
+    assert all(example in copying for batch in seen[:3] for example in batch)
     assert seen[3] == seen[4] == batch
-    # Every step copies others, and the same ones in every run and on every rank.
+    # Each step copies other passages, the same ones in every run and on every rank.
     assert seen[0] != seen[1] != seen[2]
     assert copy_then_read(copying, 2, batch, config) == seen[1]
 
@@ -189,14 +189,14 @@ def test_the_nll_of_reading_equals_the_generators_own_loss(encoder: Path) -> Non
     assert float(nll_B) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_scores_on_dev_tell_the_share_of_contexts_cut_and_leave_the_count_of_training(encoder: Path) -> None:
+def test_dev_scores_have_the_share_of_contexts_cut_and_leave_the_count_of_training(encoder: Path) -> None:
     from tasks.stages.pretrain_generator import reading_scores
 
     config = _config(encoder, prompt=PROMPT.model_copy(update={"max_context_tokens": 18, "max_answer_tokens": 3}))
     model, tokenizer = build_generator(config)
     reader = GeneratorReader(model.eval(), tokenizer, config.prompt)
     by_id = {passage.id: passage for passage in PASSAGES}
-    # A batch of 64, and one of 16 that is all alike.
+    # A batch of 64 examples, and one of 16 equal examples.
     pairs = [(question, by_id[question.gold_passage_ids[0]]) for question in QUESTION_ROWS] * 8
     pairs += pairs[:1] * 16
     cut = [len(tokenizer(f"{passage.text} // {question.question}")["input_ids"]) > 18 for question, passage in pairs]

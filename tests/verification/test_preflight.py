@@ -1,4 +1,4 @@
-"""What is wrong with a run is told before its first stage, all of it at once, and nothing is written."""
+"""All problems of a run are reported together before its first stage, and nothing is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Settings = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and files of a small run, and some that cannot be used."""
+    """Models and files of a small run, and unusable ones."""
     folder = tmp_path_factory.mktemp("preflight")
     make_encoder(folder / "encoder")
     make_encoder(folder / "wide", hidden_size=64)
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(folder: Path) -> Settings:
-    """A run in which nothing is wrong."""
+    """A correct run."""
     optimizer = {"steps": 2, "batch_size": 4}
     model = model_config(folder / "encoder", folder / "generator").model_dump(mode="json")
     return {
@@ -82,7 +82,7 @@ def settings(folder: Path) -> Settings:
 
 
 def pretrain(folder: Path) -> Settings:
-    """The section `pretrain` in which nothing is wrong."""
+    """A correct section `pretrain`."""
     prompt = PROMPT.model_dump(mode="json")
     layers = {"encoder_layers": 1, "decoder_layers": 1}
     optimizer = {"steps": 4, "batch_size": 4}
@@ -97,7 +97,7 @@ def check(settings: Settings, out: Path) -> Any:
 
 
 def with_change(settings: Settings, path: str, value: Any) -> Settings:
-    """The settings with one of them, named by its dotted path, replaced."""
+    """The settings with the one at this dotted path replaced."""
     changed = copy.deepcopy(settings)
     *parents, name = path.split(".")
     place = changed
@@ -107,7 +107,7 @@ def with_change(settings: Settings, path: str, value: Any) -> Settings:
     return changed
 
 
-def test_a_run_in_which_nothing_is_wrong_goes_on_with_pinned_names(
+def test_a_correct_run_goes_on_with_pinned_names(
     settings: Settings, folder: Path, tmp_path: Path, services: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -145,13 +145,13 @@ def test_a_run_in_which_nothing_is_wrong_goes_on_with_pinned_names(
         ("index.factory", "NOPE7", "does not accept the factory string 'NOPE7'"),
         ("index.factory", "PQ7", "does not accept the factory string 'PQ7' for 32 dimensions"),
         ("train.optimizer.batch_size", 3, None),
-        ("train.optimizer.accumulation", 3, "batch_size 4 cannot be cut into 1 workers × 3"),
-        ("train.num_workers", 3, "batch_size 4 cannot be cut into 3 workers × 1"),
+        ("train.optimizer.accumulation", 3, "batch_size 4 cannot be divided into 1 workers × 3"),
+        ("train.num_workers", 3, "batch_size 4 cannot be divided into 3 workers × 1"),
         ("train.rates", {"question_encoder": 0, "generator": 0}, "every learning rate is 0"),
         ("infer.retrieval", {"mode": "sharded", "resources": {"shelf": 1}}, "infer.retrieval.resources asks for shelf"),
     ],
 )
-def test_each_wrong_value_is_told_before_the_first_stage(
+def test_each_wrong_value_is_reported_before_the_first_stage(
     settings: Settings, folder: Path, tmp_path: Path, services: Path, path: str, value: Any, words: str | None
 ) -> None:
     filled = json.loads(json.dumps(value).replace("{folder}", str(folder)))
@@ -159,10 +159,10 @@ def test_each_wrong_value_is_told_before_the_first_stage(
     if words is None:
         check(changed, tmp_path / "out")
         return
-    with pytest.raises(RagError) as told:
+    with pytest.raises(RagError) as raised:
         check(changed, tmp_path / "out")
-    assert words in str(told.value), told.value
-    assert "\n" not in str(told.value), f"one problem is one paragraph: {told.value}"
+    assert words in str(raised.value), raised.value
+    assert "\n" not in str(raised.value), f"one problem is one paragraph: {raised.value}"
 
 
 @pytest.mark.parametrize(
@@ -170,38 +170,38 @@ def test_each_wrong_value_is_told_before_the_first_stage(
     [
         ("questions.train", "{folder}/no-gold.jsonl", "no question names both a gold passage"),
         ("questions.dev", "{folder}/no-gold.jsonl", "and an answer, so no weights can be chosen"),
-        ("pretrain.encoder", "{folder}/generator", "a generator can be made from a BERT"),
-        ("pretrain.encoder_layers", 9, "has 2 layers, but 9 are to be kept"),
+        ("pretrain.encoder", "{folder}/generator", "a generator can only be made from a BERT"),
+        ("pretrain.encoder_layers", 9, "has 2 layers, but the settings keep 9"),
         ("pretrain.prompt.max_context_tokens", 65, "Set prompt.max_context_tokens to at most 64"),
         ("model.prompt.max_context_tokens", 65, "Set prompt.max_context_tokens to at most 64"),
         ("pretrain.copy_steps", 4, "copy_steps is 4 of 4 steps"),
-        ("pretrain.optimizer.accumulation", 3, "batch_size 4 cannot be cut"),
+        ("pretrain.optimizer.accumulation", 3, "batch_size 4 cannot be divided"),
     ],
 )
-def test_so_is_each_of_pretraining(
+def test_each_wrong_value_of_pretraining_is_reported_before_the_first_stage(
     settings: Settings, folder: Path, tmp_path: Path, services: Path, path: str, value: Any, words: str
 ) -> None:
     filled = json.loads(json.dumps(value).replace("{folder}", str(folder)))
-    # The generator is made by the run: what stands in the configuration is not looked for.
+    # The run makes the generator, so the path in the configuration need not exist yet.
     settings["model"]["generator"] = str(folder / "made-by-the-run")
     changed = with_change(settings | {"pretrain": pretrain(folder)}, path, filled)
-    with pytest.raises(RagError) as told:
+    with pytest.raises(RagError) as raised:
         check(changed, tmp_path / "out")
-    assert words in str(told.value), told.value
+    assert words in str(raised.value), raised.value
 
 
-def test_dprs_encoders_exchanged_are_told(settings: Settings, folder: Path, tmp_path: Path, services: Path) -> None:
+def test_swapped_dpr_encoders_are_reported(settings: Settings, folder: Path, tmp_path: Path, services: Path) -> None:
     for documents, questions in (("context", "question"), ("question", "context")):
         changed = with_change(settings, "embed.encoder", str(folder / f"dpr-{documents}"))
         changed = with_change(changed, "model.question_encoder", str(folder / f"dpr-{questions}"))
         if documents == "context":
             check(changed, tmp_path / "out")
             continue
-        with pytest.raises(RagError, match="they are exchanged"):
+        with pytest.raises(RagError, match="they are swapped"):
             check(changed, tmp_path / "out")
 
 
-def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_without_a_run(
+def test_all_problems_are_reported_at_once_with_exit_code_2_and_without_a_run(
     rag: Rag, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
     import mlflow
@@ -223,18 +223,18 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_without_a_run(
             f"embed.encoder, model.question_encoder: There is no model folder {folder}/missing",
             f"questions.dev: {folder}/nothing.jsonl is empty",
             f"model.generator: {folder}/encoder (bert) is not an encoder-decoder",
-            "train.optimizer: batch_size 4 cannot be cut",
+            "train.optimizer: batch_size 4 cannot be divided",
         ),
         1,
     ):
         assert f"{number}. {words}" in flat
     assert not (tmp_path / "out").exists()
-    named = mlflow.search_runs(search_all_experiments=True, filter_string="attributes.run_name = 'never-started'")
-    assert len(named) == 0
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string="attributes.run_name = 'never-started'")
+    assert len(runs) == 0
 
 
 @pytest.mark.parametrize("values", [[], [0], [1, -5]])
-def test_a_k_that_is_none_is_refused(rag: Rag, settings: Settings, tmp_path: Path, values: list[int]) -> None:
+def test_no_k_or_a_k_below_1_is_refused(rag: Rag, settings: Settings, tmp_path: Path, values: list[int]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings | {"ks": values}))
     code, error = rag("pipeline", "--config", config, "--out", tmp_path / "out")
@@ -262,7 +262,7 @@ def test_a_negative_seed_is_refused(rag: Rag, settings: Settings, tmp_path: Path
         ("questions.dev", "{folder}/other-gold.jsonl", "so no weights can be chosen"),
     ],
 )
-def test_what_the_corpus_is_too_small_for_is_told_before_it_is_embedded(
+def test_a_corpus_that_is_too_small_or_lacks_gold_passages_is_reported_before_it_is_embedded(
     settings: Settings, folder: Path, tmp_path: Path, services: Path, path: str, value: Any, words: str
 ) -> None:
     from flows.config import PipelineConfig
@@ -272,12 +272,12 @@ def test_what_the_corpus_is_too_small_for_is_told_before_it_is_embedded(
     filled = json.loads(json.dumps(value).replace("{folder}", str(folder)))
     whole = settings | {"pretrain": pretrain(folder)}
     check_corpus(PipelineConfig.model_validate(whole), tmp_path / "corpus")
-    # The first gold passage that the corpus has counts.
+    # One gold passage in the corpus is enough, even if it is not the first of its question.
     some = with_change(whole, "questions.train", str(folder / "second-gold.jsonl"))
     check_corpus(PipelineConfig.model_validate(some), tmp_path / "corpus")
-    with pytest.raises(RagError) as told:
+    with pytest.raises(RagError) as raised:
         check_corpus(PipelineConfig.model_validate(with_change(whole, path, filled)), tmp_path / "corpus")
-    assert words in str(told.value), told.value
+    assert words in str(raised.value), raised.value
 
 
 # Places
@@ -294,14 +294,14 @@ def test_a_stages_folder_with_foreign_files_is_left_alone(
     assert (tmp_path / name / "thesis.txt").read_text() == "ten years of work"
 
 
-def test_a_file_where_a_folder_should_be_made_is_told(settings: Settings, tmp_path: Path, services: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(settings: Settings, tmp_path: Path, services: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(RagError, match=r"out is a file, so .* cannot be made below it"):
         check(settings, tmp_path / "out")
 
 
-@pytest.mark.parametrize("place", ["/proc/rag/index", "/sys/rag/index"])  # which refuse everybody, root too
-def test_a_place_that_cannot_be_written_is_told(place: str) -> None:
+@pytest.mark.parametrize("place", ["/proc/rag/index", "/sys/rag/index"])  # not writable even for root
+def test_a_place_that_cannot_be_written_is_reported(place: str) -> None:
     with pytest.raises(RagError, match=f"{place} cannot be written: "):
         check_place(Path(place))
 
@@ -309,7 +309,7 @@ def test_a_place_that_cannot_be_written_is_told(place: str) -> None:
 # The list
 
 
-def test_the_same_problem_of_two_parts_is_told_once_and_one_alone_keeps_its_kind() -> None:
+def test_a_problem_of_two_parts_is_listed_once_and_a_single_problem_keeps_its_class() -> None:
     from rag_core.errors import ArtifactError
 
     def fail(message: str) -> None:
@@ -331,7 +331,7 @@ def test_the_same_problem_of_two_parts_is_told_once_and_one_alone_keeps_its_kind
 # Stages by themselves
 
 
-def test_training_tells_all_that_is_wrong_with_it(rag: Rag, settings: Settings, folder: Path, tmp_path: Path) -> None:
+def test_training_reports_all_its_problems(rag: Rag, settings: Settings, folder: Path, tmp_path: Path) -> None:
     make_index(tmp_path, folder / "encoder")
     changed = with_change(settings, "model.num_docs", 10)
     changed = with_change(changed, "model.prompt.max_context_tokens", 65)
@@ -349,12 +349,12 @@ def test_training_tells_all_that_is_wrong_with_it(rag: Rag, settings: Settings, 
         "max_context_tokens",
         "cannot be trained on",
         "is empty",
-        "cannot be cut",
+        "cannot be divided",
     ):
         assert words in flat
 
 
-def test_inference_refuses_longer_answers_than_positions_before_it_starts(
+def test_inference_refuses_answers_longer_than_the_positions_before_it_starts(
     rag: Rag, folder: Path, tmp_path: Path
 ) -> None:
     from rag_core.model.rag_model import RagModel

@@ -1,4 +1,4 @@
-"""What a command needs of a question file is asked for before it works; keys that are almost right are named."""
+"""Commands check question files before they start work; misspelt keys are named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from flows.cli.main import run
 from rag_core.errors import ConfigError, InputError
-from rag_core.questions.formats.near_keys import FIELDS, meant
+from rag_core.questions.formats.near_keys import FIELDS, intended_key
 from rag_core.questions.formats.patterns import pattern_fault
 from rag_core.questions.questions import (
     Question,
@@ -51,7 +51,7 @@ def put(path: Path, *rows: Row) -> Path:
         ("CTXS", "ctxs"),
     ],
 )
-def test_a_key_that_is_almost_right_is_named_with_the_right_one(key: str, right: str, tmp_path: Path) -> None:
+def test_a_misspelt_key_is_named_with_the_right_one(key: str, right: str, tmp_path: Path) -> None:
     row = {"id": "1", "question": "who?", "answers": ["a"], key: "a"}
     row.pop({"answers": "answers", "question": "question", "id": "id"}.get(FIELDS[right], ""), None)
     file = put(tmp_path / "q.jsonl", row)
@@ -65,26 +65,26 @@ def test_a_key_that_is_almost_right_is_named_with_the_right_one(key: str, right:
     ["question_id", "answer_id", "answer_type", "qid", "title", "context", "contexts", "level", "subtype", "typed", "ids",
      "metadata", "answer_start", "answered", "question_type", "Frage", "质问", "", "meta"],
 )  # fmt: skip
-def test_other_keys_are_ignored_as_ever(key: str, tmp_path: Path) -> None:
+def test_unrelated_keys_are_ignored(key: str, tmp_path: Path) -> None:
     file = put(tmp_path / "q.jsonl", {"id": "1", "question": "who?", "answers": ["a"], key: "x"})
     assert read_questions(file) == [Question("1", "who?", ("a",))]
-    # Also where what it is like is missing, as in a file for inference.
+    # Also if the key it resembles is missing, as in a file for inference.
     assert read_questions(put(tmp_path / "bare.jsonl", {"question": "who?", key: "x"})) == [Question("1", "who?")]
 
 
-def test_a_key_is_no_slip_where_the_question_has_what_the_right_one_would_give(tmp_path: Path) -> None:
+def test_a_misspelt_key_is_ignored_if_the_question_has_the_right_one(tmp_path: Path) -> None:
     file = put(
         tmp_path / "q.jsonl", {"id": "1", "question": "who?", "answers": ["a"], "golden_answer": "b", "Question": 1}
     )
     assert read_questions(file)[0].answers == ("a",)
-    assert all(meant(key) is None for key in FIELDS)
+    assert all(intended_key(key) is None for key in FIELDS)
 
 
 GOLD = {"gold_passage_ids": ["p"]}
 FINE = {"question": "fine?", "answers": ["a"], **GOLD}
 
 
-def test_a_question_without_answers_is_named_with_its_line_and_how_many_there_are(tmp_path: Path) -> None:
+def test_a_question_without_answers_is_named_with_its_line_and_the_number_of_such_questions(tmp_path: Path) -> None:
     file = put(
         tmp_path / "q.jsonl", FINE, {"id": "x", "question": "who?", "correct": "a", **GOLD}, {"question": "what?"}
     )
@@ -101,7 +101,7 @@ def test_a_question_without_answers_is_named_with_its_line_and_how_many_there_ar
         check_retrieval(read)
 
 
-def test_a_file_has_what_is_needed(tmp_path: Path) -> None:
+def test_a_complete_file_passes_the_checks(tmp_path: Path) -> None:
     unanswerable = {"id": "u", "question": "who?", "is_impossible": True}
     read = read_question_file(put(tmp_path / "q.jsonl", FINE, unanswerable))
     check_answers(read)
@@ -156,7 +156,7 @@ def test_a_pattern_that_does_not_compile_or_would_take_gigabytes_is_refused_by_i
     pattern: str, fault: str, tmp_path: Path
 ) -> None:
     file = put(tmp_path / "q.jsonl", {"question": "q?", "answers": ["fine"]}, {"question": "q?", "answers": [pattern]})
-    gc.collect()  # else what earlier tests left is finalised where the recursion is deepest, and fails there
+    gc.collect()  # otherwise garbage of earlier tests may be finalised, and fail, at the deepest point of the recursion
     began = time.process_time()
     with pytest.raises(InputError, match=r"line 2: the answer .* cannot be used as a regular expression: ") as caught:
         read_questions(file, answers_are="regex")
@@ -177,11 +177,11 @@ def test_a_pattern_that_does_not_compile_or_would_take_gigabytes_is_refused_by_i
         "x{,5}",
     ],
 )
-def test_honest_patterns_are_taken(pattern: str) -> None:
+def test_ordinary_patterns_are_accepted(pattern: str) -> None:
     assert pattern_fault(pattern) is None
 
 
-def test_what_answers_are_is_one_of_two_words() -> None:
+def test_answers_are_accepts_only_text_and_regex() -> None:
     assert (as_answers_are(None), as_answers_are("regex")) == (None, "regex")
     with pytest.raises(ConfigError, match="'regexp'; known are text and regex"):
         as_answers_are("regexp")
@@ -237,7 +237,7 @@ def test_bad_judgements_are_refused(judgements: str, message: str, tmp_path: Pat
         read_questions(beir(tmp_path, judgements))
 
 
-def test_judgements_without_queries_say_where_these_were_looked_for(tmp_path: Path) -> None:
+def test_judgements_without_queries_are_refused_with_the_searched_folders(tmp_path: Path) -> None:
     file = beir(tmp_path, "q0\td1\t1\n")
     (tmp_path / "queries.jsonl").unlink()
     with pytest.raises(InputError, match=rf"there is no queries\.jsonl in {tmp_path} or {tmp_path}/qrels"):
@@ -258,8 +258,8 @@ def command(
     monkeypatch.setattr(sys, "argv", ["rag", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         run()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
 
 
 def test_retrieve_refuses_a_file_without_answers_and_never_prints_a_table(

@@ -25,7 +25,7 @@ KINDS = ("corpus", "embeddings", "index", "predictions")
 
 
 def write_predictions(draft: Draft) -> None:
-    """Five rows in parts of two; a row holds what line readers stumble over."""
+    """Five rows in parts of two; a row contains Unicode line breaks, on which naive line readers fail."""
     for part in range(3):
         rows = [
             {
@@ -48,7 +48,7 @@ def write_predictions(draft: Draft) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one artifact of each kind that can be repaired, as a pipeline leaves them."""
+    """A folder with one artifact of each repairable kind, laid out as by a pipeline."""
     folder = tmp_path_factory.mktemp("made")
     make_index(folder, make_encoder(folder / "encoder"))
     # As `rag embed` publishes them, with the key's settings.
@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy to damage. Sources and inputs are found where they were made, or beside."""
+    """A copy to damage. Sources and inputs are found where they were made, or beside it."""
     shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns("encoder"))
     return tmp_path / "runs"
 
@@ -102,7 +102,7 @@ def test_whole_artifacts_have_no_findings_and_all_below_a_folder_are_found(folde
 def test_every_damaged_file_is_found_and_made_again_with_the_same_bytes(folder: Path, kind: str, state: str) -> None:
     path = folder / kind
     whole = bytes_of(path)
-    for name in [one for one in files_of(folder, kind) if whole[one] or state != "content"]:
+    for name in [file for file in files_of(folder, kind) if whole[file] or state != "content"]:
         DAMAGES[state](path / name)
         (finding,) = verify(path).findings
         assert (finding.file, finding.state) == (name, state)
@@ -140,8 +140,8 @@ def test_foreign_files_and_links_are_findings_and_are_left_alone(folder: Path) -
     path = folder / "corpus"
     (path / "notes.txt").write_text("mine")
     (path / "shortcut").symlink_to(folder / "index")
-    found = [(one.file, one.state) for one in verify(path).findings]
-    assert found == [("notes.txt", "foreign"), ("shortcut", "foreign")]
+    findings = [(finding.file, finding.state) for finding in verify(path).findings]
+    assert findings == [("notes.txt", "foreign"), ("shortcut", "foreign")]
     assert repair(path) == []
     assert (path / "notes.txt").read_text() == "mine"
 
@@ -152,7 +152,7 @@ def test_a_damaged_manifest_is_a_finding_and_is_never_rewritten(folder: Path) ->
     changed = text.replace(json.loads(text)["fingerprint"], "0" * 64)
     for content, state in ((text[:-40], "manifest"), (changed, "manifest")):
         manifest.write_text(content)
-        assert [one.state for one in verify(folder / "embeddings").findings] == [state]
+        assert [finding.state for finding in verify(folder / "embeddings").findings] == [state]
         with pytest.raises(ArtifactError):
             repair(folder / "embeddings")
         assert manifest.read_text() == content
@@ -179,7 +179,7 @@ def test_content_that_does_not_fit_the_counts_is_found_though_every_checksum_is_
             content["counts"]["passages"] = 10
             manifest.write_text(json.dumps(content))
         findings = verify(path).findings
-        assert any("9 passages" in one.found and "10 passages" in one.expected for one in findings), kind
+        assert any("9 passages" in finding.found and "10 passages" in finding.expected for finding in findings), kind
 
 
 def test_vectors_in_another_order_than_the_corpus_are_found(folder: Path) -> None:
@@ -207,7 +207,7 @@ def changed_sources(folder: Path) -> tuple[str, GivenInputs, str]:
 
 
 def absent_sources(folder: Path) -> tuple[str, GivenInputs, str]:
-    return damaged_corpus(folder), GivenInputs(sources=(folder / "gone",)), "gone is not there. Give them: --source"
+    return damaged_corpus(folder), GivenInputs(sources=(folder / "gone",)), "gone does not exist. Give them: --source"
 
 
 def another_corpus(folder: Path) -> tuple[str, GivenInputs, str]:
@@ -227,7 +227,7 @@ def another_encoder(folder: Path) -> tuple[str, GivenInputs, str]:
 
 
 def other_bytes(folder: Path) -> tuple[str, GivenInputs, str]:
-    # As another processor would: the same rows, other bytes.
+    # The same rows with other bytes, as another processor might write them.
     path = folder / "predictions"
     rows = pq.read_table(path / "predictions.parquet")
     manifest = open_artifact(path, "predictions")
@@ -251,36 +251,36 @@ def both_lost(folder: Path) -> tuple[str, GivenInputs, str]:
 def test_a_repair_that_would_make_something_else_is_refused_and_changes_nothing(
     case: Callable[[Path], tuple[str, GivenInputs, str]], folder: Path
 ) -> None:
-    kind, given, message = case(folder)
+    kind, inputs, message = case(folder)
     before = bytes_of(folder / kind)
     with pytest.raises(ArtifactError, match=message):
-        repair(folder / kind, given)
+        repair(folder / kind, inputs)
     assert bytes_of(folder / kind) == before
     assert not list(folder.glob(".*draft*"))
 
 
-def test_the_command_tells_all_findings_repairs_them_and_ends_with_the_right_code(folder: Path) -> None:
+def test_the_command_lists_all_findings_repairs_them_and_ends_with_the_right_code(folder: Path) -> None:
     run = CliRunner().invoke
     assert run(app, ["verify", str(folder)]).exit_code == 0
     for kind, name in (("corpus", "passages-00001.parquet"), ("index", "vectors.npy")):
         flip(folder / kind / name)
-    told = run(app, ["verify", str(folder), "--json"])
-    assert told.exit_code == 2
-    found = json.loads(told.stdout)
-    assert not found["ok"]
-    assert {one["kind"]: [each["file"] for each in one["findings"]] for one in found["artifacts"]} == {
+    result = run(app, ["verify", str(folder), "--json"])
+    assert result.exit_code == 2
+    output = json.loads(result.stdout)
+    assert not output["ok"]
+    assert {report["kind"]: [finding["file"] for finding in report["findings"]] for report in output["artifacts"]} == {
         "corpus": ["passages-00001.parquet"],
         "embeddings": [],
         "index": ["vectors.npy"],
         "predictions": [],
     }
-    assert "rag verify --repair" in found["artifacts"][0]["findings"][0]["remedy"]
+    assert "rag verify --repair" in output["artifacts"][0]["findings"][0]["remedy"]
     table = run(app, ["verify", str(folder)])
     assert table.exit_code == 2
     assert "1 findings" in table.stdout
-    mended = run(app, ["verify", "--repair", str(folder)])
-    assert mended.exit_code == 0, mended.stdout
-    assert "made again, byte for byte: vectors.npy" in mended.stdout
+    repaired = run(app, ["verify", "--repair", str(folder)])
+    assert repaired.exit_code == 0, repaired.stdout
+    assert "rebuilt, byte for byte: vectors.npy" in repaired.stdout
 
 
 def test_a_model_that_is_damaged_is_not_repaired_and_the_command_that_makes_it_is_named(tmp_path: Path) -> None:

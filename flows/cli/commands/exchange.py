@@ -1,4 +1,4 @@
-"""Commands that exchange models with Hugging Face's RAG classes: import-hf and export-hf."""
+"""Commands that convert models from and to Hugging Face's RAG classes: import-hf and export-hf."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def import_hf(
             help="Folder, hub name (facebook/rag-token-nq[@REVISION]) or package:NAME/FOLDER.", metavar="SOURCE"
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="RAG model folder that is written.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="RAG model folder to write.", metavar="FOLDER")],
     pooling: Annotated[
-        str | None, typer.Option(help="mean, cls, …: for a question encoder other than DPR's; DPR needs none.")
+        str | None, typer.Option(help="mean, cls, …: needed if the question encoder is not DPR's.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a RAG model folder from a Hugging Face RAG checkpoint.
 
-    SOURCE holds config.json with model_type "rag", weights (model.safetensors
+    SOURCE has config.json with model_type "rag", weights (model.safetensors
     or pytorch_model.bin), and question_encoder_tokenizer/ and
-    generator_tokenizer/, as RagTokenizer.save_pretrained writes them. The result
-    is used as --model by ask, infer and retrieve. Embed the passages with the
+    generator_tokenizer/, as RagTokenizer.save_pretrained writes them. Give
+    FOLDER as --model to ask, infer and retrieve. Embed the passages with the
     document encoder that the checkpoint was trained with.
     """
     from rag_core.embeddings.encoder_settings import Pooling
@@ -59,40 +59,40 @@ def import_hf(
 
 def export_hf(
     model: Annotated[Path, typer.Argument(help="RAG model folder, as `rag train` writes it.", metavar="MODEL")],
-    folder: Annotated[Path, typer.Argument(help="New or empty folder that is written.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder to write.", metavar="FOLDER")],
     variant: Annotated[
         str | None,
-        typer.Option(help="sequence | token: the class it is for; default: what the model was trained as."),
+        typer.Option(help="sequence | token: the class that loads it; default: as the model was trained."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a RAG model as a Hugging Face checkpoint.
 
-    FOLDER is then read by RagSequenceForGeneration or RagTokenForGeneration
-    and by RagTokenizer (from_pretrained), with the same loss for the same
-    contexts and scores, and by `rag import-hf`. What those classes would do
-    otherwise with this model is told as a note.
+    RagSequenceForGeneration or RagTokenForGeneration and RagTokenizer load
+    FOLDER (from_pretrained), and give the same loss for the same contexts and
+    scores; `rag import-hf` reads it too. A note says what those classes do
+    differently with this model.
     """
     from rag_core.model.rag_model import RagModel
 
-    chosen = parse_variant(variant)
+    parsed_variant = parse_variant(variant)
     with _notes():
         loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
-        loaded.to_hf_rag(folder, variant=chosen)
-    name = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}[loaded.variant_or(chosen)]
+        loaded.to_hf_rag(folder, variant=parsed_variant)
+    name = {"sequence": "RagSequenceForGeneration", "token": "RagTokenForGeneration"}[loaded.variant_or(parsed_variant)]
     console.print(f"export-hf: {name} → {folder}")
 
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Print what was warned of as a line each, without Python's file and line."""
+    """Print each warning about the exchange as one line, without Python's file and line."""
     from rag_core.model.hf_rag import ExchangeWarning
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ExchangeWarning)
         yield
-    for one in caught:
-        if issubclass(one.category, ExchangeWarning):
-            typer.echo(f"Note: {one.message}", err=True)
+    for warning in caught:
+        if issubclass(warning.category, ExchangeWarning):
+            typer.echo(f"Note: {warning.message}", err=True)
         else:
-            warnings.showwarning(one.message, one.category, one.filename, one.lineno)
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)

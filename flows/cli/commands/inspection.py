@@ -1,4 +1,4 @@
-"""Commands that look and answer, without Prefect, Ray or MLflow: ask, retrieve, doctor."""
+"""Commands that run without Prefect, Ray or MLflow: ask, retrieve, doctor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Answer one question from a trained model, and show what was read."""
+    """Answer one question with a trained model, and show the passages that it read."""
     from flows.cli.settings import parse
     from rag_core.errors import ConfigError
     from rag_core.evaluation.predictions import prediction_row
@@ -41,10 +41,10 @@ def ask(
 
     if not question.strip():
         raise ConfigError('The question is empty. Give one in quotes: rag ask "Which country is Lyon in?"')
-    chosen = parse_variant(variant)
+    parsed_variant = parse_variant(variant)
     decoding = parse(DecodingConfig, {"num_beams": num_beams}, "ask options")
     loaded, opened = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code), PassageIndex.open(index)
-    answer = loaded.answer([question], opened, variant=chosen, num_docs=num_docs, decoding=decoding)[0]
+    answer = loaded.answer([question], opened, variant=parsed_variant, num_docs=num_docs, decoding=decoding)[0]
     if as_json:
         typer.echo(json.dumps(prediction_row(Question(id="1", question=question), answer), ensure_ascii=False))
     else:
@@ -58,14 +58,14 @@ def retrieve(
     model: Annotated[Path | None, typer.Option(help="Use the question encoder of this trained model.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Use this question encoder; default: the index's own.")] = None,
     question_prompt: Annotated[
-        str | None, typer.Option(help="Put before every question, such as 'query: '; default: what the encoder says.")
+        str | None, typer.Option(help="Text put before every question, such as 'query: '; default: the encoder's own.")
     ] = None,
     match: Match = "words",
     answers_are: AnswersAreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with recall@k as fractions.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Recall@k of an index, without a generator: gold passage where known, and answer string contained."""
+    """Measure an index's recall@k without a generator: by gold passages, where known, and by answer strings."""
     from rag_core.embeddings.text_encoder import TextEncoder
     from rag_core.evaluation.evaluation import check_own_encoder, evaluate_retrieval, gold_hint, spaceless_hint
     from rag_core.index.passage_index import PassageIndex
@@ -101,7 +101,7 @@ def retrieve(
 
 
 def doctor() -> None:
-    """Versions, cores, GPUs, the servers in use, and what is missing. Exit code 1 if something is."""
+    """Show versions, cores, GPUs and the servers in use, and what is missing or wrong (then exit code 1)."""
     from flows.cli.commands.doctor import examine
 
     raise typer.Exit(examine())

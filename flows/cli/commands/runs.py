@@ -1,4 +1,4 @@
-"""Commands that run everything: pipeline and demo."""
+"""Commands that run the whole pipeline: pipeline and demo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def demo(
     config: Annotated[Path, typer.Option(help="YAML file of the demo.")] = DEMO_CONFIG,
     out: Annotated[Path, typer.Option(help="Folder; every stage writes below it.")] = Path("runs/demo"),
 ) -> None:
-    """The embedded example: about 14,000 facts of the world, both variants trained and compared."""
+    """Run the built-in example: about 14,000 facts of the world, both variants trained and compared."""
     from flows.cli.settings import parse, read_yaml
     from flows.demo import DemoConfig
     from flows.demo import demo as demo_flow

@@ -12,9 +12,9 @@ from flows.cli.options import AnswersAreOption, Match, TrustRemoteCode
 from flows.cli.prefect_server import with_services
 from flows.cli.printing import print_scores, print_stage
 
-Out = Annotated[Path, typer.Option("--out", help="Folder that is written. It appears whole or not at all.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write. It appears complete or not at all.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of a run; the command reads its own sections of it.")
+    Path | None, typer.Option("--config", help="YAML file of a run; the command reads only its own sections.")
 ]
 Questions = Annotated[
     Path,
@@ -43,19 +43,21 @@ def corpus(
     format: Annotated[
         str,
         typer.Option(
-            help="auto: told by the content. jsonl | json | dpr-tsv | csv | parquet | squad | text: only files of that sort."
+            help="auto: recognise each file by its content. jsonl | json | dpr-tsv | csv | parquet | squad | text: "
+            "read only files of that format."
         ),
     ] = "auto",
     words_per_passage: Annotated[int, typer.Option(help="Plain text: passages of at most this many words.")] = 100,
     shard_rows: Annotated[int, typer.Option(help="Passages in a Parquet shard.")] = 50_000,
     max_rejects_share: Annotated[
-        float, typer.Option(help="Share of the rows that may be rejected, 0 to 1; more stop the run.")
+        float, typer.Option(help="Share of rows that may be rejected, 0 to 1; more rejects fail the run.")
     ] = 0.01,
 ) -> None:
-    """Read passages and write canonical Parquet shards; rows that are none go to rejects.jsonl with file and line.
+    """Read passages and write canonical Parquet shards; rejected rows go to rejects.jsonl with file and line.
 
-    Reads BEIR, DPR, pyserini, FlashRAG, KILT, SQuAD, HotpotQA and plain files with id, title and text, from JSON Lines, JSON,
-    Parquet, CSV or TSV; and text (.txt, .md). docs/formats.md has the keys.
+    Reads BEIR, DPR, pyserini, FlashRAG, KILT, SQuAD, HotpotQA and plain files
+    with id, title and text, from JSON Lines, JSON, Parquet, CSV or TSV; and text
+    (.txt, .md). docs/formats.md has the keys.
     """
     from flows.cli.settings import parse
     from flows.stages.make_corpus import make_corpus
@@ -75,12 +77,12 @@ def embed(
     encoder: Annotated[str, typer.Option(help="Document encoder: folder, hub name, or package:NAME/FOLDER.")],
     out: Out,
     prompt: Annotated[
-        str | None, typer.Option(help="Put before every passage, such as 'passage: '; default: what the encoder says.")
+        str | None, typer.Option(help="Text put before every passage, such as 'passage: '; default: the encoder's own.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 | float16: how vectors are stored.")] = "float32",
     precision: Annotated[str, typer.Option(help="auto | float32 | bfloat16: the encoder's arithmetic.")] = "auto",
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a batch, padding included; default: what suits the device.")
+        int | None, typer.Option(help="Tokens per batch, padding included; default: depends on the device.")
     ] = None,
     num_workers: Annotated[int, typer.Option(help="Actors; 0: one for each GPU, else one for each machine.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -110,7 +112,7 @@ def index(
         str, typer.Option(help="auto, or a FAISS factory string such as Flat, HNSW32, IVF1024,SQ8.")
     ] = "auto",
     target_recall: Annotated[float, typer.Option(help="recall@10 that an approximate index is tuned for.")] = 0.95,
-    shards: Annotated[int, typer.Option(help="FAISS indexes that the passages are divided among.")] = 1,
+    shards: Annotated[int, typer.Option(help="Number of FAISS indexes that the passages are divided among.")] = 1,
 ) -> None:
     """Build a FAISS index and measure its recall@10 against exact search."""
     from flows.cli.settings import parse
@@ -130,7 +132,7 @@ def pretrain(
     encoder: Annotated[str | None, typer.Option(help="Encoder that both sides start from; overrides the file.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a generator from an encoder where no pretrained seq2seq model can be had (section `pretrain` of --config).
+    """Make a generator from an encoder, if no pretrained seq2seq model is available (section `pretrain` of --config).
 
     Questions must name their gold passage (gold_passage_ids).
     """
@@ -149,7 +151,7 @@ def train(
     variant: Annotated[str, typer.Option(help="sequence | token")],
     index: Annotated[Path, typer.Option("--index", help="Folder written by `rag index`.")],
     questions: Questions,
-    dev: Annotated[Path, typer.Option(help="Dev questions, for the choice of the best weights.")],
+    dev: Annotated[Path, typer.Option(help="Dev questions, by which the best weights are chosen.")],
     config: Annotated[Path, typer.Option(help="YAML file of a run; its sections `model` and `train` are read.")],
     out: Out,
     generator: Annotated[str | None, typer.Option(help="Overrides model.generator.")] = None,
@@ -204,7 +206,7 @@ def infer(
     replicas: Replicas = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Answer a file of questions on Ray; writes predictions.jsonl and predictions.parquet in the file's order."""
+    """Answer a question file on Ray; write predictions.jsonl and predictions.parquet in the order of the file."""
     from flows.cli.settings import parse
     from flows.stages.batch_infer import batch_infer
     from tasks.on_ray.answering import InferConfig
@@ -236,13 +238,13 @@ def evaluate(
     answers_are: AnswersAreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """EM, F1 and recall@k, overall and by question type."""
+    """Compute EM, F1 and recall@k, overall and by question type."""
     from flows.cli.printing import parse_ks, parse_match
     from flows.stages.evaluate import evaluate as evaluate_flow
     from rag_core.questions.questions import as_answers_are
 
-    rule, kind = parse_match(match), as_answers_are(answers_are)
-    result, scores = evaluate_flow(predictions, questions, parse_ks(k), match=rule, answers_are=kind)
+    match_rule, answer_kind = parse_match(match), as_answers_are(answers_are)
+    result, scores = evaluate_flow(predictions, questions, parse_ks(k), match=match_rule, answers_are=answer_kind)
     if as_json:
         typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
     else:
@@ -251,5 +253,5 @@ def evaluate(
 
 
 def _retrieval(mode: str | None, replicas: int | None) -> dict[str, object]:
-    """What was given of the section `retrieval`."""
+    """The settings of the section `retrieval` that were given as options."""
     return {name: value for name, value in (("mode", mode), ("replicas", replicas)) if value is not None}

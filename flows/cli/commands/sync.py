@@ -1,4 +1,4 @@
-"""`rag sync-mlflow`: send to MLflow what could not be sent while it did not answer."""
+"""`rag sync-mlflow`: sends the entries that runs kept while MLflow did not answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def add_to(app: typer.Typer) -> None:
 def sync_mlflow(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files that a run said it kept; none: all in the folder mlflow-unsent.", metavar="FILE…"),
+        typer.Argument(help="Files named by a run; default: all in the folder mlflow-unsent.", metavar="FILE…"),
     ] = None,
 ) -> None:
-    """Send to MLflow what was kept while it did not answer (every command does so when it starts)."""
+    """Send to MLflow the entries kept while it did not answer (every command also does this at its start)."""
     from rag_core.errors import ArtifactError, InputError
     from tasks.environment.variables import FOR_STAGES, check_variables
     from tasks.tracking.runs import send_unsent, unsent_files, unsent_folder
@@ -27,13 +27,13 @@ def sync_mlflow(
     check_variables(FOR_STAGES)
     for file in files or []:
         if not file.is_file():
-            raise InputError(f"{file} is not there: it may have been sent already. Give files of {unsent_folder()}.")
+            raise InputError(f"{file} does not exist; it may have been sent already. Give files of {unsent_folder()}.")
     waiting = [file.resolve() for file in files] if files else unsent_files()
     left = send_unsent(waiting, anywhere=True, seconds=float("inf"))
     if left:
-        reasons = " ".join(f"{file}: {why}" for file, why in left.items())
+        reasons = " ".join(f"{file}: {reason}" for file, reason in left.items())
         raise ArtifactError(
-            f"{len(left)} of {len(waiting)} files were not sent. {reasons} They stay; run `rag sync-mlflow` again when "
-            "MLflow answers, or delete a line that it refuses."
+            f"{len(left)} of {len(waiting)} files were not sent. {reasons} They are kept: run `rag sync-mlflow` again "
+            "when MLflow answers, or delete the lines that it refuses."
         )
-    typer.echo(f"{len(waiting)} files sent." if waiting else f"Nothing waits in {unsent_folder()}.")
+    typer.echo(f"{len(waiting)} files sent." if waiting else f"There is nothing to send in {unsent_folder()}.")

@@ -1,9 +1,9 @@
 """Corpus readers: files in, passages out, one at a time; bad rows come out as rejects.
 
-A file has a container (JSON Lines, JSON, Parquet, a table; `containers/`) and a layout (which keys mean what; `layouts.py`),
-and both are recognised by its content (`recognition.py`). SQuAD's articles and plain text have a reader each. A bad row is a
-`Reject` and reading goes on; a file that cannot be read at all raises InputError. The readers do not know whether an id was
-seen before, nor where the passages go: `rag_core.corpus.corpus` does.
+A file has a container (JSON Lines, JSON, Parquet, a table; `containers/`) and a layout (which keys mean what;
+`layouts.py`). Both are recognised by the file's content (`recognition.py`). SQuAD's articles and plain text have
+their own readers. A bad row becomes a `Reject` and reading continues; a file that cannot be read at all raises
+InputError. The readers do not check that ids are unique and write no files: `rag_core.corpus.corpus` does both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from rag_core.corpus.formats import squad, text
 from rag_core.corpus.formats.layout_passages import passages_of
 from rag_core.corpus.formats.layouts import Layout
-from rag_core.corpus.formats.recognition import TEXT, Container, recognise, resemblance
+from rag_core.corpus.formats.recognition import TEXT, Container, format_hint, recognise
 from rag_core.corpus.formats.rows import Reject, Row, Skipped
 from rag_core.corpus.formats.sources import CorpusFormat, SourceFile, expand_sources
 from rag_core.corpus.passages import Passage
@@ -28,7 +28,7 @@ __all__ = ["CorpusFormat", "Reading", "Reject", "Row", "SourceFile", "expand_sou
 
 @dataclass
 class Reading:
-    """What was found out while sources were read: files by what they were recognised as, and what was skipped, by reason."""
+    """Counts collected while sources are read: files by recognised layout, and skipped records by reason."""
 
     layouts: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -40,9 +40,9 @@ def read_passages(
     """Passages and rejects of all sources, in order.
 
     Args:
-        sources: files, or folders that stand for all their files of the format's suffix, sorted.
+        sources: files, or folders; a folder means all its files with the format's suffix, sorted.
         format: a `CorpusFormat`; "auto" recognises each file by its content.
-        words_per_passage: the most words in a passage; only used for plain text.
+        words_per_passage: maximum words per passage; only used for plain text.
 
     Raises:
         ConfigError: unknown format, or words_per_passage below 1 (at once).
@@ -59,7 +59,7 @@ def read_rows(
     words_per_passage: int = 100,
     reading: Reading | None = None,
 ) -> Iterator[Row | Reject]:
-    """Like `read_passages`, but every passage comes with its file and line; `reading`, if given, is filled meanwhile."""
+    """Like `read_passages`, but every passage comes with its file and line. Counts are added to `reading`, if given."""
     if words_per_passage < 1:
         raise ConfigError(f"words_per_passage is {words_per_passage}; it must be at least 1.")
     files = expand_sources(sources, format)
@@ -69,16 +69,16 @@ def read_rows(
 def _rows_of_all(
     files: Sequence[SourceFile], format: CorpusFormat, words_per_passage: int, reading: Reading
 ) -> Iterator[Row | Reject]:
-    repeated: set[bytes] = set()
+    seen: set[bytes] = set()
     for file in files:
         at_start = True
         try:
-            found = recognise(file, format)
-            reading.layouts[str(found)] += 1
+            recognised = recognise(file, format)
+            reading.layouts[str(recognised)] += 1
             rows: Iterator[Row | Reject | Skipped]
-            if found.layout:
-                rows = _records_as_rows(file, found.container, found.layout, repeated)
-            elif found.container is TEXT:
+            if recognised.layout:
+                rows = _records_as_rows(file, recognised.container, recognised.layout, seen)
+            elif recognised.container is TEXT:
                 rows = text.read(file, words_per_passage)
             else:
                 rows = squad.read(file)
@@ -89,27 +89,28 @@ def _rows_of_all(
                 else:
                     yield row
         except InputError as error:
-            if at_start and format != "auto" and (resembles := resemblance(file, format)):
-                raise InputError(f"{error} {resembles}") from error
+            if at_start and format != "auto" and (hint := format_hint(file, format)):
+                raise InputError(f"{error} {hint}") from error
             raise
 
 
 def _records_as_rows(
-    file: SourceFile, container: Container, layout: Layout, repeated: set[bytes]
+    file: SourceFile, container: Container, layout: Layout, seen: set[bytes]
 ) -> Iterator[Row | Reject | Skipped]:
-    comes_again = layout.holds in ("context", "titled sentences")
+    """The rows of one file. Layouts of questions repeat passages: those whose hash is in `seen` are skipped."""
+    repeats_passages = layout.holds in ("context", "titled sentences")
     for record in container.open(file.path, layout.all_keys()):
         if isinstance(record, Reject):
             yield record
             continue
         for row in passages_of(layout, file.path, record):
-            if comes_again and isinstance(row, Row):
+            if repeats_passages and isinstance(row, Row):
                 passage = row.passage
-                mark = hashlib.blake2b(
+                digest = hashlib.blake2b(
                     f"{passage.id}\0{passage.title}\0{passage.text}".encode(), digest_size=16
                 ).digest()
-                if mark in repeated:
+                if digest in seen:
                     yield Skipped("passage of an earlier question")
                     continue
-                repeated.add(mark)
+                seen.add(digest)
             yield row

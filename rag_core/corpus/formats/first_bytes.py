@@ -1,7 +1,7 @@
-"""What a file's first bytes tell before any of it is parsed: an archive, another encoding, or gzip that can be read.
+"""Checks a file's first bytes before it is parsed: archives, other encodings, gzip.
 
-A gzip stream is read as it is, line by line; no other archive is: nothing is ever unpacked to disk, so that no name inside
-an archive can lead anywhere.
+Gzip is decompressed while it is read; every other archive is refused. Nothing is ever unpacked to disk, so a path
+inside an archive can do no harm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 from rag_core.errors import InputError
 
 _GZIP = b"\x1f\x8b"
-# Where the mark stands, the mark, and what has it.
+# Offset, magic bytes, kind of file.
 _ARCHIVES = (
     (0, b"PK\x03\x04", "a zip archive"),
     (0, b"PK\x05\x06", "a zip archive"),
@@ -28,7 +28,7 @@ _ARCHIVES = (
     (0, b"Rar!\x1a\x07", "a rar archive"),
     (257, b"ustar", "a tar archive"),
 )
-# UTF-32 first: its mark begins with UTF-16's.
+# UTF-32 first: its byte order mark begins with UTF-16's.
 _ENCODINGS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -36,7 +36,7 @@ _ENCODINGS = {
     b"\xfe\xff": "UTF-16",
 }
 _HEAD_BYTES = 512
-# Files that people have, and that hold no records: the mark, what has it, and what to do.
+# Common files that cannot be read as records: magic bytes, kind of file, remedy.
 _OTHER_FILES = (
     (b"%PDF", "a PDF", "Convert it to text first"),
     (b"\xd0\xcf\x11\xe0", "an old Word or Excel file", "Write it as text or CSV"),
@@ -57,10 +57,10 @@ def refuse_archives_and_utf16(path: Path, *, gzip_too: bool = True) -> None:
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    found = next((kind for at, mark, kind in _ARCHIVES if head.startswith(mark, at)), None)
-    if found and (gzip_too or not head.startswith(_GZIP)):
-        raise InputError(f"{path} is {found}; the plain file was expected. Unpack it and name what was in it.")
-    encoding = next((name for mark, name in _ENCODINGS.items() if head.startswith(mark)), None)
+    kind = next((kind for offset, magic, kind in _ARCHIVES if head.startswith(magic, offset)), None)
+    if kind and (gzip_too or not head.startswith(_GZIP)):
+        raise InputError(f"{path} is {kind}; the plain file was expected. Unpack it and name the file that was in it.")
+    encoding = next((name for bom, name in _ENCODINGS.items() if head.startswith(bom)), None)
     if encoding:
         raise InputError(
             f"{path} is text in {encoding}; UTF-8 was expected. Convert it: "
@@ -69,20 +69,20 @@ def refuse_archives_and_utf16(path: Path, *, gzip_too: bool = True) -> None:
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raise InputError if the file is one that can hold no records that are read here, such as a PDF."""
+    """Raise InputError if the file is of a kind that no reader supports, such as a PDF."""
     with path.open("rb") as file:
         head = file.read(16)
-    for mark, kind, remedy in _OTHER_FILES:
-        if head.startswith(mark):
+    for magic, kind, remedy in _OTHER_FILES:
+        if head.startswith(magic):
             raise InputError(f"{path} is {kind}; JSON Lines, JSON, Parquet, CSV or text was expected. {remedy}.")
 
 
 @contextmanager
-def opened_lines(path: Path) -> Iterator[BinaryIO]:
-    """The file for reading by lines, unpacked on the way if it is gzip.
+def open_lines(path: Path) -> Iterator[BinaryIO]:
+    """Open the file for reading by lines; gzip is decompressed on the way.
 
     Raises:
-        InputError: the file is another archive or in UTF-16; or (while it is read) the gzip stream is cut or damaged.
+        InputError: another archive, text in UTF-16 or UTF-32, or (while reading) a cut or damaged gzip stream.
     """
     refuse_archives_and_utf16(path, gzip_too=False)
     with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Passage ids that are made of what a file holds, and that gold passages are named by as well.
+"""Passage ids that are built from the file's content.
 
-Whoever reads a corpus and whoever reads its questions call the same functions, so that the two agree. SQuAD's ids are in
-`rag_core.corpus.formats.squad`, beside its layout.
+The readers of corpora and of questions call the same functions, so that gold passage ids match passage ids.
+SQuAD's ids are in `rag_core.corpus.formats.squad`, beside its layout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ def kilt_passage_id(wikipedia_id: str | int, paragraph: int) -> str:
 
     Args:
         wikipedia_id: the page, as `provenance` names it.
-        paragraph: its place in the page's list `text`, from 0; `start_paragraph_id` to `end_paragraph_id` in a provenance.
+        paragraph: its index in the page's list `text`, from 0. A provenance names `start_paragraph_id` to
+            `end_paragraph_id`.
     """
     return f"{wikipedia_id}:{paragraph}"

@@ -1,6 +1,7 @@
-"""Records to passages, by what a layout's text holds. Knows nothing about files.
+"""Turns records into passages: one function for each kind of text (`Holds`) that a layout can have.
 
-Each record yields passages, rejects, and what is left out without being a fault (`Skipped`).
+A record yields passages, rejects, and `Skipped` for parts that are neither passages nor faults. This module reads
+no files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _HEADING, _BULLET = "Section::::", "BULLET::::"
 
 
 def passages_of(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
-    """What one record of a layout yields."""
+    """The passages, rejects and skipped parts of one record."""
     return _READERS[layout.holds](layout, file, record)
 
 
@@ -47,7 +48,7 @@ def _sentences(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
 
 
 def _paragraphs(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
-    """KILT's pages: the title and headings are no passages; a mark before an item of a list is no part of it."""
+    """KILT's pages: skip the page's title and headings; remove the bullet mark before list items."""
     name, id = _id(layout, record)
     page, title = id_as_text(id), record.fields.get(layout.title or "")
     paragraphs: Any = record.fields.get(layout.text)
@@ -55,9 +56,9 @@ def _paragraphs(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]
         paragraphs = paragraphs.get("paragraph")
     fault = field_fault(name, page) or field_fault(layout.title or "", title, required=False)
     if not fault and not isinstance(paragraphs, list):
-        sort = type(paragraphs).__name__
+        kind = type(paragraphs).__name__
         fault = (
-            f"missing {layout.text}" if paragraphs is None else f"wrong type: {layout.text} is {sort}, expected a list"
+            f"missing {layout.text}" if paragraphs is None else f"wrong type: {layout.text} is {kind}, expected a list"
         )
     if fault:
         return (Reject(str(file), record.line, fault, excerpt(record.found)),)
@@ -70,9 +71,11 @@ def _paragraphs(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]
             outcomes.append(Skipped("heading"))
         else:
             text = text.removeprefix(_BULLET) if isinstance(text, str) else text
-            place = kilt_passage_id(str(page), index)
+            passage_id = kilt_passage_id(str(page), index)
             names = (name, layout.title or "", f"{layout.text} item {index}")
-            outcomes.append(check_row(file, record.line, place, title, text, f"{place}: {paragraph!r}", names))
+            outcomes.append(
+                check_row(file, record.line, passage_id, title, text, f"{passage_id}: {paragraph!r}", names)
+            )
     return outcomes
 
 
@@ -81,8 +84,8 @@ def _titled_sentences(layout: Layout, file: Path, record: Record) -> Sequence[Ou
     pairs: list[Any]
     if isinstance(context, dict):
         titles, lists = context.get("title"), context.get("sentences")
-        fitting = isinstance(titles, list) and isinstance(lists, list) and len(titles) == len(lists)
-        pairs = list(zip(titles, lists, strict=True)) if fitting else [context]  # type: ignore[arg-type]
+        paired = isinstance(titles, list) and isinstance(lists, list) and len(titles) == len(lists)
+        pairs = list(zip(titles, lists, strict=True)) if paired else [context]  # type: ignore[arg-type]
     else:
         pairs = context if isinstance(context, list) else [context]
     return [_titled(layout, file, record, pair) for pair in pairs]
@@ -92,7 +95,7 @@ def _titled(layout: Layout, file: Path, record: Record, pair: Any) -> Outcome:
     if isinstance(pair, dict):
         pair = (pair.get("title"), pair.get("sentences", pair.get("content")))
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        reason = f"wrong type: an item of {layout.text} is no pair of a title and its sentences"
+        reason = f"wrong type: an item of {layout.text} is not a pair of a title and its sentences"
         return Reject(str(file), record.line, reason, excerpt(pair))
     title, sentences = pair
     return _joined(file, record, ("title", title), title, layout.text, sentences)
@@ -100,7 +103,7 @@ def _titled(layout: Layout, file: Path, record: Record, pair: Any) -> Outcome:
 
 def _context(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
     title, context = record.fields.get(layout.title or ""), record.fields.get(layout.text)
-    id = "passage"  # what is no string is rejected for that
+    id = "passage"  # a placeholder: check_row rejects a context or title that is not a string
     if isinstance(context, str) and isinstance(title, str | None):
         id = context_id(title, context)
     names = ("id", layout.title or "", layout.text)
@@ -108,33 +111,35 @@ def _context(layout: Layout, file: Path, record: Record) -> Sequence[Outcome]:
 
 
 def _joined(
-    file: Path, record: Record, named: tuple[str, object], title: object, name: str, sentences: object
+    file: Path, record: Record, id_field: tuple[str, object], title: object, name: str, sentences: object
 ) -> Row | Reject:
-    names = (named[0], "title", name)
+    """One passage from a list of sentences. `id_field` is the id's key and value, `name` the key of the sentences."""
+    id_name, id = id_field
+    names = (id_name, "title", name)
     if not isinstance(sentences, list):
         if isinstance(sentences, str) or sentences is None:
-            return check_row(file, record.line, named[1], title, sentences, record.found, names)
+            return check_row(file, record.line, id, title, sentences, record.found, names)
         reason = f"wrong type: {name} is {type(sentences).__name__}, expected a list of strings"
         return Reject(str(file), record.line, reason, excerpt(record.found))
     for number, sentence in enumerate(sentences, 1):
         if not isinstance(sentence, str):
             reason = f"wrong type: {name} item {number} is {type(sentence).__name__}, expected a string"
             return Reject(str(file), record.line, reason, excerpt(record.found))
-    return check_row(file, record.line, named[1], title, "".join(_spaced(sentences)), record.found, names)
+    return check_row(file, record.line, id, title, "".join(_spaced(sentences)), record.found, names)
 
 
 def _spaced(sentences: Sequence[str]) -> Iterator[str]:
-    """The sentences with a space between those that bring none: HotpotQA's begin with theirs."""
-    before = ""
+    """The sentences, with a space between two that have none. HotpotQA's sentences start with their own space."""
+    previous = ""
     for sentence in filter(None, sentences):
-        if before and not before[-1].isspace() and not sentence[0].isspace():
+        if previous and not previous[-1].isspace() and not sentence[0].isspace():
             yield " "
         yield sentence
-        before = sentence
+        previous = sentence
 
 
 def _id(layout: Layout, record: Record) -> tuple[str, object]:
-    """The key that names the record, and its value; the record's own name where it has none of the keys."""
+    """The key that holds the record's id, and its value; `default_id` if the record has none of the keys."""
     for key in layout.id:
         if record.fields.get(key) is not None:
             return key, record.fields[key]

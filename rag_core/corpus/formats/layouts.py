@@ -1,9 +1,9 @@
-"""Layouts: under which keys a record holds a passage's id, title and text. A new layout is a row of `LAYOUTS`.
+"""Layouts: the keys under which a record holds a passage's id, title and text. A new layout is a row of `LAYOUTS`.
 
-A layout says nothing about the file around the records (JSON Lines, JSON, Parquet, CSV: see `containers/`); any layout may
-come in any of them. Which layout a file has is decided by its first records (`recognised`): the one that fits most of
-them, and of those that fit equally many the one further up in `LAYOUTS`. So `text` is read where a record has both
-`text` and `contents`, and `id` where it has both `id` and `_id`.
+A layout does not depend on the container (JSON Lines, JSON, Parquet, CSV: see `containers/`): any layout may come
+in any container. `recognised_layout` picks the layout that fits most of a file's first records; on a tie, the one
+that comes first in `LAYOUTS`. So `text` is read if a record has both `text` and `contents`, and `id` if it has
+both `id` and `_id`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ class Layout:
     """Where the parts of a passage are.
 
     Attributes:
-        name: what manifests and messages call it.
-        says: whose layout it is, in words.
-        text: the key of the text, or of what the text is made of.
-        id: the keys that may name the record; the first one that it has is taken. Empty: the id is made of the content.
-        title: the key of the title, if it has one of its own.
-        also: keys that a record of this layout must have as well.
-        holds: what the text's key holds:
+        name: the name in manifests and messages.
+        description: the data sets or tools that use it, for messages.
+        text: the key of the text, or of the list that the text is made from.
+        id: the keys that may hold the id; the first one present is used. Empty: the id is made from the content.
+        title: the key of the title; None if the layout has no such key.
+        also: further keys that a record of this layout must have.
+        holds: the kind of value under the key `text`:
             "text": a string.
-            "quoted title and text": a string; its first line is the title if it is in quotes, else all of it is text.
-            "sentences": a list of strings that are one text.
-            "paragraphs": a list of strings (KILT's), each a passage.
-            "titled sentences": HotpotQA's `context`: titles and lists of sentences, each pair a passage.
-            "context": a string that comes again with every question about it.
+            "quoted title and text": a string. If its first line is in quotes, that is the title; the rest is text.
+            "sentences": a list of strings that form one text.
+            "paragraphs": a list of strings (KILT's); each is a passage.
+            "titled sentences": HotpotQA's `context`: titles with lists of sentences; each pair is a passage.
+            "context": a string that is repeated for every question about it.
     """
 
     name: str
-    says: str
+    description: str
     text: str
     id: tuple[str, ...] = ()
     title: str | None = "title"
@@ -46,7 +46,7 @@ class Layout:
     holds: Holds = "text"
 
     def fits(self, record: Record) -> bool:
-        """Whether a record has the keys, and what the text's key holds is of the right sort."""
+        """Whether a record has the required keys, and the right kind of value under the key `text`."""
         fields = record.fields
         if self.text not in fields or any(key not in fields for key in self.also):
             return False
@@ -56,15 +56,15 @@ class Layout:
         return self.takes(fields[self.text])
 
     def takes(self, value: Any) -> bool:
-        """Whether a value is of the sort that the text's key holds."""
-        return _is_of_sort(self.holds, value)
+        """Whether the value has the kind (`holds`) that this layout expects under the key `text`."""
+        return _is_of_kind(self.holds, value)
 
     def all_keys(self) -> tuple[str, ...]:
-        """All keys that are read."""
+        """All keys that this layout reads."""
         return (*self.id, *((self.title,) if self.title else ()), self.text, *self.also)
 
 
-# Order decides where several fit. docs/formats.md has the same table.
+# If several fit, the first one wins. docs/formats.md has the same table.
 LAYOUTS = (
     Layout("id-text", "id, title and text", id=("id",), text="text"),
     Layout("beir", "BEIR", id=("_id",), text="text"),
@@ -87,20 +87,20 @@ ID_KEYS = frozenset(key for layout in LAYOUTS for key in layout.id) - {"title"}
 KNOWN_KEYS = frozenset(key for layout in LAYOUTS for key in layout.all_keys())
 
 
-def recognised(records: Iterable[Record]) -> Layout | None:
-    """The layout that fits most of the records; None if none fits any."""
+def recognised_layout(records: Iterable[Record]) -> Layout | None:
+    """The layout that fits most of the records; None if no layout fits any record."""
     records = list(records)
-    times = [sum(layout.fits(record) for record in records) for layout in LAYOUTS]
-    best = max(times)
-    return LAYOUTS[times.index(best)] if best else None
+    matches = [sum(layout.fits(record) for record in records) for layout in LAYOUTS]
+    best = max(matches)
+    return LAYOUTS[matches.index(best)] if best else None
 
 
-def has_strings_for_a_layout(keys: Collection[str]) -> bool:
-    """Whether columns of these names can be a layout in a file that knows nothing but strings."""
-    return recognised([Record(None, dict.fromkeys(keys, ""), "", keys)]) is not None
+def columns_fit_a_layout(columns: Collection[str]) -> bool:
+    """Whether a table with these columns, all of them strings, fits a layout."""
+    return recognised_layout([Record(None, dict.fromkeys(columns, ""), "", columns)]) is not None
 
 
-def _is_of_sort(holds: Holds, value: Any) -> bool:
+def _is_of_kind(holds: Holds, value: Any) -> bool:
     if holds == "sentences":
         return isinstance(value, list)
     if holds == "paragraphs":  # Hugging Face's copy has {"paragraph": […]}

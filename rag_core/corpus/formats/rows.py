@@ -1,8 +1,8 @@
-"""What every corpus reader needs: the check of one row, the reject, and lines decoded one by one.
+"""Shared by all corpus readers: the check of one row, the types of results, and the reader of lines.
 
-A row becomes a `Row` (a passage and where it stood) or a `Reject` (where, why, and what was found), so one bad row
+A row becomes a `Row` (a passage and its place) or a `Reject` (place, reason, and what was found), so one bad row
 never stops the reading of a large file. This module knows no file format. A line longer than `MAX_LINE_BYTES` is
-rejected unread: without a bound, a file without line ends would be read into memory whole.
+rejected unread: without this limit, a file without line ends would be read into memory whole.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rag_core.corpus.formats.first_bytes import opened_lines
+from rag_core.corpus.formats.first_bytes import open_lines
 from rag_core.corpus.passages import Passage
 
-FOUND_CHARS = 200
+EXCERPT_CHARS = 200
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"
 
@@ -25,7 +25,7 @@ class Reject:
     """A row that was left out.
 
     `reason` is a category, or "category: detail", so that rejects can be counted by category. `line` counts from 1
-    (rows, for Parquet) and is None where a format has no lines. `found` is an excerpt of the offending content.
+    (rows, for Parquet) and is None if the format has no lines. `found` is an excerpt of the bad content.
     """
 
     file: str
@@ -35,13 +35,13 @@ class Reject:
 
     @property
     def category(self) -> str:
-        """The part of `reason` that is the same for all rejects of this sort."""
+        """The part of `reason` before the colon."""
         return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A passage and the place it was read from."""
+    """A passage and the place that it was read from."""
 
     file: str
     line: int | None
@@ -50,11 +50,11 @@ class Row:
 
 @dataclass(slots=True)
 class Record:
-    """One record of a container, not yet a passage: its fields under the names that the file gives them.
+    """One record of a container, before it is a passage: its fields under the file's own keys.
 
-    `line` counts from 1: lines, or rows and list items where a container has no lines. `found` is shown in a reject.
-    `keys` are all names in the file, also those that were not read. `default_id` is the name that the record itself has
-    where it is a member of a JSON object.
+    `line` counts from 1: lines, or rows or list items if the container has no lines. `found` is shown in a
+    reject. `keys` are all keys in the file, also those that were not read. `default_id` is the record's key if it
+    is a member of a JSON object.
     """
 
     line: int | None
@@ -66,21 +66,21 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that is no passage and no fault either, such as a heading; counted by `reason`."""
+    """A part of a file that is neither a passage nor a fault, such as a heading; counted by `reason`."""
 
     reason: str
 
 
 def excerpt(value: object) -> str:
-    """At most `FOUND_CHARS` characters of a value, always encodable as UTF-8."""
+    """At most `EXCERPT_CHARS` characters of a value, always encodable as UTF-8."""
     if isinstance(value, bytes):
-        value = value[:FOUND_CHARS].decode("utf-8", "backslashreplace")
+        value = value[:EXCERPT_CHARS].decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else repr(value)
-    return text[:FOUND_CHARS].encode("utf-8", "backslashreplace").decode("utf-8")[:FOUND_CHARS]
+    return text[:EXCERPT_CHARS].encode("utf-8", "backslashreplace").decode("utf-8")[:EXCERPT_CHARS]
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what Arrow and others write below it."""
+    """The first line of an error's message; Arrow and others add details below it."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -99,13 +99,13 @@ def field_fault(name: str, value: object, *, required: bool = True) -> str | Non
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        # JSON's \ud800 escapes and undecodable file names: such a string can be held in memory, but not stored.
+        # From JSON escapes such as \ud800, and from undecodable file names: valid in memory, but cannot be stored.
         return f"undecodable: {name} holds half of a surrogate pair"
     return None
 
 
 def id_as_text(value: object) -> object:
-    """An integer id as its decimal string; anything else unchanged, for `field_fault` to judge."""
+    """An integer id as its decimal string; anything else unchanged, to be checked by `field_fault`."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -118,9 +118,9 @@ def check_row(
     found: object,
     names: tuple[str, str, str] = ("id", "title", "text"),
 ) -> Row | Reject:
-    """A row if its three fields can be a passage, else a reject that shows `found`. `title` may be None.
+    """A row if the three fields can form a passage, else a reject that shows `found`. `title` may be None.
 
-    `names` are what the file calls id, title and text; a reject's reason says them.
+    `names` are the file's own keys for id, title and text; a reject's reason uses them.
     """
     id = id_as_text(id)
     fault = field_fault(names[0], id) or field_fault(names[2], text) or field_fault(names[1], title, required=False)
@@ -130,7 +130,7 @@ def check_row(
 
 
 def decode_line(file: Path | str, number: int, raw: bytes) -> str | Reject:
-    """One line as text, without byte order mark and line end, or a reject if it is not UTF-8."""
+    """One line as text without byte order mark and line end, or a reject if it is not UTF-8."""
     if number == 1:
         raw = raw.removeprefix(_BOM)
     raw = raw.removesuffix(b"\n").removesuffix(b"\r")
@@ -141,12 +141,12 @@ def decode_line(file: Path | str, number: int, raw: bytes) -> str | Reject:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str | Reject]]:
-    """The lines of a file, streamed, with their 1-based numbers; a line that cannot be used comes as a reject.
+    """Stream the lines of a file with their numbers, from 1; a line that cannot be used comes as a reject.
 
     Raises:
         InputError: an archive other than gzip, cut gzip, or text in UTF-16.
     """
-    with opened_lines(path) as file:
+    with open_lines(path) as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1

@@ -1,10 +1,11 @@
-"""Which files a list of sources means: folders expanded in one fixed order, bad sources refused before any reading.
+"""Expands a list of sources to files: folders in one fixed order, bad sources refused before anything is read.
 
-A folder stands for all its files (recursively) with the suffix of the format; files and folders whose name starts
-with a dot are left out, since they are editors' and version control's. A file named outright is taken whatever its
-suffix, save for `text`, where reading a PDF as text would yield rubbish. Where no format is named, a folder stands for its
-files of records, or, if it has none, for its text, or else for its files without suffix; a folder with BEIR's `corpus`, `queries` and `qrels` for its corpus alone.
-This module does not look into files.
+A folder means all its files (recursively) with the suffix of the format. Files and folders whose name starts with
+a dot are left out: they belong to editors and version control. A file that is named directly is read whatever its
+suffix, except with format `text`, where a PDF would yield rubbish.
+
+Without a named format, a folder means its files of records; if it has none, its text files; else its files without
+suffix. Of a folder with BEIR's `corpus`, `queries` and `qrels`, only the corpus is read. This module opens no files.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ SUFFIXES: dict[CorpusFormat, tuple[str, ...]] = {
     "squad": (".json",),
     "text": (".txt", ".md"),
 }
-NO_SUFFIX = "no suffix"  # as WikiExtractor's files: AA/wiki_00
-# Of a folder, the first of these that any of its files have: a README beside records is no passage.
+NO_SUFFIX = "no suffix"  # such as WikiExtractor's files: AA/wiki_00
+# For a folder, the first group with any file is read: a README beside records is not a passage.
 AUTO_SUFFIXES = (
     (
         *SUFFIXES["jsonl"],
@@ -43,24 +44,25 @@ AUTO_SUFFIXES = (
     SUFFIXES["text"],
     (NO_SUFFIX,),
 )
-# Names of files and folders beside a `corpus` that have its layout but are no passages (BEIR).
+# Names of BEIR's files and folders that lie beside its `corpus` and have its layout, but hold no passages.
 NOT_THE_CORPUS = ("queries", "qrels")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to read, and its POSIX path relative to the source folder (the file name if it was named outright)."""
+    """A file to read, and its POSIX path relative to the source folder (its file name if it was named directly)."""
 
     path: Path
     name: str
 
 
 def expand_sources(sources: Sequence[Path], format: CorpusFormat) -> list[SourceFile]:
-    """All files that `sources` stand for: sources in the order given, the files of a folder sorted by name.
+    """All files of the sources: sources in the order given, the files of a folder sorted by name.
 
     Raises:
         ConfigError: unknown format.
-        InputError: a source is missing, unreadable or a folder without fitting files; or (text) two have one name.
+        InputError: a source is missing, unreadable, or a folder without files of the format; or two text files have the
+            same name.
     """
     if format not in get_args(CorpusFormat):
         known = ", ".join(get_args(CorpusFormat))
@@ -74,7 +76,7 @@ def expand_sources(sources: Sequence[Path], format: CorpusFormat) -> list[Source
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file is plain text by its name, which is all that tells it."""
+    """Whether a file is plain text. Only its name can tell."""
     return path.name.lower().endswith(SUFFIXES["text"])
 
 
@@ -86,20 +88,20 @@ def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
             f"{source} does not exist; a {format} file or a folder of {wanted} files was expected. Correct the path."
         )
     if source.is_dir():
-        below = (sorted(_files_below(source, suffixes), key=lambda file: file.name) for suffixes in choices)
-        files = next((files for files in below if files), [])
-        files = _the_corpus(files) if format == "auto" else files
+        groups = (sorted(_files_below(source, suffixes), key=lambda file: file.name) for suffixes in choices)
+        files = next((files for files in groups if files), [])
+        files = _without_beirs_questions(files) if format == "auto" else files
         if not files:
             raise InputError(
                 f"{source} holds no {wanted} file, as format {format!r} expects. Correct the path or the format."
             )
     elif format == "text" and not is_text(source):
         raise InputError(
-            f"{source} is not a {wanted} file. Convert it to plain text first, or give the fitting format."
+            f"{source} is not a {wanted} file. Convert it to plain text first, or name the format that it has."
         )
     else:
         files = [SourceFile(source, source.name)]
-        if format == "auto" and _is_called(files[0], NOT_THE_CORPUS):
+        if format == "auto" and _has_name(files[0], NOT_THE_CORPUS):
             raise InputError(
                 f"{source} is BEIR's {source.name.partition('.')[0]} by its name: give it as --questions. If it holds "
                 "passages, name its format."
@@ -111,29 +113,29 @@ def _expand(source: Path, format: CorpusFormat) -> list[SourceFile]:
 
 
 def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[SourceFile]:
-    found = []
+    files = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         name = path.name.lower() if path.suffix else NO_SUFFIX
         if name.endswith(suffixes) and not any(part.startswith(".") for part in relative.parts) and path.is_file():
-            found.append(SourceFile(path, relative.as_posix()))
-    return found
+            files.append(SourceFile(path, relative.as_posix()))
+    return files
 
 
-def _the_corpus(files: list[SourceFile]) -> list[SourceFile]:
-    """The files without those of queries and judgements, if one of them is called, or is below a folder called, corpus."""
-
-    if not any(_is_called(file, ("corpus",)) for file in files):
+def _without_beirs_questions(files: list[SourceFile]) -> list[SourceFile]:
+    """If a file or folder is named `corpus`, the files without BEIR's queries and judgements; else all files."""
+    if not any(_has_name(file, ("corpus",)) for file in files):
         return files
-    return [file for file in files if not _is_called(file, NOT_THE_CORPUS)]
+    return [file for file in files if not _has_name(file, NOT_THE_CORPUS)]
 
 
-def _is_called(file: SourceFile, names: tuple[str, ...]) -> bool:
+def _has_name(file: SourceFile, names: tuple[str, ...]) -> bool:
+    """Whether the file, or a folder above it, has one of the names, whatever its suffix."""
     return any(part.lower().split(".")[0] in names for part in Path(file.name).parts)
 
 
 def _refuse_equal_names(files: list[SourceFile]) -> None:
-    """Passage ids of text are made from the names, so equal names would make the second file's passages duplicates."""
+    """Raise InputError if two text files have the same name: passage ids come from names, so ids would clash."""
     seen: dict[str, Path] = {}
     for file in files:
         if file.name in seen:

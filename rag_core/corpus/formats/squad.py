@@ -1,10 +1,10 @@
 """SQuAD 1.1 and 2.0 JSON: every paragraph is a passage, its article's title the passage's title.
 
-The file is loaded whole, up to `MAX_BYTES` (SQuAD's training set is 30 MB). The questions in it are read elsewhere, through
-`articles_of` and `numbered_paragraphs`, so that a question's gold passage and the corpus can never disagree on an id.
+The file is loaded whole, up to `MAX_BYTES` (SQuAD's training set is 30 MB). The question reader also uses
+`articles_of` and `numbered_paragraphs`, so gold passages and the corpus always have the same ids.
 
-A passage's id is `TITLE#INDEX`. An article without a title, or with a title that another article of the file has too,
-is named by its place as well: `TITLE-N#INDEX` or `article-N#INDEX`, where N counts the file's articles from 1.
+A passage's id is `TITLE#INDEX`. If the article has no title, or another article of the file has the same title,
+the id also has the article's number N in the file, from 1: `article-N#INDEX` or `TITLE-N#INDEX`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Article:
 
 @dataclass(frozen=True, slots=True)
 class Paragraph:
-    """A paragraph as the JSON gives it, with its article, its place in it (from 0), and its passage id."""
+    """A paragraph as parsed from JSON (`value`), with its article, its index in it (from 0), and its passage id."""
 
     article: Article
     index: int
@@ -50,20 +50,20 @@ def paragraph_id(article_name: str, paragraph_index: int) -> str:
 
 
 def context_id(title: str | None, context: str) -> str:
-    """The passage id of a row of Hugging Face's SQuAD, which has no paragraph numbers: title and a hash of the context."""
+    """The passage id of a row of Hugging Face's SQuAD: title and context hash, since rows have no paragraph numbers."""
     name = title if title and title.strip() else "passage"
     return f"{name}-{hashlib.sha256(context.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
 def numbered_paragraphs(articles: Sequence[Article]) -> Iterator[Paragraph]:
-    """Every paragraph of a file with its passage id: the one source of ids, for passages and for gold passages."""
+    """Every paragraph of a file with its passage id. Ids of passages and of gold passages all come from here."""
     for article in articles:
         for index, value in enumerate(article.paragraphs):
             yield Paragraph(article, index, paragraph_id(article.name, index), value)
 
 
 def read(source: SourceFile) -> Iterator[Row | Reject]:
-    """Rows and rejects of one SQuAD file; rejects have no line, their `found` shows the paragraph.
+    """Rows and rejects of one SQuAD file. Rejects have no line; their `found` shows the paragraph.
 
     Raises:
         InputError: the file is not SQuAD JSON.
@@ -78,13 +78,13 @@ def read_articles(path: Path) -> list[Article]:
     """The articles of a SQuAD file.
 
     Raises:
-        InputError: an archive, more than `MAX_BYTES`, not UTF-8, not JSON, or not laid out as SQuAD.
+        InputError: an archive, more than `MAX_BYTES`, not UTF-8, not JSON, or not SQuAD's layout.
     """
     refuse_archives_and_utf16(path)
     if path.stat().st_size > MAX_BYTES:
         raise InputError(
-            f"{path} has {path.stat().st_size:,} bytes; SQuAD JSON is read whole, so at most {MAX_BYTES:,} were expected. "
-            "Write it in several files, or its passages as JSON Lines (id, title, text)."
+            f"{path} has {path.stat().st_size:,} bytes; SQuAD JSON is read whole, so at most {MAX_BYTES:,} were "
+            "expected. Split it into several files, or write its passages as JSON Lines (id, title, text)."
         )
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -110,15 +110,15 @@ def articles_of(content: object, path: Path) -> list[Article]:
 
 
 def _names(titles: Sequence[str]) -> list[str]:
-    """A name for each article, unique in the file: its title where no other article has it, else with its place."""
-    times = Counter(titles)
-    taken = {title for title, count in times.items() if title and count == 1}
+    """A unique name for each article: its title if no other article has the same one, else with its number added."""
+    counts = Counter(titles)
+    taken = {title for title, count in counts.items() if title and count == 1}
     names = []
     for number, title in enumerate(titles, 1):
         name = title
-        if not title or times[title] > 1:
+        if not title or counts[title] > 1:
             name = f"{title or 'article'}-{number}"
-            while name in taken:  # another article's title happens to be that name
+            while name in taken:  # another article has this name as its title
                 name += f"-{number}"
             taken.add(name)
         names.append(name)
@@ -126,6 +126,7 @@ def _names(titles: Sequence[str]) -> list[str]:
 
 
 def _article(path: Path, number: int, entry: object) -> tuple[str, list[Any]]:
+    """Title (may be empty) and paragraphs of one article."""
     if isinstance(entry, dict):
         title, paragraphs = entry.get("title"), entry.get("paragraphs")
         if isinstance(paragraphs, list) and (title is None or isinstance(title, str)):

@@ -1,9 +1,9 @@
 """Plain text and Markdown, cut into passages of at most `words_per_passage` words.
 
-Cuts fall between paragraphs where that leaves passages at least half full, else between sentences, and inside a
-sentence only if it is longer than a whole passage. A passage is a verbatim slice of the text and only the white space
-at the cuts is dropped, so no word is ever lost. A word is what stands between white space: text in a script without
-spaces (Chinese, Thai) therefore comes out in passages of many sentences and should be cut beforehand.
+The text is cut between paragraphs if that leaves passages at least half full, else between sentences, and inside
+a sentence only if it is longer than a whole passage. A passage is a verbatim slice of the text. Only white space
+at the cuts is dropped, so no word is ever lost. Words are separated by white space, so text in a script without
+spaces (Chinese, Thai) yields passages of many sentences; cut such text beforehand.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 
 Unit = tuple[int, int, int]
-"""A stretch that is not cut: start and end in the text, and its number of words."""
+"""A part of the text that is not cut: start, end, and number of words."""
 
 
 def read(source: SourceFile, words_per_passage: int) -> Iterator[Row | Reject]:
-    """Rows and rejects of one text file; an undecodable line is rejected and the text around it kept."""
+    """Rows and rejects of one text file; an undecodable line is rejected, the text around it is kept."""
     lines: list[str] = []
     for number, line in numbered_lines(source.path):
         if isinstance(line, str) and "\0" in line:
@@ -44,12 +44,12 @@ def read(source: SourceFile, words_per_passage: int) -> Iterator[Row | Reject]:
 
 
 def split_text(text: str, words_per_passage: int) -> list[str]:
-    """`text` in slices of at most `words_per_passage` words (at least 1), which together hold every word in order."""
+    """Cut `text` into slices of 1 to `words_per_passage` words, which together hold every word in order."""
     slices: list[str] = []
     start, end, words = 0, 0, 0
     for units in _paragraphs(text, words_per_passage):
         total = sum(unit[2] for unit in units)
-        # A paragraph that does not fit starts a new passage, unless that would leave the old one less than half full.
+        # A paragraph that does not fit starts a new passage, unless the old one would be less than half full.
         if words + total > words_per_passage and 2 * words >= words_per_passage:
             slices.append(text[start:end])
             words = 0
@@ -63,7 +63,7 @@ def split_text(text: str, words_per_passage: int) -> list[str]:
 
 
 def _paragraphs(text: str, limit: int) -> Iterator[list[Unit]]:
-    """For each paragraph its sentences, those longer than `limit` words in pieces."""
+    """The sentences of each paragraph; a sentence of more than `limit` words comes in pieces."""
     edges = [0, *(match.end() for match in _BREAK.finditer(text)), len(text)]
     for start, end in itertools.pairwise(edges):
         units: list[Unit] = []

@@ -1,7 +1,8 @@
-"""What a worker has to know to fetch a hub's model as the driver would: address, token, and whether the hub answers.
+"""What a worker needs to download a hub's model as the driver would: address, token, and whether the hub answers.
 
-A driver hands it over in a call, and the worker keeps it in its memory. It must get into no file: not into an actor's
-construction or Ray's `runtime_env`, which are stored and logged, and not into its own `repr`.
+A driver passes it as an argument of a call, and the worker keeps it in memory. It must not reach any file. So it is not
+an argument of an actor's constructor or part of Ray's `runtime_env`, which are stored and logged, and its `repr` hides
+the token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class HubAccess:
     silent: str | None
 
     def use(self) -> None:
-        """From now on this process asks that hub with that token, or none if the driver's hub does not answer."""
+        """Make this process use that hub and that token, or no hub at all if the driver's does not answer."""
         os.environ["HF_ENDPOINT"] = self.address
         if self.token:
             os.environ["HF_TOKEN"] = self.token
@@ -33,5 +34,5 @@ class HubAccess:
 
 
 def hub_access() -> HubAccess:
-    """This process's own."""
+    """The access that this process has."""
     return HubAccess(hub_address(), get_token(), silent_reason())

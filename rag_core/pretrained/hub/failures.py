@@ -1,4 +1,4 @@
-"""What can go wrong with a hub, each as a paragraph of its own: what was found, and what to do."""
+"""Turn every failure of a hub into a one-paragraph ConfigError: what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from rag_core.errors import ConfigError
 from rag_core.network.addresses import check_address
 from rag_core.pretrained.hub.name import HubName, hub_address, shown_address
 
-# The base of all that the hub's HTTP client raises, timeouts and refused connections among it. Asked of a class of the
-# hub's, as the client is another package from one release of huggingface_hub to the next.
+# The base class of all errors of the hub's HTTP client, including timeouts and refused connections. It is derived from
+# a class of huggingface_hub because that library has changed its HTTP client between releases.
 HTTP_ERROR = HfHubHTTPError.__mro__[1]
 MAIN = "main"
 
 
 def why_unreachable(error: BaseException) -> str | None:
-    """The reason, if a request failed because of the network or because the hub is out of order, and not for good."""
+    """The reason if a request failed for now (network, hub out of order); None if repeating it would not help."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return f"HTTP status {status}" if status == 429 or status >= 500 else None
@@ -46,12 +46,12 @@ def check_hub_address() -> None:
 
 
 def unreachable(name: HubName, reason: str) -> ConfigError:
-    """The hub does not answer, and the cache has not all of the model."""
+    """The error if the hub does not answer and the cache lacks files of the model."""
     server = shown_address()
     if "429" in reason:
         return ConfigError(
-            f"The hub {server} answers that too many requests were made ({reason}), and {_not_in_cache(name)}. Wait some "
-            "minutes and run the command again; with a token (HF_TOKEN) the hub allows more."
+            f"The hub {server} answers that too many requests were made ({reason}), and {_not_in_cache(name)}. Wait "
+            "some minutes and run the command again; with a token (HF_TOKEN) the hub allows more."
         )
     if reason.startswith("HTTP status"):
         return ConfigError(
@@ -65,22 +65,22 @@ def unreachable(name: HubName, reason: str) -> ConfigError:
 
 
 def offline(name: HubName) -> ConfigError:
-    """No request may be made, and the cache has not all of the model."""
+    """The error if HF_HUB_OFFLINE is set and the cache lacks files of the model."""
     return ConfigError(
-        f"HF_HUB_OFFLINE is set, so no hub is asked, and {_not_in_cache(name)}. Unset it once to download the model, or "
-        f"give a model's folder.{_nearest(name)}{_no_folder(name)}"
+        f"HF_HUB_OFFLINE is set, so no hub is asked, and {_not_in_cache(name)}. Unset it once to download the model, "
+        f"or give a model's folder.{_nearest(name)}{_no_folder(name)}"
     )
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What made a download fail, where the hub's library says no more than that files are missing in the cache."""
+    """Why a download failed, if the hub's library only says that files are missing in the cache."""
     if isinstance(error, LocalEntryNotFoundError) and not isinstance(error, IncompleteSnapshotError):
         return error.__cause__ or error
     return error
 
 
 def explained(error: BaseException, name: HubName) -> ConfigError:
-    """Any other failure of a request or a download."""
+    """The error for any failure of a request or a download."""
     error = root_of(error)
     if reason := why_unreachable(error):
         return unreachable(name, reason)
@@ -91,27 +91,29 @@ def explained(error: BaseException, name: HubName) -> ConfigError:
     if isinstance(error, OSError) and error.errno:
         return _disk(error, name)
     if isinstance(error, (ValueError, TypeError, KeyError)):
-        return _no_hub("its answer is not a hub's")
+        return _no_hub("its answer is not that of a hub")
     return ConfigError(
-        f"The hub model {name} cannot be downloaded from {shown_address()}: {_first_line(error)}. Run the command again."
+        f"The hub model {name} cannot be downloaded from {shown_address()}: {_first_line(error)}. Run the command "
+        "again."
     )
 
 
 def no_weights(name: HubName, files: list[str]) -> ConfigError:
-    """The repository holds none of the files that PyTorch's weights are in."""
+    """The error if the repository has no weights for PyTorch."""
     others = [file for file in files if file.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt", ".pt"))]
     return ConfigError(
-        f"The hub model {name} has no weights that are read here (model.safetensors or pytorch_model.bin, in one file or in "
-        f"shards){'; it has ' + ', '.join(others[:4]) if others else ''}. Choose another model, or convert this one with "
-        "Transformers and give the folder."
+        f"The hub model {name} has no weights in a supported format (model.safetensors or pytorch_model.bin, in one "
+        f"file or in shards){'; it has ' + ', '.join(others[:4]) if others else ''}. Choose another model, or convert "
+        "this one with Transformers and give the folder."
     )
 
 
 def no_room(name: HubName, needed: int, free: int) -> ConfigError:
-    """The disk of the cache is too small for what has to be downloaded."""
+    """The error if the disk of the cache has less free space than the download needs."""
     return ConfigError(
         f"The disk of the hub's cache {constants.HF_HUB_CACHE} is full: the model {name} needs {_size(needed)} there, "
-        f"{_size(free)} are free. Make room (`hf cache prune`, `hf cache rm`), or set HF_HOME to a folder on a larger disk."
+        f"{_size(free)} are free. Make room (`hf cache prune`, `hf cache rm`), or set HF_HOME to a folder on a larger "
+        "disk."
     )
 
 
@@ -119,22 +121,22 @@ def _refused(error: HfHubHTTPError, name: HubName) -> ConfigError:
     server, status = shown_address(), error.response.status_code
     page = f"{server}/{name.repo}"
     if isinstance(error, GatedRepoError):
-        token = "the token is of an account without access" if get_token() else "no token is set"
+        token = "the token belongs to an account without access" if get_token() else "no token is set"
         return ConfigError(
-            f"The hub model {name.repo} is gated, and {token}. Ask for access on its page, {page}, then give a token of "
+            f"The hub model {name.repo} is gated, and {token}. Ask for access on its page, {page}, then use a token of "
             "that account: set HF_TOKEN, or run `hf auth login`."
         )
     if isinstance(error, RevisionNotFoundError):
         return ConfigError(
-            f"The hub model {name.repo} has no revision {name.revision!r} (branch, tag or commit). Choose one of those on "
-            f"{page}/commits/main, or leave @{name.revision} out for the main branch."
+            f"The hub model {name.repo} has no revision {name.revision!r} (branch, tag or commit). Choose one of "
+            f"those on {page}/commits/main, or leave @{name.revision} out for the main branch."
         )
     code = error.response.headers.get("X-Error-Code")
     if status == 401 and get_token():
         return ConfigError(
-            f"The hub {server} does not accept the token (HTTP status 401, asked for {name.repo}): it is wrong, expired or "
-            f"revoked. Make a new one on {server}/settings/tokens and set HF_TOKEN or run `hf auth login`; for a public "
-            "model unset HF_TOKEN or run `hf auth logout`."
+            f"The hub {server} does not accept the token (HTTP status 401, asked for {name.repo}): it is wrong, "
+            f"expired or revoked. Make a new one on {server}/settings/tokens and set HF_TOKEN or run `hf auth login`; "
+            "for a public model unset HF_TOKEN or run `hf auth logout`."
         )
     if status == 401:
         return ConfigError(
@@ -144,25 +146,26 @@ def _refused(error: HfHubHTTPError, name: HubName) -> ConfigError:
         )
     if status == 403:
         return ConfigError(
-            f"The hub {server} refuses {name.repo} to this token (HTTP status 403). Give one that may read it: a "
-            f"fine-grained token must list the model or its organisation ({server}/settings/tokens)."
+            f"The hub {server} does not let this token read {name.repo} (HTTP status 403). Use a token that may read "
+            f"it: a fine-grained token must list the model or its organisation ({server}/settings/tokens)."
         )
     if code == "RepoNotFound":
         return ConfigError(
-            f"The hub {server} has no model {name.repo} that this token may read. Correct the name, or use a token of an "
-            f"account with access.{_nearest(name)}{_no_folder(name)}"
+            f"The hub {server} has no model {name.repo} that this token may read. Correct the name, or use a token of "
+            f"an account with access.{_nearest(name)}{_no_folder(name)}"
         )
     if code == "EntryNotFound":
         return ConfigError(
-            f"The hub {server} lists a file of {name} that it does not have ({_first_line(error)}). Run the command again."
+            f"The hub {server} lists a file of {name} that it does not have ({_first_line(error)}). Run the command "
+            "again."
         )
-    return _no_hub(f"HTTP status {status} for {name.repo}, without a hub's error code")
+    return _no_hub(f"HTTP status {status} for {name.repo}, without the error code of a hub")
 
 
-def _no_hub(what: str) -> ConfigError:
+def _no_hub(reason: str) -> ConfigError:
     return ConfigError(
-        f"{shown_address()} does not answer as a model hub ({what}). Correct HF_ENDPOINT, or unset it for "
-        "https://huggingface.co; behind a proxy or a login page of the network, sign in there first."
+        f"{shown_address()} does not answer as a model hub ({reason}). Correct HF_ENDPOINT, or unset it for "
+        "https://huggingface.co; if the network has a proxy or a login page, sign in there first."
     )
 
 
@@ -171,12 +174,12 @@ def _disk(error: OSError, name: HubName) -> ConfigError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = f"; {_size(shutil.disk_usage(folder).free)} are free" if Path(folder).is_dir() else ""
         return ConfigError(
-            f"The disk of the hub's cache {folder} got full while {name} was downloaded{free}. Make room (`hf cache prune`, "
-            "`hf cache rm`), or set HF_HOME to a folder on a larger disk."
+            f"The disk of the hub's cache {folder} got full while {name} was downloaded{free}. Make room (`hf cache "
+            "prune`, `hf cache rm`), or set HF_HOME to a folder on a larger disk."
         )
     return ConfigError(
-        f"The hub's cache {folder} cannot be written ({error.strerror}: {error.filename}), so {name} cannot be downloaded. "
-        "Give yourself access, or set HF_HOME to a folder of your own."
+        f"The hub's cache {folder} cannot be written ({error.strerror}: {error.filename}), so {name} cannot be "
+        "downloaded. Give yourself access, or set HF_HOME to a folder of your own."
     )
 
 
@@ -185,19 +188,19 @@ def _not_in_cache(name: HubName) -> str:
 
 
 def _nearest(name: HubName) -> str:
-    """The models in the cache with a name like this one, as a sentence."""
+    """A sentence with the models in the cache that have a similar name; "" if there are none."""
     folders = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
     known = {folder.parent.name.removeprefix("models--").replace("--", "/") for folder in folders} - {name.repo}
-    by_name = {one.lower(): one for one in known} | {one.lower().rpartition("/")[2]: one for one in known}
+    by_name = {repo.lower(): repo for repo in known} | {repo.lower().rpartition("/")[2]: repo for repo in known}
     wanted = name.repo.lower()
-    near = difflib.get_close_matches(wanted, by_name, 3, 0.75)
-    near += difflib.get_close_matches(wanted.rpartition("/")[2], by_name, 3, 0.8)
-    found = list(dict.fromkeys(by_name[one] for one in near))[:3]
-    return f" The cache has {', '.join(found)}." if found else ""
+    matches = difflib.get_close_matches(wanted, by_name, 3, 0.75)
+    matches += difflib.get_close_matches(wanted.rpartition("/")[2], by_name, 3, 0.8)
+    repos = list(dict.fromkeys(by_name[match] for match in matches))[:3]
+    return f" The cache has {', '.join(repos)}." if repos else ""
 
 
 def _no_folder(name: HubName) -> str:
-    return "" if name.revision else f" (A folder {name.repo} is not here either: {Path.cwd()}.)"
+    return "" if name.revision else f" (There is no folder {name.repo} in {Path.cwd()} either.)"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Which files of a hub repository a model is loaded from; the others stay there.
+"""Choose the files of a hub repository to download: only those that a model is loaded from.
 
 A repository holds the same weights several times: for PyTorch as safetensors and as a pickle, for TensorFlow, Flax,
-ONNX, OpenVINO, and often in folders of old checkpoints. One set is enough: safetensors, or pickles where there are none.
+ONNX, OpenVINO, and often in folders of old checkpoints. One set is enough: safetensors, or pickles if there are none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# In the order in which Transformers looks for them: one file, or an index of several and the pattern of these.
+# In the order in which Transformers looks for them: one file, or an index and the name pattern of its shards.
 WEIGHTS = (
     ("model.safetensors", None),
     ("model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors")),
@@ -26,12 +26,12 @@ MODULES, OWN_SETTINGS = "modules.json", "text_encoder.json"
 
 
 def needed_files(listing: Iterable[str], modules: dict[str, str], *, trust_remote_code: bool = False) -> list[str]:
-    """The files of a repository that are downloaded.
+    """The files of a repository to download.
 
     Args:
         listing: paths of all its files.
         modules: `module_folders` of its modules.json; empty if it has none.
-        trust_remote_code: the model's Python code, too.
+        trust_remote_code: also the model's Python code.
     """
     paths = sorted(listing)
     inside: dict[str, set[str]] = {}
@@ -49,16 +49,16 @@ def needed_files(listing: Iterable[str], modules: dict[str, str], *, trust_remot
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Of the names in one folder, the weights that Transformers loads: one file, or an index and its shards."""
-    found = set(names)
+    """The weights that Transformers loads, among the file names of one folder: one file, or an index and its shards."""
+    present = set(names)
     for name, shards in WEIGHTS:
-        if name in found:
-            return [name, *sorted(one for one in found if shards and shards.fullmatch(one))]
+        if name in present:
+            return [name, *sorted(file for file in present if shards and shards.fullmatch(file))]
     return []
 
 
 def indexed_shards(index: Path) -> list[str]:
-    """The files that an index of weights names; [] if it cannot be read, which is told when it is loaded."""
+    """The files that an index of weights names; [] if it cannot be read, which loading it will report."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         return sorted({str(name) for name in names})
@@ -69,11 +69,11 @@ def indexed_shards(index: Path) -> list[str]:
 def module_folders(modules_json: Path) -> dict[str, str]:
     """Class name and folder of each module that a sentence-transformers modules.json lists; {} if there is none.
 
-    What is wrong with the file is told by whoever follows it (`rag_core/embeddings/encoder_settings.py`).
+    Errors in the file are reported later, by `rag_core/embeddings/encoder_settings.py`.
     """
     try:
         listed = json.loads(modules_json.read_text(encoding="utf-8"))
-        return {str(one["type"]).rpartition(".")[2]: str(one["path"]).strip("/") for one in listed}
+        return {str(module["type"]).rpartition(".")[2]: str(module["path"]).strip("/") for module in listed}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 

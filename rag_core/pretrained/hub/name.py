@@ -15,21 +15,21 @@ from rag_core.network.addresses import without_credentials
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # What the hub allows in a name; old models have no organisation.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-# Git's rules for references, a little narrower: it becomes the name of a file in the cache.
+# A little stricter than Git's rules for references, because a revision becomes a file name in the cache.
 _REVISION = re.compile(r"(?!.*(\.\.|//|@\{))[\w][\w./+-]*(?<![./])", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(/|$)")
 
 
 def hub_address() -> str:
-    """The hub that is asked: HF_ENDPOINT as it is now, or Hugging Face's."""
+    """The address of the hub: HF_ENDPOINT as it is now, or Hugging Face's."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def shown_address() -> str:
-    """The hub's address for messages, without a password that may be in it."""
+    """The hub's address for messages, without any password."""
     try:
         return without_credentials(hub_address())
-    except ValueError:  # it can be no address, such as http://[
+    except ValueError:  # not a valid address, such as http://[
         return "HF_ENDPOINT"
 
 
@@ -45,11 +45,11 @@ class HubName:
 
     @property
     def commit(self) -> str | None:
-        """The commit, if the revision is one by its full name."""
+        """The revision, if it is a full commit hash."""
         return self.revision if self.revision and COMMIT.fullmatch(self.revision) else None
 
     def at(self, commit: str) -> HubName:
-        """The same model at that commit."""
+        """The same model at a commit."""
         return HubName(self.repo, commit)
 
     @property
@@ -58,12 +58,12 @@ class HubName:
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type="model")
 
     def snapshot(self, commit: str) -> Path:
-        """Where the hub's cache keeps the files of a commit, whether or not they are there."""
+        """The folder for the files of a commit in the hub's cache, whether or not it exists."""
         return self.cache_folder / "snapshots" / commit
 
 
 def parse_hub_name(name: str) -> HubName | None:
-    """The parts of a hub name, or None if it can be none."""
+    """The parts of a hub name, or None if `name` cannot be one."""
     repo, at, revision = name.partition("@")
     if not _REPOSITORY.fullmatch(repo) or (at and not _REVISION.fullmatch(revision)):
         return None
@@ -71,6 +71,6 @@ def parse_hub_name(name: str) -> HubName | None:
 
 
 def name_of_snapshot(folder: str | Path) -> str:
-    """What messages call a folder: the hub name and commit of a snapshot in the cache, else its path."""
-    found = _SNAPSHOT.search(str(folder))
-    return f"{found['repo'].replace('--', '/')}@{found['commit'][:12]}" if found else str(folder)
+    """How messages name a folder: hub name and commit for a snapshot in the cache, else its path."""
+    match = _SNAPSHOT.search(str(folder))
+    return f"{match['repo'].replace('--', '/')}@{match['commit'][:12]}" if match else str(folder)

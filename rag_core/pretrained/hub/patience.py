@@ -1,8 +1,8 @@
-"""How long a hub is waited for once it has listed a model's files: every request has a time limit, and silence an end.
+"""Limit how long we wait for a hub that has listed a model's files and then goes silent.
 
-The hub's client has no time limit of its own for some requests, such as that for the tree of a commit, and repeats what
-failed for up to a minute. Importing this module gives every request of that client in this process a limit, and ends
-the repeating where nothing has come for a while. A download that moves, however slowly, goes on, also after a lost
+The hub's client has no time limit for some requests, such as the one for the tree of a commit, and it retries failed
+requests for up to a minute. Importing this module gives every request of that client in this process a time limit, and
+stops retries once no byte has arrived for a while. A download that moves goes on, however slow it is, even after a lost
 connection.
 """
 
@@ -23,11 +23,11 @@ from rag_core.pretrained.hub.revision import HubUnreachableError, remember_silen
 
 @dataclass
 class _Downloads:
-    """What this process knows of the downloads that are under way."""
+    """The state of the downloads that run in this process."""
 
     running: int = 0
-    heard: float = 0.0  # when the last byte came, on the monotonic clock
-    asked: set[tuple[int, str, str]] = field(default_factory=set)  # thread, method and address of each request
+    last_byte_at: float = 0.0  # when the last byte arrived, on the monotonic clock
+    requested: set[tuple[int, str, str]] = field(default_factory=set)  # thread, method and address of each request
 
 
 _downloads = _Downloads()
@@ -36,16 +36,16 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def limited_patience() -> Iterator[None]:
-    """Within this block a request that failed is not repeated once the hub has been silent for `_longest_silence`.
+    """Inside this block a failed request is not retried once the hub has been silent for `_longest_silence` seconds.
 
     Raises:
-        HubUnreachableError: from the request; it passes through the client, which repeats its own errors alone.
+        HubUnreachableError: from the request; the client lets it pass, because it retries only its own errors.
     """
     with _lock:
         if not _downloads.running:
-            _downloads.asked.clear()
+            _downloads.requested.clear()
         _downloads.running += 1
-        _downloads.heard = time.monotonic()
+        _downloads.last_byte_at = time.monotonic()
     try:
         yield
     finally:
@@ -54,20 +54,21 @@ def limited_patience() -> Iterator[None]:
 
 
 def _longest_silence() -> float:
-    """In seconds; a whole limit at most, as a request that gets no byte ends after that and may be repeated at once.
+    """Seconds without a byte after which a failed request is not retried.
 
-    Less is enough for refused connections: they fail at once and are tried again after 1, 3, 7 and 15 s, of which 7 has
-    to be the last. The client's pause of a second after a lost connection is no silence.
+    At most one time limit: a request that gets no byte ends after that, and the client may retry it at once. Refused
+    connections need less: they fail at once and are retried after 1, 3, 7 and 15 s, and 7 s must be the end. The pause
+    of one second that the client makes after a lost connection must not count as silence.
     """
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT)
     return min(seconds, seconds / 2 + 1)
 
 
 def _limit_waiting(request: Any) -> None:
-    """Give a request the limits that it lacks; while files are downloaded, none may be longer than the user's own."""
+    """Give a request the time limits that it lacks; during downloads, cut those that exceed the user's settings."""
     limits = request.extensions.get("timeout", {})
     first, most = float(constants.HF_HUB_ETAG_TIMEOUT), float("inf")
-    if _downloads.running:  # the client would wait a minute for a file's description when it asks for the second time
+    if _downloads.running:  # on its second try, the client would wait a minute for a file's metadata
         most = float(max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT))
     limits |= {kind: first if value is None else min(value, most) for kind, value in limits.items()}
 
@@ -78,35 +79,35 @@ def _before_request(request: Any) -> None:
         return
     if reason := silent_reason():
         raise HubUnreachableError(reason)
-    one = threading.get_ident(), request.method, str(request.url)
-    if one in _downloads.asked and time.monotonic() - _downloads.heard >= _longest_silence():
+    key = threading.get_ident(), request.method, str(request.url)
+    if key in _downloads.requested and time.monotonic() - _downloads.last_byte_at >= _longest_silence():
         reason = "no answer in time"
         remember_silence(reason)
         raise HubUnreachableError(reason)
-    _downloads.asked.add(one)
+    _downloads.requested.add(key)
 
 
 def _after_headers(response: Any) -> None:
-    _downloads.heard = time.monotonic()
-    response.stream = _heard(response.stream)
+    _downloads.last_byte_at = time.monotonic()
+    response.stream = _timed(response.stream)
 
 
-def _heard(stream: Any) -> Any:
-    """The same body; each piece of it is a sign of life."""
+def _timed(stream: Any) -> Any:
+    """The same body; each piece that arrives updates `last_byte_at`."""
 
-    class Heard(type(stream)):  # type: ignore[misc]  # the class of bodies is of the client's own HTTP library
+    class Timed(type(stream)):  # type: ignore[misc]  # the class of bodies belongs to the client's HTTP library
         def __init__(self) -> None:
-            """Has no state of its own."""
+            """Keep no state: `stream` has it."""
 
         def __iter__(self) -> Iterator[bytes]:
             for piece in stream:
-                _downloads.heard = time.monotonic()
+                _downloads.last_byte_at = time.monotonic()
                 yield piece
 
         def close(self) -> None:
             stream.close()
 
-    return Heard()
+    return Timed()
 
 
 def _client() -> Any:

@@ -1,8 +1,7 @@
-"""A hub name to a commit: asked of the hub once a process, or taken from the cache where no hub answers.
+"""Resolve a hub name to a commit: ask the hub once per process, or read the cache if no hub answers.
 
-What was found out holds for the life of the process, so that a branch that moves meanwhile changes nothing: the commit
-of a name, the files of a commit, and that a hub does not answer. The last costs one request of at most HF_HUB_ETAG_TIMEOUT
-and `MORE_SECONDS`.
+A process remembers the commit of a name, the files of a commit, and that a hub does not answer. So a branch that moves
+meanwhile changes nothing, and a silent hub costs one request of at most HF_HUB_ETAG_TIMEOUT + `MORE_SECONDS` seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from rag_core.pretrained.hub.failures import (
 )
 from rag_core.pretrained.hub.name import COMMIT, HubName, hub_address, shown_address
 
-# Looking up a name and connecting may each take as long as one answer; with both the limit is still below 15 s.
+# Name lookup and connecting may each take as long as an answer, so all three together have one limit, below 15 s.
 MORE_SECONDS = 2.0
 
 
 class HubUnreachableError(Exception):
-    """The hub does not answer, or is out of order; the text is the reason."""
+    """The hub does not answer or is out of order; the text is the reason, "" if no hub may be asked."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Listing:
 
 @dataclass
 class _Memory:
-    """What this process has found out; keys begin with the hub's address."""
+    """What this process knows about hubs; keys begin with the hub's address."""
 
     listings: dict[tuple[str, str], Listing] = field(default_factory=dict)
     commits: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -59,10 +58,10 @@ _lock = threading.RLock()
 
 
 def commit_of(name: HubName) -> str:
-    """The commit of a name: of a full one itself, without a request; else the hub's, or the cache's if no hub answers.
+    """The commit of a name, as the hub says, or the cache if no hub answers. A full commit hash needs no request.
 
     Raises:
-        ConfigError: the hub has no such model or revision or does not let us read it; or no hub answers, and the cache
+        ConfigError: the hub has no such model or revision, or does not let us read it; or no hub answers and the cache
             does not know the name.
     """
     if name.commit:
@@ -83,29 +82,29 @@ def listing_of(name: HubName) -> Listing:
     """The commit of a name and its files, with one request.
 
     Raises:
-        HubUnreachableError: no hub answers, or none may be asked (then the text is empty).
+        HubUnreachableError: no hub answers, or HF_HUB_OFFLINE is set (then the text is empty).
         ConfigError: the hub refuses.
     """
     with _lock:
         key = hub_address(), str(name)
         if key not in _memory.listings:
-            found = _ask(name)
-            _memory.listings[key] = _memory.listings[hub_address(), str(name.at(found.commit))] = found
+            listing = _ask(name)
+            _memory.listings[key] = _memory.listings[hub_address(), str(name.at(listing.commit))] = listing
         return _memory.listings[key]
 
 
 def silent_reason() -> str | None:
-    """Why the hub is not asked any more: "" if none may be asked, None if it is."""
+    """Why the hub is no longer asked: "" if HF_HUB_OFFLINE is set; None if it is asked."""
     return "" if constants.is_offline_mode() else _memory.silent.get(hub_address())
 
 
 def remember_silence(reason: str) -> None:
-    """The hub does not answer, as a download or another process has found out."""
+    """Record that the hub does not answer, as a download or another process found."""
     _memory.silent[hub_address()] = reason
 
 
 def failure(error: Exception, name: HubName) -> Exception:
-    """What a request or download has failed of: HubUnreachableError, where silence is remembered, or a ConfigError."""
+    """The error for a failed request or download: HubUnreachableError (a silent hub is remembered) or ConfigError."""
     if isinstance(error, HubUnreachableError):
         return error
     reason = why_unreachable(root_of(error))
@@ -117,15 +116,15 @@ def failure(error: Exception, name: HubName) -> Exception:
 
 
 def forget() -> None:
-    """Find out everything anew. For tests, in which one process stands for several; no command calls it."""
+    """Forget everything. For tests, where one process plays several; no command calls it."""
     global _memory
     _memory = _Memory()
 
 
 def write_references(name: HubName, commit: str) -> None:
-    """Note in the cache which names of this process stand for a commit, once all its files are there.
+    """Once all files of a commit are in the cache, record there which names this process resolved to it.
 
-    Offline, this is how a name is found, by this program and by others. A cache that may only be read stays as it is.
+    Offline, this program and others find a name this way. A read-only cache is left unchanged.
     """
     for (server, known), its_commit in list(_memory.commits.items()):
         repo, _, revision = known.partition("@")
@@ -149,7 +148,7 @@ def _ask(name: HubName) -> Listing:
 
     def ask() -> Listing:
         info = api.model_info(name.repo, revision=name.revision, timeout=seconds, files_metadata=True)
-        files = {one.rfilename: one.size or 0 for one in info.siblings or []}
+        files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
         if not COMMIT.fullmatch(info.sha or ""):
             raise ValueError("no commit")
         return Listing(str(info.sha), files)

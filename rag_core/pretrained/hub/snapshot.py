@@ -1,7 +1,8 @@
-"""The files of a hub model at one commit as a local folder, in the cache that all tools of the hub share.
+"""Put the files of a hub model at one commit into a local folder, in the cache that all tools of the hub share.
 
-A full cache costs no request beside the one for the commit. Otherwise a second one asks for the tree of the commit, which
-the cache keeps, and what `files.py` chooses of it is downloaded: no file is asked for that may not be there.
+With a full cache there is no request besides the one for the commit. Otherwise a second request gets the tree of the
+commit, which the cache keeps, and the files that `files.py` chooses from it are downloaded. No file is requested that
+might not exist.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ from rag_core.pretrained.hub.revision import (
 
 
 def snapshot_folder(name: HubName, *, trust_remote_code: bool = False) -> Path:
-    """The folder with the files that a model is loaded from, downloaded where they are missing.
+    """Return the folder with the files that a model is loaded from; download those that are missing.
 
     Args:
         name: with a revision, or without for the main branch.
-        trust_remote_code: the model's Python code, too.
+        trust_remote_code: also download the model's Python code.
 
     Raises:
         ConfigError: as `commit_of`; or the model has no weights for PyTorch, the disk is full, or files are missing and
-            cannot be had.
+            cannot be downloaded.
     """
     pinned = name.at(commit_of(name))
     folder = name.snapshot(str(pinned.commit))
@@ -57,15 +58,15 @@ def snapshot_folder(name: HubName, *, trust_remote_code: bool = False) -> Path:
         try:
             _download(pinned, folder, trust_remote_code)
         except HubUnreachableError as error:
-            _make_do(pinned, folder, str(error))
+            _accept_files_of_other_tools(pinned, folder, str(error))
     write_references(name, str(pinned.commit))
     return folder
 
 
 def _cached_listing(pinned: HubName) -> list[str] | None:
-    """The files of the commit, as a former download noted them."""
+    """The files of the commit, as an earlier download recorded them; None if none did."""
     try:
-        return [one.path for one in get_cached_repo_tree(pinned.repo, revision=pinned.commit)]
+        return [entry.path for entry in get_cached_repo_tree(pinned.repo, revision=pinned.commit)]
     except CachedRepoTreeNotFoundError:
         return None
 
@@ -85,8 +86,8 @@ def _modules(folder: Path, listing: list[str]) -> dict[str, str]:
     return module_folders(folder / MODULES) if _has_modules(listing) else {}
 
 
-def _make_do(pinned: HubName, folder: Path, reason: str) -> None:
-    """No hub answers: what another tool has downloaded serves if a model can be loaded from it."""
+def _accept_files_of_other_tools(pinned: HubName, folder: Path, reason: str) -> None:
+    """Without a hub, accept files that another tool downloaded if a model can be loaded from them; else ConfigError."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     weights_folder = folder / module_folders(folder / MODULES).get("Transformer", "")
     weights = weight_files(path.name for path in weights_folder.glob("*"))[:1]
@@ -95,13 +96,13 @@ def _make_do(pinned: HubName, folder: Path, reason: str) -> None:
         *weights,
         *(shard for index in weights for shard in indexed_shards(weights_folder / index)),
     ]
-    whole = weights and all((weights_folder / file).is_file() for file in expected)
-    if _cached_listing(pinned) is not None or not whole:
+    complete = weights and all((weights_folder / file).is_file() for file in expected)
+    if _cached_listing(pinned) is not None or not complete:
         raise unreachable(pinned, reason) if reason else offline(pinned)
     if MODULES not in files and not (pinned.cache_folder / ".no_exist" / str(pinned.commit) / MODULES).is_file():
         warnings.warn(
-            f"The cache does not say whether its files of {pinned} are all of them. If it is a sentence-transformers model, "
-            f"{MODULES}, which says how to pool, is missing; load it once with a network.",
+            f"The cache does not say whether it has all files of {pinned}. If this is a sentence-transformers model, "
+            f"{MODULES}, which says how to pool, is missing; load the model once with a network connection.",
             ModelNotice,
             stacklevel=2,
         )
@@ -133,7 +134,7 @@ def _check_room(pinned: HubName, size: int) -> None:
 
 
 def _fetch(pinned: HubName, files: list[str]) -> None:
-    if silent_reason() is not None:  # found out meanwhile, by another thread
+    if silent_reason() is not None:  # another thread found this meanwhile
         raise HubUnreachableError(silent_reason() or "")
     try:
         with limited_patience():
@@ -145,12 +146,12 @@ def _fetch(pinned: HubName, files: list[str]) -> None:
                 allow_patterns=[glob.escape(file) for file in files],
                 tqdm_class=_bar(pinned),
             )
-    except Exception as error:  # the hub's library raises its own, the HTTP client's and the system's
+    except Exception as error:  # the hub's library raises its own errors, the HTTP client's and the system's
         raise failure(error, pinned) from error
 
 
 def _bar(pinned: HubName) -> type[tqdm]:
-    """One progress bar for all bytes of a model, on a terminal; the hub's library would show three."""
+    """One progress bar for all bytes of a model, shown only on a terminal; the hub's library would show three."""
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -1,8 +1,9 @@
-"""BEIR's relevance judgements as a question file: its questions are those that `qrels/SPLIT.tsv` judges.
+"""BEIR's relevance judgements as a question file: its questions are the queries that `qrels/SPLIT.tsv` judges.
 
-BEIR (Thakur et al. 2021, arXiv 2104.08663) has one `queries.jsonl` and a file of judgements for each split, so the split
-is named by the latter: `--questions scifact/qrels/test.tsv`. The queries are looked for in the folder above and beside
-the file. A score of 0 or less is no gold passage, and a question without a gold passage is no question of the split.
+BEIR (Thakur et al. 2021, arXiv 2104.08663) has one `queries.jsonl` and one file of judgements per split, so the
+user names the split by the latter: `--questions scifact/qrels/test.tsv`. The queries are looked for in the folder
+above, then beside the file. A passage with a score of 0 or less is not gold, and a query without a gold passage
+is left out.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def is_judgement(record: Record) -> bool:
 
 
 def queries_of(place: Path) -> Path:
-    """The queries (a local file) that the judgements at `place`, here or in an object store, are about.
+    """The file of queries (a local copy) that belongs to the judgements at `place`, a path here or in an object store.
 
     Raises:
-        InputError: there are none.
+        InputError: there is no such file.
     """
     place = as_place(place)
     folders = (place.parent.parent, place.parent)
@@ -39,13 +40,13 @@ def queries_of(place: Path) -> Path:
                 return candidate
         elif candidate.prefix and candidate.parent.bucket:
             try:
-                found = local_file(candidate)
+                local = local_file(candidate)
             except ArtifactError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
                 continue
-            if found.is_file():
-                return found
+            if local.is_file():
+                return local
     raise InputError(
         f"{place} holds BEIR's relevance judgements, but there is no {QUERIES[0]} in {folders[0]} or {folders[1]} "
         f"(nor {', '.join(QUERIES[1:])}). Put the data set's queries there."
@@ -56,12 +57,12 @@ def gold_passages(records: Iterator[Record]) -> dict[str, tuple[list[str], str]]
     """For each query with a relevant passage: the passages' ids in the file's order, and the place of the first.
 
     Raises:
-        InputError: a line without an id, or whose score is no number.
+        InputError: a line without an id, or with a score that is not a number.
     """
     gold: dict[str, tuple[list[str], str]] = {}
     for record in records:
         if not is_judgement(record):
-            raise record.error("no judgement", "`query-id`, `corpus-id` and `score`")
+            raise record.error("not a judgement", "`query-id`, `corpus-id` and `score`")
         query = text(record, "query-id", id_as_text(record.get("query-id")))
         passage = text(record, "corpus-id", id_as_text(record.get("corpus-id")))
         score = number(record.get("score"))

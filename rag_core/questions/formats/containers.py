@@ -1,8 +1,9 @@
-"""From a file to records: JSON Lines, a JSON list or object, CSV with or without a header, Parquet; the text ones also gzip.
+"""Reads a file's records: JSON Lines, a JSON list or object, CSV with or without a header (each also gzip), or Parquet.
 
-The content tells the container; a suffix only where content cannot: `.csv` and `.tsv`, and `.jsonl` for a first line that
-is broken. Records come one at a time, so that a file of gigabytes is never in memory whole. No layout is known here but
-three that are no records at all: SQuAD's nesting, and two kinds of CSV without a header.
+The container is recognised by content. The suffix decides only where content cannot: `.csv` and `.tsv`, and
+`.jsonl` if the first line is broken. Records are streamed, so a file of gigabytes is never in memory whole. This
+module knows no layouts except three that are not records with keys: SQuAD's nesting, and two kinds of CSV without
+a header.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_core.corpus.formats.containers import parquet
-from rag_core.corpus.formats.containers.json_text import opened_json
+from rag_core.corpus.formats.containers.json_text import open_json
 from rag_core.corpus.formats.rows import MAX_LINE_BYTES, Reject, excerpt, numbered_lines
 from rag_core.corpus.formats.squad import articles_of, numbered_paragraphs
 from rag_core.errors import InputError
@@ -25,22 +26,22 @@ from rag_core.questions.formats.literals import numpy_fault, parse_literal
 from rag_core.questions.formats.records import Record
 
 FORMATS = "JSON Lines, a JSON list, CSV or TSV, Parquet or SQuAD JSON, in a layout of docs/formats.md"
-# A single value of JSON beyond this is no question, not even one of DPR's with a hundred passages.
+# The longest JSON value that is read: far more than one of DPR's questions with its hundred passages.
 MAX_VALUE_CHARS = 2**28
-# Rows of Parquet in memory at a time: one of DPR's training data is a hundred passages, one of a corpus is one.
+# Rows of Parquet in memory at a time. Few, because a row of DPR's training data holds a hundred passages.
 BATCH_ROWS = 16
 _PARQUET = b"PAR1"
 _GZIPPED = ".gz"
-# Keys under which a data set's own object has its rows.
-_LISTS = ("data", "Data", "questions")
-# A row of CSV with one of these cells is a header.
+# Keys of a data set's top-level object that hold its list of records.
+_LIST_KEYS = ("data", "Data", "questions")
+# A first row of CSV with one of these cells is a header.
 _HEADERS = frozenset({"question", "input", "question_text", "query-id", "utterance", "text", "query"})
-# Cells of these columns are lists or objects written as text.
+# CSV columns whose cells are lists or objects written as text.
 _NESTED = frozenset(
     {"answers", "answer", "golden_answers", "possible_answers", "gold_passage_ids", "ctxs", "positive_ctxs",
      "supporting_facts", "output"}
 )  # fmt: skip
-_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 _DPR = "question, tab, list of answers such as ['Paris', 'City of Paris']"
 
 
@@ -49,55 +50,56 @@ def read_records(path: Path, wanted: frozenset[str], *, cells_are_answers: bool 
 
     Args:
         path: the file.
-        wanted: the keys that some layout reads; other columns of Parquet are not read, only named.
-        cells_are_answers: whether a CSV cell of answers that is no list is one answer, as in files of regular expressions.
+        wanted: all keys that layouts read. Other columns of Parquet are not read; records have None for them.
+        cells_are_answers: whether an answers cell of CSV that is not a list counts as one answer, as in files of
+            regular expressions.
 
     Raises:
-        InputError: another archive than gzip, unknown or broken content.
+        InputError: an archive other than gzip, or unknown or broken content.
     """
     with path.open("rb") as file:
         if file.read(4) == _PARQUET:
             return _parquet(path, wanted)
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    suffix = next((one for one in reversed(suffixes) if one != _GZIPPED), "")
+    suffix = next((suffix for suffix in reversed(suffixes) if suffix != _GZIPPED), "")
     if suffix in (".csv", ".tsv"):
         return _csv(path, cells_are_answers)
-    with opened_json(path, MAX_VALUE_CHARS) as text:
-        mark = text.next_mark()
-    if not mark:
+    with open_json(path, MAX_VALUE_CHARS) as text:
+        first = text.peek()
+    if not first:
         return iter(())
-    if mark == "[":
+    if first == "[":
         return _json_list(path)
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(path)
-    if mark != "{":
+    if first != "{":
         raise InputError(
-            f"{path} is of no known format: it starts with {mark!r}. Expected {FORMATS}. Convert the file."
+            f"{path} is of no known format: it starts with {first!r}. Expected {FORMATS}. Convert the file."
         )
     return _json_object(path)
 
 
 def _json_list(path: Path) -> Iterator[Record]:
-    with opened_json(path, MAX_VALUE_CHARS) as text:
+    with open_json(path, MAX_VALUE_CHARS) as text:
         yield from _entries(path, text.items())
         text.end()
 
 
 def _json_object(path: Path) -> Iterator[Record]:
-    """A data set's own object (its list is `data` or `Data`), one record, or JSON Lines under another suffix."""
-    with opened_json(path, MAX_VALUE_CHARS) as text:
+    """A data set's top-level object (its list under one of `_LIST_KEYS`), one record, or JSON Lines by another name."""
+    with open_json(path, MAX_VALUE_CHARS) as text:
         value: dict[str, Any] = {}
-        listed = False
+        has_list = False
         for key in text.names():
-            if key in _LISTS and text.next_mark() == "[" and not listed and "question" not in value:
-                listed = True
+            if key in _LIST_KEYS and text.peek() == "[" and not has_list and "question" not in value:
+                has_list = True
                 yield from _entries(path, text.items())
             else:
                 value[key] = text.value()
-        if listed:
+        if has_list:
             text.end()
             return
-        if not text.next_mark():
+        if not text.peek():
             yield Record(f"{path} record 1", "1", value)
             return
     yield from _json_lines(path)
@@ -105,11 +107,11 @@ def _json_object(path: Path) -> Iterator[Record]:
 
 def _entries(path: Path, items: Iterator[Any]) -> Iterator[Record]:
     """Records of a list: its items, or the questions of SQuAD's articles."""
-    begin = list(itertools.islice(items, 1))
-    if begin and isinstance(begin[0], dict) and "paragraphs" in begin[0] and "question" not in begin[0]:
-        yield from _squad(path, [*begin, *items])
+    first = list(itertools.islice(items, 1))
+    if first and isinstance(first[0], dict) and "paragraphs" in first[0] and "question" not in first[0]:
+        yield from _squad(path, [*first, *items])
         return
-    for number, value in enumerate(itertools.chain(begin, items), 1):
+    for number, value in enumerate(itertools.chain(first, items), 1):
         yield Record(f"{path} record {number}", str(number), value)
 
 
@@ -137,7 +139,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise Record(f"{path} line {number}", "", line).error(
-                f"broken JSON ({error})", "one object a line"
+                f"broken JSON ({error})", "one object per line"
             ) from error
         yield Record(f"{path} line {number}", str(number), value)
 
@@ -145,8 +147,12 @@ def _json_lines(path: Path) -> Iterator[Record]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in numbered_lines(path):
         if isinstance(line, Reject):
-            remedy = "Convert the file to UTF-8" if line.category == "undecodable" else "Correct the file"
-            raise InputError(f"{path} line {number}: {line.reason}; found {line.found!r}, expected UTF-8. {remedy}.")
+            expected, remedy = "a shorter line", "Correct the file"
+            if line.category == "undecodable":
+                expected, remedy = "UTF-8", "Convert the file to UTF-8"
+            raise InputError(
+                f"{path} line {number}: {line.reason}; found {line.found!r}, expected {expected}. {remedy}."
+            )
         yield number, line
 
 
@@ -154,7 +160,7 @@ def _csv(path: Path, cells_are_answers: bool) -> Iterator[Record]:
     first = next((line for _, line in _lines(path) if line.strip()), "")
     for delimiter in "\t,;":
         cells: list[str] = []
-        with contextlib.suppress(csv.Error):  # to be told, with its line, where the rows are read
+        with contextlib.suppress(csv.Error):  # reading the rows raises this error again, with its line
             cells = next(csv.reader([first], delimiter=delimiter), [])
         if any(cell.strip().casefold() in _HEADERS for cell in cells):
             return _csv_with_header(path, delimiter, cells_are_answers)
@@ -169,25 +175,25 @@ def _is_topic(line: str) -> bool:
 
 
 def _rows(path: Path, delimiter: str, expected: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows of CSV with the line on which each begins. Strict: else a stray quote would swallow the rows after it."""
+    """Rows of CSV with the line on which each begins. Strict, because a stray quote would swallow the rows after it."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    began = ""
+    row_start = ""  # the first line of the current row, for messages
 
     def lines() -> Iterator[str]:
-        nonlocal began
+        nonlocal row_start
         for _, line in _lines(path):
-            began = began or line
+            row_start = row_start or line
             yield line + "\n"
 
     rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
-        number, began = rows.line_num + 1, ""
+        number, row_start = rows.line_num + 1, ""
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            raise Record(f"{path} line {number}", "", began).error(f"broken row ({error})", expected) from error
+            raise Record(f"{path} line {number}", "", row_start).error(f"broken row ({error})", expected) from error
         if row and not (len(row) == 1 and row[0].isspace()):
             yield number, row
 
@@ -203,13 +209,13 @@ def _dpr_csv(path: Path, cells_are_answers: bool) -> Iterator[Record]:
         answers = parse_literal(row[1])
         if not isinstance(answers, list):
             if not (cells_are_answers and row[1].strip()):
-                raise Record(place, "", row[1]).error("the second column is no list", _DPR)
+                raise Record(place, "", row[1]).error("the second column is not a list", _DPR)
             answers = [row[1]]
         yield Record(place, str(number), {"question": row[0], "answers": answers}, layout="DPR's questions")
 
 
 def _topics(path: Path) -> Iterator[Record]:
-    """Pyserini's topics, which quote nothing."""
+    """Pyserini's topics: an id, a tab and a question; quotes are ordinary characters."""
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -228,7 +234,9 @@ def _csv_with_header(path: Path, delimiter: str, cells_are_answers: bool) -> Ite
     _, header = next(rows, (1, []))
     header = [name.strip() for name in header]
     if len(set(header)) < len(header):
-        raise Record(f"{path} line 1", "", delimiter.join(header)).error("two columns with one name", "each name once")
+        raise Record(f"{path} line 1", "", delimiter.join(header)).error(
+            "two columns with the same name", "each name once"
+        )
     for number, row in rows:
         place = f"{path} line {number}"
         if len(row) != len(header):
@@ -246,15 +254,15 @@ def _cell(record: Record, name: str, cell: str, cells_are_answers: bool) -> Any:
     if not cell.strip():
         return None
     if name == "is_impossible":
-        return _TRUTHS.get(cell.strip().lower(), cell)
+        return _BOOLEANS.get(cell.strip().lower(), cell)
     if name not in _NESTED:
         return cell
     fault = numpy_fault(cell)
     if fault:
         raise record.error(f"`{name}` {fault}", "a list in JSON (`json.dumps(x.tolist())` writes one)")
-    found = parse_literal(cell)
-    if found is not None:
-        return found
+    parsed = parse_literal(cell)
+    if parsed is not None:
+        return parsed
     return [cell] if cells_are_answers and name == "answers" else cell
 
 
@@ -270,5 +278,5 @@ def _parquet(path: Path, wanted: frozenset[str]) -> Iterator[Record]:
 
 
 def _as_json(value: Any) -> Any:
-    """A value as JSON would have it: pandas writes NaN for what is missing."""
+    """None for NaN, which pandas writes for missing values; other values unchanged."""
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,8 +1,8 @@
-"""The layouts of question files: which keys tell one, and how its record becomes the keys of a question.
+"""The layouts of question files: how to recognise each, and how to map its record to canonical keys.
 
-A layout is a row of `LAYOUTS`; the first that fits a record is its layout. So a new one is a row and, where its keys are
-not those of another, a function. Canonical keys are those that `rag_core.questions.questions` writes: `id`, `question`, `answers`,
-`type`, `gold_passage_ids`, `ctxs`, `answers_are`, `is_impossible`.
+A layout is a row of `LAYOUTS`; a record has the first layout that fits it. To add one, add a row and, if no
+existing function suits, a function. Canonical keys are those that `rag_core.questions.questions` writes: `id`,
+`question`, `answers`, `type`, `gold_passage_ids`, `ctxs`, `answers_are`, `is_impossible`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from rag_core.questions.formats.literals import parse_literal
 from rag_core.questions.formats.natural_questions import from_hugging_face_nq, from_natural_questions
-from rag_core.questions.formats.near_keys import FIELDS, meant
+from rag_core.questions.formats.near_keys import FIELDS, intended_key
 from rag_core.questions.formats.open_domain import (
     from_dpr_training,
     from_kilt,
@@ -32,8 +32,8 @@ ANSWER_KEYS = ("answers", "answer", "golden_answers", "possible_answers")
 class Layout:
     """How a data set writes a question.
 
-    `needs` are the keys that tell it (not null), `reads` all that its function reads; `names` says under which key the
-    layout has what a question has under another, for messages.
+    A record of this layout has all keys in `needs`, not null, and passes `fits`. The function `canonical` reads
+    the keys in `reads`. `names` maps canonical keys to the layout's own keys, for messages.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Layout:
     fits: Callable[[dict[str, Any]], bool] = lambda value: True
 
     def is_of(self, value: dict[str, Any]) -> bool:
-        """Whether a record is of this layout."""
+        """Whether a record has this layout."""
         return all(value.get(key) is not None for key in self.needs) and self.fits(value)
 
 
 def _plain(record: Record) -> Canonical:
-    """Keys as ours; `answer` and `_id` are other data sets' words for `answers` and `id`."""
+    """A record with canonical keys; `answer` and `_id` are accepted for `answers` and `id`."""
     get = record.get
     answers = get("answers") if get("answer") is None else get("answer")
     if isinstance(answers, str) and get("answers") is None:
@@ -71,7 +71,7 @@ def _flash_rag(record: Record) -> Canonical:
 
 
 def _with_gold(more: Callable[[Record], Canonical]) -> Callable[[Record], Canonical]:
-    """What is ours of a record, and over it what `more` finds; gold passages that are named outright stand."""
+    """Read canonical keys first, then let `more` override them; but keep gold passages that the record itself names."""
 
     def canonical(record: Record) -> Canonical:
         plain = _plain(record)
@@ -82,7 +82,7 @@ def _with_gold(more: Callable[[Record], Canonical]) -> Callable[[Record], Canoni
 
 
 def _pop_qa(record: Record) -> Canonical:
-    """PopQA (Mallen et al. 2023): the answers are a list, or a list written as text."""
+    """PopQA (Mallen et al. 2023): `possible_answers` is a list, or a list written as text."""
     answers = record.get("possible_answers")
     parsed = parse_literal(answers) if isinstance(answers, str) else answers
     return _plain(record) | {"answers": answers if parsed is None else parsed}
@@ -92,15 +92,15 @@ def _beir(record: Record) -> Canonical:
     return {"id": record.get("_id"), "question": record.get("text")}
 
 
-def _has_answers_with_places(value: dict[str, Any]) -> bool:
-    """SQuAD's answers are objects with `text`, in a list, or as an object of lists."""
+def _has_answer_objects(value: dict[str, Any]) -> bool:
+    """Whether the answers are SQuAD's: objects with `text` in a list, or an object of lists."""
     answers = value["answers"]
     first = answers[0] if isinstance(answers, list) and answers else answers
     return isinstance(first, dict) and "text" in first
 
 
 def _is_query(value: dict[str, Any]) -> bool:
-    """A passage of BEIR's corpus has the same keys, and a title."""
+    """Whether a record is BEIR's query: a passage of its corpus has the same keys, but also a title."""
     return value.get("question") is None and value.get("title") in (None, "")
 
 
@@ -116,8 +116,8 @@ def _row(
     return Layout(name, keys, canonical, frozenset(keys) | frozenset(more.split()), names or {}, fits)
 
 
-OURS = "id _id question answers answer type gold_passage_ids ctxs answers_are is_impossible"
-PLAIN = _row("plain", "", _plain, OURS)
+PLAIN_KEYS = "id _id question answers answer type gold_passage_ids ctxs answers_are is_impossible"
+PLAIN = _row("plain", "", _plain, PLAIN_KEYS)
 LAYOUTS: tuple[Layout, ...] = (
     _row("TriviaQA", "Question QuestionId", from_trivia_qa, "Answer",
          {"id": "QuestionId", "question": "Question", "answers": "Answer"}),
@@ -130,19 +130,19 @@ LAYOUTS: tuple[Layout, ...] = (
     _row("WebQuestions", "utterance", from_web_questions, "targetValue",
          {"question": "utterance", "answers": "targetValue"}, fits=lambda value: value.get("question") is None),
     _row("BEIR", "_id text", _beir, "title", {"id": "_id", "question": "text"}, fits=_is_query),
-    _row("TriviaQA (Hugging Face)", "question answer", _with_gold(from_trivia_qa_rows), OURS + " question_id",
+    _row("TriviaQA (Hugging Face)", "question answer", _with_gold(from_trivia_qa_rows), PLAIN_KEYS + " question_id",
          {"answers": "answer"}, fits=lambda value: isinstance(value["answer"], dict)),
-    _row("SQuAD (Hugging Face)", "question answers", _with_gold(from_squad_rows), OURS + " context title",
-         fits=_has_answers_with_places),
-    _row("DPR's training", "question positive_ctxs", _with_gold(from_dpr_training), OURS),
-    _row("HotpotQA", "question supporting_facts", _with_gold(from_hotpot_qa), OURS,
+    _row("SQuAD (Hugging Face)", "question answers", _with_gold(from_squad_rows), PLAIN_KEYS + " context title",
+         fits=_has_answer_objects),
+    _row("DPR's training", "question positive_ctxs", _with_gold(from_dpr_training), PLAIN_KEYS),
+    _row("HotpotQA", "question supporting_facts", _with_gold(from_hotpot_qa), PLAIN_KEYS,
          {"gold_passage_ids": "supporting_facts"}),
-    _row("FlashRAG", "question golden_answers", _flash_rag, OURS, {"answers": "golden_answers"}),
-    _row("PopQA", "question possible_answers", _pop_qa, OURS, {"answers": "possible_answers"}),
+    _row("FlashRAG", "question golden_answers", _flash_rag, PLAIN_KEYS, {"answers": "golden_answers"}),
+    _row("PopQA", "question possible_answers", _pop_qa, PLAIN_KEYS, {"answers": "possible_answers"}),
     PLAIN,
 )  # fmt: skip
 SQUAD = _row("SQuAD", "", from_squad, "id question answers is_impossible gold_passage_ids plausible_answers")
-# Kinds of CSV without a header: their containers name the columns as ours are.
+# Layouts set by the container. CSV without a header needs none here: its container uses canonical keys.
 _BY_CONTAINER = {"SQuAD": SQUAD}
 WANTED = frozenset(key for layout in LAYOUTS for key in layout.reads) | {"query-id", "corpus-id", "score"}
 
@@ -155,29 +155,31 @@ def layout_of(record: Record) -> Layout:
 
 
 def canonical(record: Record) -> tuple[Layout, Canonical]:
-    """A record's layout, and its content under the keys of a question, not yet checked.
+    """A record's layout, and its content under canonical keys, not yet checked.
 
     Raises:
-        InputError: not an object; answers under two keys; a value that its layout cannot have; a key that is near one
-            that the question lacks.
+        InputError: not an object; answers under two keys; a value that its layout does not allow; or a key that looks
+            like a misspelling of a key that is missing.
     """
     if not isinstance(record.value, dict):
         raise record.error(f"a {type(record.value).__name__}", "an object with `question`")
     layout = layout_of(record)
-    given = [key for key in ANSWER_KEYS if record.get(key) is not None] if layout.reads >= set(ANSWER_KEYS[:2]) else []
-    if len(given) > 1:
-        raise record.error(f"both `{given[0]}` and `{given[1]}`", "one of them")
-    found = layout.canonical(record)
-    _refuse_near_keys(record, layout, found)
-    return layout, found
+    present = (
+        [key for key in ANSWER_KEYS if record.get(key) is not None] if layout.reads >= set(ANSWER_KEYS[:2]) else []
+    )
+    if len(present) > 1:
+        raise record.error(f"both `{present[0]}` and `{present[1]}`", "one of them")
+    value = layout.canonical(record)
+    _refuse_misspelt_keys(record, layout, value)
+    return layout, value
 
 
-def _refuse_near_keys(record: Record, layout: Layout, found: Canonical) -> None:
+def _refuse_misspelt_keys(record: Record, layout: Layout, value: Canonical) -> None:
     for key in record.value:
         if not isinstance(key, str) or key in layout.reads:
             continue
-        likely = meant(key)
-        if likely and found.get(FIELDS[likely]) in (None, []):
+        likely = intended_key(key)
+        if likely and value.get(FIELDS[likely]) in (None, []):
             raise record.error(
                 f"`{key}` is not a key of a question; did you mean `{likely}`?", f"`{likely}`, or no such key"
             )

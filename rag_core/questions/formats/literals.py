@@ -1,4 +1,4 @@
-"""Lists and objects that are written as text, in a cell of CSV: in JSON's way or in Python's. No code is run."""
+"""Parses lists and objects written as text in a CSV cell, in JSON or Python syntax. No code is executed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _NUMPY = re.compile(r"\barray\(\[|dtype=")
 
 
 def parse_literal(text: str) -> Any:
-    """A list or an object written in Python's or JSON's way; None if it is neither."""
-    # JSON first: where text is both, only JSON joins its surrogate pairs (such as \ud83d\ude00).
+    """The list or object that the text holds in JSON or Python syntax; None if it holds neither."""
+    # JSON first: for text that is valid in both, only JSON joins surrogate pairs (such as \ud83d\ude00).
     for parse in (json.loads, ast.literal_eval):
         with (
             warnings.catch_warnings(action="ignore", category=SyntaxWarning),
@@ -28,24 +28,24 @@ def parse_literal(text: str) -> Any:
 
 
 def numpy_fault(text: str) -> str | None:
-    """What is wrong with a cell that holds NumPy's print of an array, which Python reads as something else; else None.
+    """The fault of a cell that holds a printed NumPy array, which Python would misread; None for other cells.
 
-    `['Lyon' 'Paris']` is two strings for NumPy, and one, `LyonParis`, for Python.
+    `['Lyon' 'Paris']` is two strings in NumPy's print, but one string, `LyonParis`, in Python.
     """
     if _NUMPY.search(text) and parse_literal(text) is None:
         return "holds NumPy's print of an array"
-    # Two strings with white space between them; the cheap look first, as almost no cell has that.
+    # Look for two strings with only white space between them; the cheap test first, as almost no cell has that.
     if not re.search(r"""['"]\s+[rbu]?['"]""", text) or isinstance(_json(text), list | dict):
         return None
     if parse_literal(text) is None:
         return None
-    before = None
+    previous = None
     with contextlib.suppress(tokenize.TokenError, SyntaxError, IndentationError):
         for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-            if token.type == tokenize.STRING and before == tokenize.STRING:
+            if token.type == tokenize.STRING and previous == tokenize.STRING:
                 return "holds strings without a comma between them (NumPy prints arrays so)"
             if token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
-                before = token.type
+                previous = token.type
     return None
 
 

@@ -1,7 +1,7 @@
-"""Natural Questions as Google publishes them (full and simplified), and as Hugging Face's rows: Kwiatkowski et al. 2019.
+"""Natural Questions in Google's full and simplified files, and in Hugging Face's rows: Kwiatkowski et al. 2019.
 
-An answer is a span of the document's tokens, joined by spaces, without markup; or yes, or no. Where no annotator gave a
-short answer, that there is none is the right answer.
+An answer is a span of the document's tokens, joined by spaces, without markup; or yes, or no. If no annotator gave
+any answer, the question is unanswerable (`is_impossible`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def from_natural_questions(record: Record) -> dict[str, Any]:
         for span in objects(record, "short_answers", annotation.get("short_answers")):
             tokens = _tokens(record) if tokens is None else tokens
             answers.append(_span(record, tokens, span))
-        said = annotation.get("yes_no_answer")
-        if isinstance(said, str) and said.upper() in ("YES", "NO"):
-            answers.append(said.lower())
+        yes_no = annotation.get("yes_no_answer")
+        if isinstance(yes_no, str) and yes_no.upper() in ("YES", "NO"):
+            answers.append(yes_no.lower())
     return {
         "id": record.get("example_id"),
         "question": record.get("question_text"),
@@ -39,11 +39,11 @@ def _tokens(record: Record) -> list[str]:
     text = record.get("document_text")
     if isinstance(text, str):
         return text.split(" ")
-    found = objects(record, "document_tokens", record.get("document_tokens"))
-    if not found:
+    tokens = objects(record, "document_tokens", record.get("document_tokens"))
+    if not tokens:
         raise record.error("short answers, but no document", "`document_text` or `document_tokens`")
-    # Markup keeps its place, for the spans count it.
-    return ["<P>" if token.get("html_token") is True else str(token.get("token")) for token in found]
+    # Keep markup as tokens, because spans count it; `_span` drops it.
+    return ["<P>" if token.get("html_token") is True else str(token.get("token")) for token in tokens]
 
 
 def _span(record: Record, tokens: list[str], span: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def _span(record: Record, tokens: list[str], span: dict[str, Any]) -> str:
 
 
 def from_hugging_face_nq(record: Record) -> dict[str, Any]:
-    """A row of Hugging Face's `natural_questions`, whose short answers are written out."""
+    """A row of Hugging Face's `natural_questions`, which holds the short answers as text."""
     answers: list[Any] = []
     annotations = rows_of(record, "annotations", record.get("annotations"))
     for annotation in annotations:
@@ -65,9 +65,9 @@ def from_hugging_face_nq(record: Record) -> dict[str, Any]:
         for span in [short] if isinstance(short, dict) else objects(record, "short_answers", short):
             texts = span.get("text")
             answers += [texts] if isinstance(texts, str) else list_of(record, "short_answers text", texts, "strings")
-        said = annotation.get("yes_no_answer")
-        if isinstance(said, int) and not isinstance(said, bool) and said in _HUGGING_FACE_YES_NO:
-            answers.append(_HUGGING_FACE_YES_NO[said])
+        yes_no = annotation.get("yes_no_answer")
+        if isinstance(yes_no, int) and not isinstance(yes_no, bool) and yes_no in _HUGGING_FACE_YES_NO:
+            answers.append(_HUGGING_FACE_YES_NO[yes_no])
     question = record.get("question")
     return {
         "id": record.get("id"),

@@ -1,6 +1,7 @@
-"""Keys that are almost one that is read: `golden_answer`, `Question`, `anwsers`.
+"""Recognises misspelt keys: `golden_answer`, `Question`, `anwsers`.
 
-Such a key is an error only where the question lacks what the right key would give; else it is somebody's own.
+Such a key is an error only if the question lacks the value that the right key would hold; else it is the user's
+own key.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import re
 from difflib import SequenceMatcher
 from functools import lru_cache
 
-from rag_core.corpus.formats.near_keys import plain
+from rag_core.corpus.formats.near_keys import normalised
 
-# The keys that a slip may have been meant for, and the field of a question that each fills.
+# The keys that may be misspelt, and the field of a question that each fills.
 FIELDS = {
     "question": "question",
     "id": "id",
@@ -27,18 +28,22 @@ FIELDS = {
     "answers_are": "answers_are",
     "is_impossible": "is_impossible",
 }
-# A question without an answer is often a slip, one without a type seldom: so the latter's key must be nearer.
-_LIKENESS = {"question": 0.82, "answers": 0.82}
-_STRICT = 0.9
-# `answer_id`, `question_type`, `answered`: somebody's own. A tail of one letter (`answer_s`) is a slip.
-_MORE = re.compile(rf"(?i)(?:{'|'.join(FIELDS)})_\w{{2,}}|answered")
+# A question or answer is seldom missing on purpose; other fields often are, so keys like theirs must be closer.
+_MIN_SIMILARITY = {"question": 0.82, "answers": 0.82}
+_DEFAULT_MIN_SIMILARITY = 0.9
+# The user's own keys: `answer_id`, `question_type`, `answered`. A tail of one letter (`answer_s`) is a misspelling.
+_OWN_KEY = re.compile(rf"(?i)(?:{'|'.join(FIELDS)})_\w{{2,}}|answered")
 
 
 @lru_cache(maxsize=4096)
-def meant(key: str) -> str | None:
-    """The key that `key` was probably meant to be; None if it is one itself, says more than one, or is like none."""
-    if key in FIELDS or len(key) > 60 or _MORE.fullmatch(key):
+def intended_key(key: str) -> str | None:
+    """The known key that `key` probably misspells; None if `key` is known itself, or like no known key."""
+    if key in FIELDS or len(key) > 60 or _OWN_KEY.fullmatch(key):
         return None
-    likeness = {known: SequenceMatcher(None, plain(key), plain(known)).ratio() for known in FIELDS}
-    likely = [known for known, ratio in likeness.items() if ratio >= _LIKENESS.get(FIELDS[known], _STRICT)]
-    return max(likely, key=lambda known: likeness[known], default=None)
+    similarity = {known: SequenceMatcher(None, normalised(key), normalised(known)).ratio() for known in FIELDS}
+    likely = [
+        known
+        for known, ratio in similarity.items()
+        if ratio >= _MIN_SIMILARITY.get(FIELDS[known], _DEFAULT_MIN_SIMILARITY)
+    ]
+    return max(likely, key=lambda known: similarity[known], default=None)

@@ -1,7 +1,7 @@
 """Layouts of open-domain data sets: KILT, DPR's training files, TriviaQA, WebQuestions.
 
-Each function takes a record and returns what it says under the keys of a question; `rag_core.questions.questions` checks the
-strings.
+Each function takes a record and returns its content under canonical keys; `rag_core.questions.questions` checks
+the strings.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from rag_core.corpus.formats.ids import kilt_passage_id
 from rag_core.corpus.formats.rows import id_as_text
 from rag_core.questions.formats.records import Record, distinct, list_of, objects, texts
 
-# A provenance of more paragraphs is damage: KILT's are of one or two, and a page has a few hundred.
+# A provenance of more paragraphs is taken for damage: KILT's have one or two, and a page has a few hundred.
 MAX_PARAGRAPHS = 1000
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*+)"|([^()"]++))\)')
-# Where TriviaQA's answers are hidden.
+# What TriviaQA's test set has in place of an answer.
 _HIDDEN = "<unk>"
 
 
 def from_kilt(record: Record) -> dict[str, Any]:
-    """KILT: Petroni et al. 2021, arXiv 2009.02252. Gold passages are the paragraphs of every provenance."""
+    """KILT: Petroni et al. 2021, arXiv 2009.02252. Gold passages are all paragraphs of all provenances."""
     answers: list[Any] = []
     gold: list[Any] = []
-    if not record.get("output"):  # as in the test sets
+    if not record.get("output"):  # a test set
         return {"id": record.get("id"), "question": record.get("input")}
     for output in objects(record, "output", record.get("output")):
-        if output.get("answer") not in (None, ""):  # Hugging Face's copy has "" where there is none
+        if output.get("answer") not in (None, ""):  # Hugging Face's copy has "" for a missing answer
             answers.append(output["answer"])
         for provenance in objects(record, "provenance", output.get("provenance")):
             gold += _paragraphs(record, provenance)
@@ -40,7 +40,7 @@ def from_kilt(record: Record) -> dict[str, Any]:
 
 
 def _paragraphs(record: Record, provenance: dict[str, Any]) -> list[str]:
-    """Passage ids of a provenance; none where it names only the page."""
+    """The passage ids of a provenance; none if it names only the page."""
     page, first = id_as_text(provenance.get("wikipedia_id")), provenance.get("start_paragraph_id")
     last = first if provenance.get("end_paragraph_id") is None else provenance["end_paragraph_id"]
     if page is None or first is None:
@@ -60,12 +60,13 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def from_dpr_training(record: Record) -> dict[str, Any]:
-    """DPR's training files: Karpukhin et al. 2020, arXiv 2004.04906. Gold passages are the positive contexts with an id."""
+    """DPR's training files: Karpukhin et al. 2020, arXiv 2004.04906. Gold passages: positive contexts with an id."""
     contexts = objects(record, "positive_ctxs", record.get("positive_ctxs"))
-    named = (
-        next((one[key] for key in ("passage_id", "psg_id", "id") if one.get(key) is not None), None) for one in contexts
+    ids = (
+        next((context[key] for key in ("passage_id", "psg_id", "id") if context.get(key) is not None), None)
+        for context in contexts
     )
-    return {"gold_passage_ids": distinct(id_as_text(one) for one in named if one is not None)}
+    return {"gold_passage_ids": distinct(id_as_text(id) for id in ids if id is not None)}
 
 
 def from_trivia_qa(record: Record) -> dict[str, Any]:
@@ -75,32 +76,32 @@ def from_trivia_qa(record: Record) -> dict[str, Any]:
 
 
 def from_trivia_qa_rows(record: Record) -> dict[str, Any]:
-    """TriviaQA as Hugging Face's data set has it."""
+    """TriviaQA in Hugging Face's form."""
     answers = _trivia_qa_answers(record, "answer", ("value", "aliases", "human_answers"))
     return {"id": record.get("question_id") if record.get("id") is None else record.get("id"), "answers": answers}
 
 
 def _trivia_qa_answers(record: Record, name: str, keys: tuple[str, ...]) -> list[Any] | None:
-    """Value, then aliases; the normalised aliases are the same in other letters. Blank aliases are no answers."""
+    """The value, then all aliases that are not blank. Normalised aliases differ only in spelling and are not read."""
     answer = record.get(name)
     if answer is None:
         return None
     if not isinstance(answer, dict):
         raise record.error(f"`{name}` is {type(answer).__name__}", f"an object with `{keys[0]}` and `{keys[1]}`")
     value = answer.get(keys[0])
-    aliases = [one for key in keys[1:] for one in list_of(record, f"{name} {key}", answer.get(key), "strings")]
-    aliases = [one for one in aliases if not isinstance(one, str) or one.strip()]
-    found = distinct(([] if value is None else [value]) + aliases)
-    return [one for one in found if one != _HIDDEN] or None
+    aliases = [alias for key in keys[1:] for alias in list_of(record, f"{name} {key}", answer.get(key), "strings")]
+    aliases = [alias for alias in aliases if not isinstance(alias, str) or alias.strip()]
+    answers = distinct(([] if value is None else [value]) + aliases)
+    return [answer for answer in answers if answer != _HIDDEN] or None
 
 
 def from_web_questions(record: Record) -> dict[str, Any]:
-    """WebQuestions' own file: Berant et al. 2013; `targetValue` is a list of Freebase's descriptions."""
+    """WebQuestions' own file: Berant et al. 2013. `targetValue` is a list of Freebase descriptions."""
     target = record.get("targetValue")
     if target is None:
         return {"question": record.get("utterance")}
-    found = _DESCRIPTION.findall(target) if isinstance(target, str) else []
-    if not found:
+    matches = _DESCRIPTION.findall(target) if isinstance(target, str) else []
+    if not matches:
         raise record.error("`targetValue` without a description", '(list (description "Lyon") …)')
-    answers = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare.strip() for quoted, bare in found]
+    answers = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare.strip() for quoted, bare in matches]
     return {"question": record.get("utterance"), "answers": list(texts(record, "targetValue", distinct(answers)))}

@@ -1,7 +1,7 @@
-"""Whether an answer can be used as a regular expression: it compiles, soon and in little memory.
+"""Checks that an answer can be used as a regular expression: it compiles, quickly and in little memory.
 
-The package `regex` writes repeats out when it compiles: `((a{1000}){1000}){1000}` takes gigabytes. So what a pattern stands
-for, written out, is counted first.
+The package `regex` expands repeats when it compiles: `((a{1000}){1000}){1000}` takes gigabytes. So the length of the
+expanded pattern is estimated first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 import regex
 
-# As DrQA compiles them: Chen et al. 2017, `drqa/reader/utils.py`, `regex_match_score`.
+# The flags of DrQA: Chen et al. 2017, `drqa/reader/utils.py`, `regex_match_score`.
 FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 MAX_CHARS = 10_000
 MAX_WRITTEN_OUT = 100_000
@@ -32,7 +32,7 @@ def pattern_fault(pattern: str) -> str | None:
 
 
 def _written_out(pattern: str) -> int:
-    """About how many characters the pattern has when every {n} is written out."""
+    """Estimate the number of characters of the pattern with every {n} written out."""
     sums, last, in_class = [0], 0, False
     for token in _TOKEN.finditer(_COMMENT.sub("", pattern)):
         mark = token.group()

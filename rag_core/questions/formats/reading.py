@@ -1,4 +1,4 @@
-"""Layouts of data sets whose questions were asked about a text: SQuAD, HotpotQA and 2WikiMultihopQA."""
+"""Layouts of reading-comprehension data sets: SQuAD, HotpotQA and 2WikiMultihopQA."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from rag_core.questions.formats.records import Record, distinct, list_of, object
 
 
 def from_squad(record: Record) -> dict[str, Any]:
-    """An entry of `qas`: Rajpurkar et al. 2016 and 2018. `plausible_answers` are none. The paragraph is its gold passage."""
+    """An entry of `qas`: Rajpurkar et al. 2016 and 2018. The paragraph is its gold passage; `plausible_answers` are
+    ignored.
+    """
     answers = record.get("answers")
     if answers is not None and not isinstance(answers, list):
-        raise record.error("no object with a list `answers`", "SQuAD's layout")
+        raise record.error("not an object with a list `answers`", "SQuAD's layout")
     texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers or []]
     return {
         "id": record.get("id"),
@@ -24,7 +26,7 @@ def from_squad(record: Record) -> dict[str, Any]:
 
 
 def from_squad_rows(record: Record) -> dict[str, Any]:
-    """SQuAD as Hugging Face's data sets have it; the row's context is its gold passage."""
+    """A row of SQuAD in Hugging Face's form; its context is the gold passage."""
     answers = record.get("answers")
     if isinstance(answers, list):
         texts = [answer.get("text") for answer in objects(record, "answers", answers)]
@@ -36,7 +38,7 @@ def from_squad_rows(record: Record) -> dict[str, Any]:
 
 
 def from_hotpot_qa(record: Record) -> dict[str, Any]:
-    """HotpotQA (Yang et al. 2018) and 2WikiMultihopQA (Ho et al. 2020): gold passages are the supporting facts' titles."""
+    """HotpotQA (Yang et al. 2018), 2WikiMultihopQA (Ho et al. 2020). Gold passages: titles of the supporting facts."""
     facts = record.get("supporting_facts")
     if isinstance(facts, list) and all(isinstance(fact, list) and len(fact) == 2 for fact in facts):
         titles = [fact[0] for fact in facts]

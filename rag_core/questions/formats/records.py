@@ -1,6 +1,6 @@
-"""A record of a question file with the place where it stood, and the checks of its values.
+"""A record of a question file with its place, and checks of its values.
 
-Every check raises InputError with place, key, what was found and what was expected. Nothing here knows a data set.
+Every check raises InputError with place, key, what was found and what was expected. This module knows no data set.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from rag_core.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What should be a question, where it stood, and the id it gets if it names none.
+    """A question as it was read, its place in the file, and the id it gets if it has none.
 
-    `layout` is set where the container tells the layout, as SQuAD's nested JSON does.
+    `layout` is set if the container determines the layout, as SQuAD's nested JSON does.
     """
 
     place: str
@@ -28,21 +28,21 @@ class Record:
     layout: str | None = None
 
     def error(self, fault: str, expected: str) -> InputError:
-        """The error of this record."""
+        """An InputError about this record, with its place and an excerpt."""
         try:
-            found = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError):  # of Python's literals, not of JSON; or nested very deeply
-            found = f"a {type(self.value).__name__}"
-        found = excerpt(found)
-        return InputError(f"{self.place}: {fault}; expected {expected}. Found {found!r}. Correct or remove it.")
+            shown = self.value if isinstance(self.value, str) else json.dumps(self.value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):  # a Python literal that JSON lacks, or very deep nesting
+            shown = f"a {type(self.value).__name__}"
+        shown = excerpt(shown)
+        return InputError(f"{self.place}: {fault}; expected {expected}. Found {shown!r}. Correct or remove it.")
 
     def get(self, key: str) -> Any:
-        """The value of a key; None where it is missing or null. The record must be an object."""
+        """The value of a key; None if it is missing or null. The record must be an object."""
         return self.value.get(key)
 
 
 def text(record: Record, name: str, value: object) -> str:
-    """`value` as a string that is not empty and can be stored."""
+    """`value` as a string; raises unless it is not empty and can be stored."""
     fault = field_fault(name, value)
     if fault:
         raise record.error(fault, f"`{name}` to be a string that is not empty")
@@ -50,12 +50,12 @@ def text(record: Record, name: str, value: object) -> str:
 
 
 def texts(record: Record, name: str, value: object) -> tuple[str, ...]:
-    """`value` as strings that are not empty; none for None."""
+    """`value` as a tuple of strings that are not empty; an empty tuple for None."""
     return tuple(text(record, name, item) for item in list_of(record, name, value, "strings"))
 
 
 def list_of(record: Record, name: str, value: object, items: str) -> list[Any]:
-    """`value` as a list whose items are not yet checked; empty for None."""
+    """`value` as a list, with unchecked items; empty for None. `items` names them in the error message."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -65,15 +65,15 @@ def list_of(record: Record, name: str, value: object, items: str) -> list[Any]:
 
 def objects(record: Record, name: str, value: object) -> list[dict[str, Any]]:
     """`value` as a list of objects; empty for None."""
-    found = list_of(record, name, value, "objects")
-    for item in found:
+    items = list_of(record, name, value, "objects")
+    for item in items:
         if not isinstance(item, dict):
             raise record.error(f"`{name}` holds a {type(item).__name__}", f"`{name}` to be a list of objects")
-    return found
+    return items
 
 
 def rows_of(record: Record, name: str, value: object) -> list[dict[str, Any]]:
-    """A list of objects, also where it is written as an object of equally long lists, as Hugging Face's data sets do."""
+    """`value` as a list of objects; it may also be an object of equally long lists, as in Hugging Face's data sets."""
     if not isinstance(value, dict):
         return objects(record, name, value)
     columns = {key: column for key, column in value.items() if isinstance(column, list)}
@@ -84,20 +84,20 @@ def rows_of(record: Record, name: str, value: object) -> list[dict[str, Any]]:
 
 
 def distinct(items: Iterable[Any]) -> list[Any]:
-    """Items in their order, each string once; what is no string stays, for its check."""
+    """The items in order, each string once. Items that are not strings are kept, so that a later check refuses them."""
     seen: set[str] = set()
-    found = []
+    kept = []
     for item in items:
         if not isinstance(item, str):
-            found.append(item)
+            kept.append(item)
         elif item not in seen:
             seen.add(item)
-            found.append(item)
-    return found
+            kept.append(item)
+    return kept
 
 
 def number(value: object) -> float:
-    """A number, also where it is written as text; NaN for anything else."""
+    """`value` as a number, also if it is written as text; NaN for anything else."""
     try:
         return math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Small models of ours and checkpoints of Hugging Face's RAG classes, with tokenizers, and the losses of both.
+"""Small models of ours, checkpoints of Hugging Face's RAG classes, tokenizers, and the losses of both.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens.
 """
@@ -46,7 +46,7 @@ PASSAGES = [
     [Passage("1", "Lyon", "Lyon is a city in France ."), Passage("2", "", "the Rhone"), Passage("3", "Oslo", "a city")],
     [Passage("4", '"Oslo"', "Oslo is a city"), Passage("5", "Lyon", "the river"), Passage("6", "", "in Norway .")],
 ]
-# Without a title, their single spaces reach across the empty field, and ours do not.
+# Every passage has a title: with an empty one, Hugging Face collapses the spaces around it and we do not.
 TITLED = [[Passage("1", "Lyon", "Lyon is a city in France."), Passage("2", '"Oslo"', "A city.")] for _ in QUESTIONS]
 
 
@@ -79,7 +79,7 @@ def bert_config(**changes: Any) -> BertConfig:
 
 
 def generator_of(family: str) -> Any:
-    """Random weights large enough that contexts and answers differ in probability; embeddings tied to the head."""
+    """Random weights, large enough that contexts and answers differ in probability; the head is tied to embeddings."""
     torch.manual_seed(1)
     V = len(VOCABULARY)
     if family == "bart":
@@ -125,7 +125,7 @@ def generator_tokenizer() -> Any:
 
 
 def letter_tokenizer() -> Any:
-    """Every letter a token, spaces too: no difference between two texts is lost."""
+    """Every character is a token, spaces too, so that no difference between two texts is lost."""
     letters = ["[PAD]", "[UNK]", *(chr(code) for code in range(32, 127))]
     inner = Tokenizer(models.WordLevel({letter: at for at, letter in enumerate(letters)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -135,7 +135,7 @@ def letter_tokenizer() -> Any:
 def make_model(
     family: str = "bart", encoder: Any = None, encoder_settings: EncoderSettings = DPR, **settings: Any
 ) -> Any:
-    """A RAG model of ours; with a DPR question encoder unless another is given."""
+    """A RAG model of ours, by default with a DPR question encoder."""
     question_encoder = TextEncoder(encoder or dpr_encoder(), question_tokenizer(), encoder_settings)
     settings = {"variant": "token", "num_docs": 3, "document_encoder_fingerprint": "f" * 64, **settings}
     return RagModel(question_encoder, generator_of(family), generator_tokenizer(), ModelSettings(**settings)).eval()
@@ -155,7 +155,7 @@ def make_hf_checkpoint(folder: Path, hf_class: str = "RagTokenForGeneration", fa
 
 
 def load_hf(folder: Path, hf_class: str) -> Any:
-    """Hugging Face's model of a folder, every weight of it found there."""
+    """Load Hugging Face's model from a folder that must hold all of its weights and no others."""
     model, report = getattr(transformers, hf_class).from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -172,8 +172,8 @@ def contexts_and_answers(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tor
     input_ids_BKS = torch.randint(4, len(VOCABULARY), (B, K, S), generator=g)
     attention_mask_BKS = (torch.arange(S) < torch.randint(3, S + 1, (B, K, 1), generator=g)).long()
     doc_scores_BK = 2 * torch.randn(B, K, generator=g)
-    words = [torch.randint(4, len(VOCABULARY), (length,), generator=g).tolist() for length in (1, 2, 5, 3)]
-    return input_ids_BKS * attention_mask_BKS, attention_mask_BKS, doc_scores_BK, [[*one, END] for one in words]
+    answers = [torch.randint(4, len(VOCABULARY), (length,), generator=g).tolist() for length in (1, 2, 5, 3)]
+    return input_ids_BKS * attention_mask_BKS, attention_mask_BKS, doc_scores_BK, [[*answer, END] for answer in answers]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -189,7 +189,7 @@ def our_loss(model: RagModel, variant: Variant) -> torch.Tensor:
 
 
 def their_loss(hf_model: Any) -> torch.Tensor:
-    """Their labels are the decoder's inputs, start token first; the first label is not scored."""
+    """Their labels are the decoder's inputs: the start token is first and is not scored."""
     input_ids_BKS, attention_mask_BKS, doc_scores_BK, answers = contexts_and_answers()
     config = hf_model.config.generator
     labels_BT = pad([[config.decoder_start_token_id, *answer] for answer in answers], config.pad_token_id)
@@ -203,15 +203,15 @@ def their_loss(hf_model: Any) -> torch.Tensor:
         ).loss
 
 
-def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    ours, theirs = one.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
+def assert_equal_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    first_weights, second_weights = first.state_dict(), second.state_dict()
+    assert first_weights.keys() == second_weights.keys()
+    for name, value in first_weights.items():
+        assert torch.equal(value, second_weights[name]), name
 
 
 def tied_groups(module: torch.nn.Module) -> set[frozenset[str]]:
-    """Names of parameters that share one memory."""
+    """Groups of names of parameters that share memory."""
     names: dict[int, set[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter.data_ptr(), set()).add(name)

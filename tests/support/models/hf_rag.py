@@ -15,22 +15,22 @@ CLASSES: dict[str, Any] = {"sequence": RagSequenceForGeneration, "token": RagTok
 
 
 def hf_rag(generator: Any, variant: str) -> Any:
-    """Their model with `generator` itself in it (not a copy), and its generation config. The encoder is never called."""
+    """Their model around `generator` itself (not a copy) and its generation config. The encoder is never called."""
     question_encoder = DPRQuestionEncoder(
         DPRConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
     head = generator.get_output_embeddings().weight
     config = RagConfig.from_question_encoder_generator_configs(question_encoder.config, generator.config)
     model = CLASSES[variant](config=config, question_encoder=question_encoder, generator=generator).eval()
-    generator.get_output_embeddings().weight = head  # theirs ties it to the embeddings; tiny models have one of its own
+    generator.get_output_embeddings().weight = head  # undo their tying: tiny models have an untied head
     model.generation_config = generator.generation_config
     return model
 
 
 def hf_loss(model: Any, contexts: tuple[Tensor, Tensor, Tensor], labels: list[list[int]], **options: Any) -> Tensor:
-    """Their loss of each question, in their convention: labels are what the decoder reads, so the first is not scored.
+    """Their loss of each question. In their convention labels are the decoder's inputs, so the first is not scored.
 
-    `labels` are answers with everything that the decoder reads before them; padding fills the batch up.
+    `labels` are answers preceded by all tokens that the decoder reads first; they are padded to one length.
     """
     input_ids_BKS, attention_mask_BKS, doc_scores_BK = contexts
     pad = model.config.generator.pad_token_id
@@ -46,9 +46,9 @@ def hf_loss(model: Any, contexts: tuple[Tensor, Tensor, Tensor], labels: list[li
 
 
 def hf_generate(model: Any, contexts: tuple[Tensor, Tensor, Tensor], **options: Any) -> list[list[int]]:
-    """Their sequences, start token cut off, in the order of questions and ranks."""
+    """Their sequences without the start token, ordered by question, then by rank."""
     input_ids_BKS, attention_mask_BKS, doc_scores_BK = contexts
-    model.config.n_docs = doc_scores_BK.shape[1]  # their RAG-Sequence scores with this, whatever generate() was given
+    model.config.n_docs = doc_scores_BK.shape[1]  # their RAG-Sequence scores with this and ignores generate()'s n_docs
     return model.generate(
         context_input_ids=input_ids_BKS.flatten(0, 1),
         context_attention_mask=attention_mask_BKS.flatten(0, 1),

@@ -1,7 +1,7 @@
-"""Tiny random models with the files that the hub has of the paper's, and a folder as sentence-transformers makes it.
+"""Tiny random models with the same files as the paper's models on the hub, and one as sentence-transformers saves it.
 
-`facebook/bart-large`, DPR's encoders and `facebook/rag-token-nq` are there as `pytorch_model.bin` alone, DPR in PyTorch's
-format from before version 1.6, as many models of 2020 are. Beside it lies what must not be downloaded.
+`facebook/bart-large`, DPR's encoders and `facebook/rag-token-nq` have their weights as `pytorch_model.bin` only, DPR in
+PyTorch's format from before version 1.6, as many models of 2020. Each also has files that must not be downloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONTEXT_ENCODER, QUESTION_ENCODER = (
 RAG_TOKEN = "facebook/rag-token-nq"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 Files = dict[str, dict[str, bytes]]
-# Other formats of the same weights, and what a repository has besides.
+# Files that must not be downloaded: other formats of the same weights, documentation, code.
 NOT_NEEDED = {
     "README.md": b"# A model",
     ".gitattributes": b"*.bin filter=lfs",
@@ -49,7 +49,7 @@ NOT_NEEDED = {
 
 
 def as_on_the_hub(folder: Path, *, legacy: bool = False) -> dict[str, bytes]:
-    """The files of a model folder with its weights as `pytorch_model.bin`, and what is not needed."""
+    """The files of a model folder, its weights converted to `pytorch_model.bin`, with `NOT_NEEDED` added."""
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     (folder / "model.safetensors").unlink()
@@ -81,9 +81,9 @@ def dpr_files(folder: Path, kind: Any = DPRContextEncoder, seed: int = 0) -> dic
 
 
 def bart_files(folder: Path) -> dict[str, bytes]:
-    """A BART whose tokenizer knows letters alone."""
+    """A BART whose tokens are single characters."""
     letters = [chr(code) for code in range(33, 127)] + ["Ġ"]
-    vocabulary = {one: at for at, one in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
+    vocabulary = {token: at for at, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *letters, "<mask>"])}
     BartTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -107,7 +107,7 @@ def bart_files(folder: Path) -> dict[str, bytes]:
 
 
 def rag_files(folder: Path) -> dict[str, bytes]:
-    """A RAG-Token checkpoint: of its tokenizers there are the vocabularies, and nothing that names their classes."""
+    """A RAG-Token checkpoint. Its tokenizers have their vocabularies, but no file that names their classes."""
     parts = folder.parent / f"{folder.name}-parts"
     for name, content in dpr_files(parts / "question_encoder", DPRQuestionEncoder, seed=1).items():
         _write(folder / "question_encoder_tokenizer" / name, content) if name == "vocab.txt" else None
@@ -129,7 +129,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def sentence_transformers_files(folder: Path) -> dict[str, bytes]:
-    """A BERT with mean pooling and unit vectors, its weights in safetensors, and in other formats beside them."""
+    """A BERT with mean pooling and unit vectors; its weights are in safetensors and in other formats."""
     make_encoder(folder)
     (folder / "text_encoder.json").unlink()
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
@@ -148,7 +148,7 @@ def sentence_transformers_files(folder: Path) -> dict[str, bytes]:
 
 
 def poisoned(files: dict[str, bytes], folder: Path) -> bytes:
-    """Safetensors for the weights in these files, all of them other ones."""
+    """A safetensors file with the same names and shapes as the weights in `files`, every value changed to 66."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Tiny encoder-decoders with random weights, whose distributions are peaked and differ from context to context.
+"""Tiny encoder-decoders with random weights. Their distributions are peaked and differ from context to context.
 
-Small enough that all answers can be enumerated. Each has the special tokens of its family's released checkpoints, at
-their usual places in a tiny vocabulary of V tokens: `bart`, `t5` and `bert2bert` pad with 0 and force or suppress
-nothing; the others say in their docstrings what they do.
+They are small enough to enumerate all answers. Each has the special tokens of its family's released checkpoints, at
+their usual ids in a tiny vocabulary of V tokens. `bart`, `t5` and `bert2bert` pad with 0 and force or suppress no
+tokens; see the docstrings of the others.
 
 Legend: B questions, K passages per question, S context tokens, T answer tokens, V vocabulary.
 """
@@ -34,11 +34,11 @@ from transformers import (
 
 FAMILIES = ("bart", "t5", "bert2bert")
 ALL_FAMILIES = ("bart", "mbart", "t5", "flan-t5", "pegasus", "marian", "led", "bert2bert")
-# Released checkpoints of one family that differ in their special tokens.
+# With further checkpoints of these families that have other special tokens.
 ALL_BUILDS = (*ALL_FAMILIES, "bart-forced", "mbart-25")
 PAD = 0
 
-# Sizes of the families whose configuration descends from BART's.
+# Sizes for the families whose configuration follows BART's.
 _BART_SIZES: dict[str, Any] = {
     "d_model": 16,
     "encoder_layers": 2,
@@ -51,7 +51,7 @@ _BART_SIZES: dict[str, Any] = {
 
 
 def tiny_bart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """Starts with its end token, 2, as the released BART models do."""
+    """Starts with its end token, 2, like the released BART models."""
     config = BartConfig(
         **_BART_SIZES,
         vocab_size=vocab_size,
@@ -66,7 +66,7 @@ def tiny_bart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def tiny_bart_forced(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """As the released BART: <s>, 1, is forced after the start </s>, 2, which is forced as the last token too."""
+    """Like the released BART: starts with </s>, 2, then <s>, 1, is forced; </s> is also forced as the last token."""
     model = tiny_bart(vocab_size, seed, dtype)
     model.generation_config.forced_bos_token_id = 1
     model.generation_config.forced_eos_token_id = 2
@@ -76,7 +76,7 @@ def tiny_bart_forced(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = to
 def tiny_mbart(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """mBART-50: starts with </s>, 2, then the language token, V − 1, is forced; </s> is forced at the end; pads with 1.
 
-    `prepare_decoder_input_ids_from_labels` of mBART moves the last label to the front instead of the start token.
+    mBART's `prepare_decoder_input_ids_from_labels` puts the last label at the front instead of the start token.
     """
     config = MBartConfig(
         **_BART_SIZES,
@@ -145,8 +145,8 @@ def tiny_marian(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.f
 def tiny_led(vocab_size: int = 7, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
     """Starts and ends with </s>, 2; pads with 1; the encoder's windows of 4 tokens are narrower than the contexts.
 
-    transformers computes the encoder's softmax in float32 whatever the model's type. In float64 that makes gradients
-    NaN where contexts are padded: the mask's least float64 becomes -inf.
+    transformers always computes the encoder's softmax in float32. In a float64 model gradients of padded contexts are
+    then NaN, because the mask's smallest float64 becomes -inf.
     """
     config = LEDConfig(
         **_BART_SIZES,
@@ -207,16 +207,16 @@ def tiny_model(family: str, vocab_size: int = 7, seed: int = 0, dtype: torch.dty
 
 
 def end_token(model: Any) -> int:
-    """The id that ends answers."""
+    """Id of the token that ends answers."""
     return int(model.config.eos_token_id)
 
 
 def answer_tokens(model: Any) -> list[int]:
-    """Ids that an answer may hold anywhere: all but the end token, unless the generation config suppresses them."""
+    """Ids allowed anywhere in an answer: all but the end token and those that the generation config suppresses."""
     bad_words = [word[0] for word in model.generation_config.bad_words_ids or []]
-    never = {end_token(model), *bad_words, *(model.generation_config.suppress_tokens or [])}
+    forbidden = {end_token(model), *bad_words, *(model.generation_config.suppress_tokens or [])}
     vocab_size = (model.config.decoder if hasattr(model.config, "decoder") else model.config).vocab_size
-    return [token for token in range(vocab_size) if token not in never]
+    return [token for token in range(vocab_size) if token not in forbidden]
 
 
 def random_contexts(
@@ -252,20 +252,20 @@ def _peaked(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> Any
         model = model_class(config).to(dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                # Matrices only: gains of layer norms stay at one. Library defaults (0.02) give uniform answers.
-                # Frozen ones are the sinusoidal positions.
+                # Wide, because the library's default of 0.02 gives uniform answers. Matrices only: layer norms keep
+                # their gain of one. Frozen matrices are the sinusoidal positions.
                 if parameter.dim() == 2 and parameter.requires_grad:
                     parameter.normal_(std=0.7)
-            # A head of its own, blind to the mean hidden state: a tied one would repeat the last token, and the mean
-            # would make the same token likely everywhere, whatever the passage says.
+            # Untie the head, or it would repeat the last token. Make it orthogonal to the mean hidden state, or the
+            # same token would be likely for every passage.
             head = (model.decoder if hasattr(config, "decoder") else model).get_output_embeddings()
-            seen: list[Tensor] = []
-            hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+            captured: list[Tensor] = []
+            hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].flatten(0, -2)))
             tokens_BT = torch.randint(0, head.out_features, (64, 5))
             model(input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), decoder_input_ids=tokens_BT.flip(0))
             hook.remove()
-            hidden_ND = seen[0] - seen[0].mean(dim=0)
-            mean_D = torch.nn.functional.normalize(seen[0].mean(dim=0), dim=0)
+            hidden_ND = captured[0] - captured[0].mean(dim=0)
+            mean_D = torch.nn.functional.normalize(captured[0].mean(dim=0), dim=0)
             weight_VD = torch.randn_like(head.weight) * 2.5 / hidden_ND.square().sum(dim=1).mean().sqrt()
             head.weight = torch.nn.Parameter(weight_VD - (weight_VD @ mean_D).outer(mean_D))
     return model

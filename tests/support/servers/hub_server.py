@@ -1,8 +1,7 @@
-"""A stand-in for the Hugging Face hub on loopback: models with commits, branches, pull requests, gates, and bad days.
+"""A stand-in for the Hugging Face hub on loopback: models with commits, branches, pull requests, gates, and outages.
 
-It speaks as much of the hub's API as huggingface_hub needs to list and download models, with the status codes and
-headers of the real one, and writes down every request. What it serves are files that tests give it; the weights are
-random.
+It implements the part of the hub's API that huggingface_hub needs to list and download models, with the real status
+codes and headers, and records every request. It serves the files that tests publish; the weights are random.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ BOT_TITLE = "Adding `safetensors` variant of this model"
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came in."""
+    """One request, as received."""
 
     method: str
     path: str
@@ -35,13 +34,13 @@ class Request:
 
     @property
     def file(self) -> str | None:
-        """The file that is asked for, of any revision, or None."""
+        """The requested file, of any revision, or None."""
         return self.path.partition("/resolve/")[2].partition("/")[2] or None
 
 
 @dataclass
 class Repository:
-    """A model: its commits, each with all files, and the names that stand for them."""
+    """A model: its commits, each with all files, and the branches and tags that point to them."""
 
     name: str
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -55,22 +54,21 @@ class Repository:
 
 
 class HubServer:
-    """The server, and what a test may do to it."""
+    """The server, and the controls for tests."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        # Former names of models, and what they are called now.
+        # Former name of a model → its current name.
         self.renamed: dict[str, str] = {}
         self.tokens = {"good-token"}
         self.requests: list[Request] = []
-        # "": well. Else "silent" (accepts and never answers), "html", or a status code.
+        # "": normal. Otherwise "silent" (accepts and never answers), "html", or a status code.
         self.mood: str | int = ""
-        # The same for downloads alone (also "slow": large files come in pieces, and the connection is lost once), and for
-        # the tree of a commit.
+        # The same for downloads only (also "slow": large files come in pieces, and the connection is lost once),
+        # and for the file tree of a commit.
         self.download_mood: str | int = ""
         self.tree_mood: str | int = ""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
+        self._server = _HttpServer(self)
         self.ended = threading.Event()
         self.connections: list[socket.socket] = []
 
@@ -79,7 +77,7 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def publish(self, name: str, folder: Path | dict[str, bytes], branch: str = "main", tag: str = "") -> str:
-        """A new commit with these files, to which the branch moves; its name."""
+        """Add a commit with these files and move the branch to it; returns the commit's id."""
         if isinstance(folder, Path):
             files = {
                 path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
@@ -96,7 +94,7 @@ class HubServer:
         return commit
 
     def open_pull_request(self, name: str, files: dict[str, bytes]) -> str:
-        """A pull request titled as those of the bot that converts weights; anybody can open one."""
+        """Open a pull request with the title that the weight-conversion bot uses. On the hub anybody can do so."""
         repository = self.repositories[name]
         number = len(repository.discussions) + 1
         commit = self.publish(name, repository.commits[repository.references["main"]] | files, f"refs/pr/{number}")
@@ -108,23 +106,23 @@ class HubServer:
         return commit
 
     def lookups(self) -> list[Request]:
-        """The requests that asked for no file."""
-        return [one for one in self.requests if one.file is None]
+        """The requests that are not for a file."""
+        return [request for request in self.requests if request.file is None]
 
     def files(self, method: str = "GET") -> list[str]:
-        """The files that were downloaded, in order."""
-        return [one.file for one in self.requests if one.file is not None and one.method == method]
+        """The downloaded files, in order."""
+        return [request.file for request in self.requests if request.file is not None and request.method == method]
 
     def start(self) -> None:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """From now on connections are refused."""
+        """Refuse connections from now on."""
         if not self.ended.is_set():
             self.ended.set()
             self._server.shutdown()
             self._server.server_close()
-            for connection in self.connections:  # those that are kept open between requests
+            for connection in self.connections:  # clients keep them open between requests
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
@@ -140,167 +138,189 @@ def hub_server() -> Iterator[HubServer]:
         server.stop()
 
 
-_API = re.compile(r"/api/models/(?P<repo>.+?)(?:/(?P<what>revision|tree|discussions)(?:/(?P<rest>.*))?)?")
+_API = re.compile(r"/api/models/(?P<repo>.+?)(?:/(?P<resource>revision|tree|discussions)(?:/(?P<rest>.*))?)?")
 _FILE = re.compile(r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
-def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _HttpServer(ThreadingHTTPServer):
+    """The HTTP side of a hub. Its handlers reach the hub through it."""
 
-        def setup(self) -> None:
-            super().setup()
-            hub.connections.append(self.connection)
+    daemon_threads = True
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+    def __init__(self, hub: HubServer) -> None:
+        self.hub = hub
+        super().__init__(("127.0.0.1", 0), _HubHandler)
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
 
-        def do_POST(self) -> None:
-            self._received()
-            self._error(404, "EntryNotFound", "nothing is posted here")
+class _Responses(BaseHTTPRequestHandler):
+    """Writes responses in the hub's form. Knows nothing of models."""
 
-        def do_GET(self) -> None:
-            self._received()
-            path = urlsplit(self.path).path
-            if self._in_a_mood(lambda: hub.mood):
-                return
-            if path == "/api/whoami-v2":
-                name = {"name": "somebody", "type": "user"}
-                return self._json(name) if self._token() in hub.tokens else self._unknown_token()
-            if moved := next((old for old in hub.renamed if f"/{old}/" in f"{path}/"), None):
-                location = self.path.replace(moved, hub.renamed[moved], 1)
-                return self._send(307, b"", "text/plain", {"Location": location})
-            if found := _FILE.fullmatch(path):
-                if not self._in_a_mood(lambda: hub.download_mood):
-                    self._file(found["repo"], unquote(found["revision"]), unquote(found["file"]))
-                return
-            if found := _API.fullmatch(path):
-                if found["what"] == "tree" and self._in_a_mood(lambda: hub.tree_mood):
-                    return
-                return self._api(found["repo"], found["what"] or "revision", unquote(found["rest"] or "main"))
-            self._error(404, "", "Sorry, we can't find the page you are looking for.")
+    protocol_version = "HTTP/1.1"
+    server: _HttpServer
 
-        def _received(self) -> None:
-            hub.requests.append(Request(self.command, self.path, self._token()))
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub
 
-        def _token(self) -> str | None:
-            kind, _, token = (self.headers.get("Authorization") or "").partition(" ")
-            return token if kind == "Bearer" else None
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.append(self.connection)
 
-        def _in_a_mood(self, now: Callable[[], str | int]) -> bool:
-            mood = now()
-            if mood == "silent":
-                while not hub.ended.is_set() and now() == "silent":
-                    time.sleep(0.05)
-                self.close_connection = True
-            elif mood == "slow":
-                return False
-            elif mood == "html":
-                self._send(200, b"<html><body>Please sign in to the network.</body></html>", "text/html")
-            elif mood:
-                self._error(int(mood), "", "a bad day")
-            return bool(mood)
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
 
-        def _repository(self, name: str) -> Repository | None:
-            """The repository, if it is there and may be seen; else the answer is given."""
-            token, repository = self._token(), hub.repositories.get(name)
-            if token is not None and token not in hub.tokens:
-                self._unknown_token()
-            elif repository is None or (repository.readers is not None and token not in repository.readers):
-                # Without a token the hub does not tell a private model from a missing one.
-                if token is None:
-                    self._error(401, "RepoNotFound", "Invalid username or password.")
-                else:
-                    self._error(404, "RepoNotFound", "Repository not found")
-            else:
-                return repository
-            return None
+    def _token(self) -> str | None:
+        scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+        return token if scheme == "Bearer" else None
 
-        def _unknown_token(self) -> None:
-            self._error(401, "", "Invalid credentials in Authorization header")
-
-        def _api(self, name: str, what: str, revision: str) -> None:
-            repository = self._repository(name)
-            if repository is None:
-                return
-            if what == "discussions":
-                listed = repository.discussions
-                return self._json({"discussions": listed, "count": len(listed), "start": 0})
-            commit = repository.commit_of(revision)
-            if commit is None:
-                return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            files = repository.commits[commit]
-            if what == "tree":
-                return self._json([_entry(path, content) for path, content in sorted(files.items())])
-            siblings = [{"rfilename": path, "size": len(content)} for path, content in sorted(files.items())]
-            gated = "manual" if repository.gate is not None else False
-            private = repository.readers is not None
-            self._json(
-                {"id": name, "modelId": name, "sha": commit, "private": private, "gated": gated, "siblings": siblings}
-            )
-
-        def _file(self, name: str, revision: str, file: str) -> None:
-            repository = self._repository(name)
-            if repository is None:
-                return
-            if repository.gate is not None and self._token() not in repository.gate:
-                status = 401 if self._token() is None else 403
-                return self._error(status, "GatedRepo", f"Access to model {name} is restricted.")
-            commit = repository.commit_of(revision)
-            if commit is None:
-                return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            content = repository.commits[commit].get(file)
-            if content is None:
-                return self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
-            etag = _sha256(content) if file.endswith(LARGE) else _blob_id(content)
-            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-            if file.endswith(LARGE):
-                headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{etag}"'}
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            if asked:
-                first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-                content = content[first : last + 1]
-            slowly = hub.download_mood == "slow" and file.endswith(LARGE) and self.command == "GET"
-            self._send(206 if asked else 200, content, "application/octet-stream", headers, slowly=slowly)
-
-        def _json(self, value: Any) -> None:
-            self._send(200, json.dumps(value).encode(), "application/json")
-
-        def _error(self, status: int, code: str, message: str, more: dict[str, str] | None = None) -> None:
-            headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (more or {})
-            self._send(status, json.dumps({"error": message}).encode(), "application/json", headers)
-
-        def _send(
-            self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None, *, slowly: bool = False
-        ) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    if slowly:
-                        body = self._most_of(body)
-                    self.wfile.write(body)
-
-        def _most_of(self, body: bytes) -> bytes:
-            """Send it in pieces, with less than a second between them; returns the last, or b"" where the connection is lost."""
-            pieces = 6
-            size = len(body) // pieces
-            for number in range(pieces - 1):
-                self.wfile.write(body[number * size : (number + 1) * size])
-                self.wfile.flush()
-                time.sleep(0.4)
-            if hub.files().count(Request(self.command, self.path, None).file or "") > 1:
-                return body[(pieces - 1) * size :]
+    def _in_a_mood(self, current: Callable[[], str | int]) -> bool:
+        """Respond as the mood says; False if the request should get its usual response."""
+        mood = current()
+        if mood == "silent":
+            while not self.hub.ended.is_set() and current() == "silent":
+                time.sleep(0.05)
             self.close_connection = True
-            return b""
+        elif mood == "slow":
+            return False
+        elif mood == "html":
+            self._send(200, b"<html><body>Please sign in to the network.</body></html>", "text/html")
+        elif mood:
+            self._error(int(mood), "", "a bad day")
+        return bool(mood)
 
-    return Handler
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), "application/json")
+
+    def _error(self, status: int, code: str, message: str, extra: dict[str, str] | None = None) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (extra or {})
+        self._send(status, json.dumps({"error": message}).encode(), "application/json", headers)
+
+    def _send(
+        self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None, *, slowly: bool = False
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                if slowly:
+                    body = self._send_slowly(body)
+                self.wfile.write(body)
+
+    def _send_slowly(self, body: bytes) -> bytes:
+        """Send all pieces but the last, less than a second apart.
+
+        Returns the last piece. The file's first download returns b"" instead and loses its connection.
+        """
+        pieces = 6
+        size = len(body) // pieces
+        for number in range(pieces - 1):
+            self.wfile.write(body[number * size : (number + 1) * size])
+            self.wfile.flush()
+            time.sleep(0.4)
+        if self.hub.files().count(Request(self.command, self.path, None).file or "") > 1:
+            return body[(pieces - 1) * size :]
+        self.close_connection = True
+        return b""
+
+
+class _HubHandler(_Responses):
+    """Answers the hub's API, and downloads, from its repositories."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self._record()
+        self._error(404, "EntryNotFound", "nothing is posted here")
+
+    def do_GET(self) -> None:
+        self._record()
+        hub, path = self.hub, urlsplit(self.path).path
+        if self._in_a_mood(lambda: hub.mood):
+            return
+        if path == "/api/whoami-v2":
+            name = {"name": "somebody", "type": "user"}
+            return self._json(name) if self._token() in hub.tokens else self._unknown_token()
+        if moved := next((old for old in hub.renamed if f"/{old}/" in f"{path}/"), None):
+            location = self.path.replace(moved, hub.renamed[moved], 1)
+            return self._send(307, b"", "text/plain", {"Location": location})
+        if match := _FILE.fullmatch(path):
+            if not self._in_a_mood(lambda: hub.download_mood):
+                self._file(match["repo"], unquote(match["revision"]), unquote(match["file"]))
+            return
+        if match := _API.fullmatch(path):
+            if match["resource"] == "tree" and self._in_a_mood(lambda: hub.tree_mood):
+                return
+            return self._api(match["repo"], match["resource"] or "revision", unquote(match["rest"] or "main"))
+        self._error(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _record(self) -> None:
+        self.hub.requests.append(Request(self.command, self.path, self._token()))
+
+    def _repository(self, name: str) -> Repository | None:
+        """The repository, if it exists and the token may see it. Otherwise sends the error and returns None."""
+        token, repository = self._token(), self.hub.repositories.get(name)
+        if token is not None and token not in self.hub.tokens:
+            self._unknown_token()
+        elif repository is None or (repository.readers is not None and token not in repository.readers):
+            # Without a token the hub does not tell a private model from a missing one.
+            if token is None:
+                self._error(401, "RepoNotFound", "Invalid username or password.")
+            else:
+                self._error(404, "RepoNotFound", "Repository not found")
+        else:
+            return repository
+        return None
+
+    def _unknown_token(self) -> None:
+        self._error(401, "", "Invalid credentials in Authorization header")
+
+    def _api(self, name: str, resource: str, revision: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        if resource == "discussions":
+            listed = repository.discussions
+            return self._json({"discussions": listed, "count": len(listed), "start": 0})
+        commit = repository.commit_of(revision)
+        if commit is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = repository.commits[commit]
+        if resource == "tree":
+            return self._json([_entry(path, content) for path, content in sorted(files.items())])
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in sorted(files.items())]
+        gated = "manual" if repository.gate is not None else False
+        private = repository.readers is not None
+        self._json(
+            {"id": name, "modelId": name, "sha": commit, "private": private, "gated": gated, "siblings": siblings}
+        )
+
+    def _file(self, name: str, revision: str, file: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        if repository.gate is not None and self._token() not in repository.gate:
+            status = 401 if self._token() is None else 403
+            return self._error(status, "GatedRepo", f"Access to model {name} is restricted.")
+        commit = repository.commit_of(revision)
+        if commit is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        content = repository.commits[commit].get(file)
+        if content is None:
+            return self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+        etag = _sha256(content) if file.endswith(LARGE) else _blob_id(content)
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if file.endswith(LARGE):
+            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{etag}"'}
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if byte_range:
+            first, last = int(byte_range[1]), int(byte_range[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content = content[first : last + 1]
+        slowly = self.hub.download_mood == "slow" and file.endswith(LARGE) and self.command == "GET"
+        self._send(206 if byte_range else 200, content, "application/octet-stream", headers, slowly=slowly)
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:
@@ -315,5 +335,5 @@ def _sha256(content: bytes) -> str:
 
 
 def _blob_id(content: bytes) -> str:
-    """Git's name of a file."""
+    """Git's object id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -16,7 +16,7 @@ START_SECONDS = 240
 
 
 class MlflowServer:
-    """Keeps its database and files below `folder`."""
+    """The server process; its database and files are below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,10 +25,10 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Until it answers; does nothing while it runs."""
+        """Start the server and wait until it answers; does nothing if it runs already."""
         if self._process and self._process.poll() is None:
             return
-        # What `mlflow server` runs, without its supervisor: that one takes as long again to start.
+        # The process that `mlflow server` starts, without the supervisor, which would double the start time.
         command = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["mlflow.server.fastapi_app:app"]
         store = f"sqlite:///{self.folder}/server.db"
@@ -54,12 +54,12 @@ class MlflowServer:
                 time.sleep(0.1)
 
     def freeze(self) -> None:
-        """From now on it takes connections and answers none."""
+        """Stop the process (SIGSTOP): from now on it accepts connections and answers none."""
         assert self._process
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """SIGKILL to the server and its workers."""
+        """Send SIGKILL to the server and its workers."""
         if self._process and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

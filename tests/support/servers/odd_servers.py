@@ -1,4 +1,4 @@
-"""Servers on loopback that are not what somebody hopes for: one answers every request alike, one never, one is not there."""
+"""Faulty servers on loopback: one gives every request the same answer, one never answers, one does not exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JSON, HTML = "application/json", "text/html; charset=utf-8"
 
 @contextlib.contextmanager
 def answering(status: int, body: str = "", kind: str = JSON) -> Iterator[str]:
-    """A server that answers every request so; yields its address."""
+    """A server that answers every request with this status and body; yields its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -41,7 +41,7 @@ def answering(status: int, body: str = "", kind: str = JSON) -> Iterator[str]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[str]:
-    """HOST:PORT where connections are taken and never answered."""
+    """HOST:PORT of a server that accepts connections and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(20)
@@ -49,5 +49,5 @@ def silent() -> Iterator[str]:
 
 
 def absent() -> str:
-    """HOST:PORT where nobody listens."""
+    """HOST:PORT where no server listens."""
     return f"127.0.0.1:{free_port()}"

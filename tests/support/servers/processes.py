@@ -1,4 +1,4 @@
-"""A command and every process below it: its environment, its port, their memory, sampled while they live, and their end."""
+"""Start, watch and end a command with all its child processes: environment, free ports, sampled memory, kills."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ ROOT = Path(__file__).resolve().parents[3]
 SAMPLE_SECONDS = 0.1
 TREE_SECONDS = 0.5
 MEGABYTE = 2**20
-# Until this process ends.
-_held: list[socket.socket] = []
+# Bound until this process ends.
+_held_ports: list[socket.socket] = []
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port for a server of ours, which may stop and start there again. Without one, connections are refused.
+    """A port for one server, which may stop and start again there. Without a server, connections are refused.
 
-    It stays bound here, without listening, so the system gives it to nobody else, neither as a server's port nor as the
-    near end of a connection. A server may bind it all the same, as both sides allow the address to be used again.
+    A socket here keeps the port bound without listening, so the system gives it to no other server and no outgoing
+    connection. The server can still bind it, because both sockets allow the address to be reused.
     """
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind((host, 0))
-    _held.append(holder)
-    return int(holder.getsockname()[1])
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, 0))
+    _held_ports.append(bound)
+    return int(bound.getsockname()[1])
 
 
 def environment_in(folder: Path, **more: str) -> dict[str, str]:
-    """A command's environment: its own servers and stores, in `folder`, whatever this process has."""
+    """Environment of a command that uses servers and stores of its own, in `folder`, not those of this process."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_API", "RAY_", "MLFLOW_"))
     }
@@ -46,10 +46,12 @@ def environment_in(folder: Path, **more: str) -> dict[str, str]:
 
 @dataclass
 class Peak:
-    """Megabytes of one process: the most that was resident (kernel's own high-water mark), and of it what it wrote itself.
+    """Peak memory of one process, in megabytes.
 
-    `resident` counts every page that is mapped and in memory, of files and of Ray's object store too, although others
-    share them and the system takes file pages back. `own` is anonymous memory alone.
+    Attributes:
+        resident: the kernel's high-water mark. It counts every mapped page in memory, including pages of files and of
+            Ray's object store, although processes share those and the system can reclaim file pages.
+        own: anonymous memory only.
     """
 
     resident: int = 0
@@ -76,20 +78,20 @@ class MemoryWatch:
 
     @property
     def peaks(self) -> dict[str, Peak]:
-        found: dict[str, Peak] = defaultdict(Peak)
+        by_role: dict[str, Peak] = defaultdict(Peak)
         for pid, peak in self._peaks.items():
-            role = found[self._roles[pid]]
-            role.resident, role.own = max(role.resident, peak.resident), max(role.own, peak.own)
-        return dict(found)
+            largest = by_role[self._roles[pid]]
+            largest.resident, largest.own = max(largest.resident, peak.resident), max(largest.own, peak.own)
+        return dict(by_role)
 
     def _watch(self) -> None:
-        tree, looked = [self._root.pid], 0.0
+        pids, listed_at = [self._root.pid], 0.0
         while not self._stop.is_set():
-            if time.monotonic() - looked > TREE_SECONDS:
+            if time.monotonic() - listed_at > TREE_SECONDS:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    tree = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
-                looked = time.monotonic()
-            for pid in tree:
+                    pids = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
+                listed_at = time.monotonic()
+            for pid in pids:
                 with contextlib.suppress(OSError, KeyError, IndexError):
                     self._sample(pid)
             self._stop.wait(SAMPLE_SECONDS)
@@ -100,13 +102,13 @@ class MemoryWatch:
         resident, own = (int(status[name].split()[0]) // 1024 for name in ("VmHWM", "RssAnon"))
         peak = self._peaks[pid]
         peak.resident, peak.own = max(peak.resident, resident), max(peak.own, own)
-        # A worker's title comes after its start.
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        self._roles[pid] = "command" if pid == self._root.pid else role_of(words)
+        # Read every time: a Ray worker sets its title some time after it starts.
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        self._roles[pid] = "command" if pid == self._root.pid else role_of(command)
 
 
 def content_of(file: Path) -> bytes:
-    """What a file holds; nothing if the process that wrote it has just deleted it."""
+    """Content of a file; empty if the process that wrote it has just deleted it."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
@@ -114,27 +116,27 @@ def content_of(file: Path) -> bytes:
 
 
 def processes_below(pid: int, wanted: Callable[[str], bool]) -> list[psutil.Process]:
-    """The descendants of a process whose names are wanted."""
-    found = []
+    """The descendants of a process whose names `wanted` accepts."""
+    matches = []
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             if wanted(child.name()):
-                found.append(child)
-    return found
+                matches.append(child)
+    return matches
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Signal 9 to a process and all below it, if it still runs; waits for its end."""
+    """Send SIGKILL to a process and its descendants, if it still runs, and wait for its end."""
     if process.poll() is not None:
         return
-    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+            member.kill()
     process.wait()
 
 
 def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
-    """SIGTERM to a server of ours, and signal 9 if it has not ended by then; waits for its end."""
+    """Send SIGTERM to a server of ours, and SIGKILL after `patience` seconds; wait for its end."""
     process.terminate()
     try:
         process.wait(timeout=patience)
@@ -143,7 +145,7 @@ def end(process: subprocess.Popen[bytes], patience: float = 30) -> None:
 
 
 def role_of(command: str) -> str:
-    """A short name for what a command line says."""
+    """A short name for a process, from its command line."""
     if command.startswith("ray::"):
         return command.split()[0].partition(".")[0]
     for word in ("raylet", "gcs_server", "uvicorn"):

@@ -1,8 +1,8 @@
 """A Ray cluster of several nodes on this machine: real `ray start` processes, each in a process tree of its own.
 
-Every node has its own loopback address, so that Ray and PyTorch treat them as different machines. The head has no
-processors: it holds the cluster's state and the drivers, and no work. Token authentication is on, with a token that
-only this cluster knows.
+Every node has its own loopback address, so Ray and PyTorch treat nodes as different machines. The head has no CPUs:
+it holds the cluster's state and the drivers, and runs no tasks. Token authentication is on, with a token of this
+cluster alone.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ for _ in sys.stdin:
 
 
 class LocalCluster:
-    """`with LocalCluster(nodes=2) as cluster:` … `cluster.remove(cluster.nodes[0])`; commands get `cluster.environment`."""
+    """A cluster for the length of a `with` block. Commands that use it run with `cluster.environment`."""
 
     def __init__(self, nodes: int, resources: dict[str, float] | None = None) -> None:
-        self._first, self._resources = nodes, json.dumps(resources or {})
+        self._initial_nodes, self._resources = nodes, json.dumps(resources or {})
         self.nodes: list[subprocess.Popen[bytes]] = []
         self._hosts = 1
         self._counter: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalCluster:
-        # A short path: Ray's sockets lie below it.
+        # A short path, because Ray's sockets are below it and their paths are limited.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
         (self._folder / "token").write_text(secrets.token_hex(32))
         self.address = f"127.0.0.2:{free_port('127.0.0.2')}"
@@ -63,7 +63,7 @@ class LocalCluster:
         self._head = self._start("--head", "--port", port, "--temp-dir", self._folder / "ray", cpus=0)
         self._wait(lambda: _answers(self.address), "the head does not answer")
         try:
-            for _ in range(self._first):
+            for _ in range(self._initial_nodes):
                 self.add()
         except BaseException:
             self.__exit__()
@@ -77,28 +77,28 @@ class LocalCluster:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """Another node; it joins a few seconds later."""
+        """Start another node. It joins a few seconds later."""
         self.nodes.append(self._start("--address", self.address, cpus=cpus))
         return self.nodes[-1]
 
     def remove(self, node: subprocess.Popen[bytes]) -> None:
-        """Signal 9 to everything that runs on a node, as when its machine is taken away."""
+        """Send SIGKILL to all processes of a node, as if its machine were lost."""
         kill_tree(node)
         self.nodes.remove(node)
 
     def wait_for_nodes(self, number: int) -> None:
-        """Until so many nodes with processors are known to the cluster."""
+        """Wait until the cluster counts `number` nodes with CPUs."""
 
-        def there() -> bool:
-            for place, node in enumerate(self.nodes):
-                if node.poll() is not None:  # Ray gives a node 30 s to start, which a busy machine may not keep
-                    self.nodes[place] = self._start("--address", self.address, cpus=1)
+        def reached() -> bool:
+            for position, node in enumerate(self.nodes):
+                if node.poll() is not None:  # Ray allows a node 30 s to start; a busy machine can take longer
+                    self.nodes[position] = self._start("--address", self.address, cpus=1)
             return self._count_nodes() == number
 
-        self._wait(there, f"there are not {number} nodes")
+        self._wait(reached, f"there are not {number} nodes")
 
     def _count_nodes(self) -> int:
-        """Asked of a process that stays connected; −1 if that was lost, as with the node that it was connected to."""
+        """Ask a process that stays connected; −1 if it was lost, for example with the node it was connected to."""
         if self._counter is None or self._counter.poll() is not None:
             command, pipe = [sys.executable, "-c", COUNT_NODES], subprocess.PIPE
             self._counter = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, bufsize=0)
@@ -106,13 +106,13 @@ class LocalCluster:
         assert self._counter.stdout
         with contextlib.suppress(BrokenPipeError):
             self._counter.stdin.write(b"\n")
-        for line in iter(self._counter.stdout.readline, b""):  # Ray's notices of lost nodes among them
+        for line in iter(self._counter.stdout.readline, b""):  # skips Ray's notices of lost nodes
             if line.startswith(b"nodes "):
                 return int(line.split()[1])
         return -1
 
     def log(self) -> str:
-        """What the nodes printed."""
+        """Output of all nodes."""
         return (self._folder / "log").read_text()
 
     def _start(self, *options: object, cpus: int) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""A real S3 server process (moto) on loopback, and the settings with which a process of ours finds it."""
+"""A real S3 server process (moto) on loopback, and the environment variables that its clients need."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 from tests.support.servers.processes import end, free_port
 
 BUCKET = "rag-artifacts"
-# Random words that may appear in no log, manifest or message.
+# Unmistakable words: tests check that no log, manifest or message contains them.
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "CANARYKEYID7Q", "AWS_SECRET_ACCESS_KEY": "canary-secret-81f2"}
 
 
 @contextlib.contextmanager
 def s3_server(log: Path) -> Iterator[dict[str, str]]:
-    """Yields the environment variables for its clients; the bucket is there."""
+    """Start a server with an empty bucket `BUCKET`; yields the environment variables for its clients."""
     port = free_port()
     code = (
         "import sys, threading\n"

@@ -1,1 +1,1 @@
-"""Containers: what is around a file's records. Each module yields `Record`s and rejects, and knows no layout."""
+"""Containers: one module per kind of file. Each yields `Record`s and rejects, and knows no layout."""

@@ -1,9 +1,12 @@
 """Tables of text: DPR's passage file (psgs_w100.tsv), CSV, and MS MARCO's collection, which has no header.
 
-A row is a line whose fields stand between tabs, commas or semicolons, quoted as csv does; the first line names them. A
-quoted field may hold line ends; but a stray opening quote must not swallow the rows after it, so a row is joined over at
-most `MAX_ROW_LINES` lines (of CSV, where texts of many paragraphs are usual, `MAX_CSV_ROW_LINES`), and between tabs, where
-text holds none, never with a line that has the tabs of a whole row. If that yields nothing, only its first line is rejected. Quotes inside an unquoted field are ordinary characters.
+Fields are separated by tabs, commas or semicolons and quoted as in Python's csv module; the first line names the
+columns. Quotes inside an unquoted field are ordinary characters.
+
+A quoted field may hold line ends, but a stray opening quote must not swallow the rows after it. So a row may span
+at most `MAX_ROW_LINES` lines (`MAX_CSV_ROW_LINES` for CSV, whose texts often have many paragraphs). In a
+tab-separated file, where text has no tabs, a row is never joined with a line that has the tabs of a whole row. If
+joining fails, only the first line is rejected.
 """
 
 from __future__ import annotations
@@ -29,32 +32,34 @@ def records(
 
     Args:
         path: the file.
-        delimiter: what stands between two fields.
-        wanted: names of columns of which there must be one only.
-        header: the names of the columns of a file that does not name them itself.
+        delimiter: the separator of fields.
+        wanted: the columns to read; each may occur only once.
+        header: the column names of a file without a header.
 
     Raises:
-        InputError: the first line is no row, or names one of the `wanted` columns twice.
+        InputError: the first line is not a row, or names one of the `wanted` columns twice.
     """
-    # The limit is one for the process and 128 KiB by default; it is only ever raised here.
+    # The limit holds for the whole process, 128 KiB by default. It is only raised here, never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     lines = numbered_lines(path)
     columns = tuple(header) or columns_of(path, next(lines, (1, ""))[1], delimiter)
-    twice = sorted({name for name in columns if name in wanted and columns.count(name) > 1})
-    if twice:
-        raise InputError(f"{path} line 1: two columns of one name ({', '.join(twice)}). Rename one of them.")
-    waiting: deque[tuple[int, str | Reject]] = deque()
-    while (entry := waiting.popleft() if waiting else next(lines, None)) is not None:
+    duplicates = sorted({name for name in columns if name in wanted and columns.count(name) > 1})
+    if duplicates:
+        raise InputError(
+            f"{path} line 1: two columns with the same name ({', '.join(duplicates)}). Rename one of them."
+        )
+    pending: deque[tuple[int, str | Reject]] = deque()
+    while (entry := pending.popleft() if pending else next(lines, None)) is not None:
         number, line = entry
         if isinstance(line, Reject):
             yield line
         elif line:
-            fields = _split(line, delimiter) or _split_over_lines(line, delimiter, len(columns), lines, waiting)
+            fields = _split(line, delimiter) or _split_over_lines(line, delimiter, len(columns), lines, pending)
             yield _record(path, number, line, fields, columns)
 
 
 def columns_of(path: Path, line: str | Reject, delimiter: str) -> tuple[str, ...]:
-    """The names in a header; InputError if the line cannot be read."""
+    """The column names in a header; InputError if the line cannot be read."""
     columns = _split(line, delimiter) if isinstance(line, str) else None
     if columns is None:
         found = line.found if isinstance(line, Reject) else excerpt(line)
@@ -72,7 +77,7 @@ def _record(path: Path, number: int, line: str, fields: list[str] | None, column
 
 
 def _split(line: str, delimiter: str) -> list[str] | None:
-    """The fields of one row; None if its quotes do not match."""
+    """The fields of one row; None if its quotes do not pair up."""
     if '"' not in line:
         return line.split(delimiter)
     try:
@@ -86,20 +91,20 @@ def _split_over_lines(
     delimiter: str,
     width: int,
     lines: Iterator[tuple[int, str | Reject]],
-    waiting: deque[tuple[int, str | Reject]],
+    pending: deque[tuple[int, str | Reject]],
 ) -> list[str] | None:
-    """The fields of a row whose quoted field spans lines; on failure the lines after it stay in `waiting`."""
+    """The fields of a row that spans several lines; None on failure, and the lines after it stay in `pending`."""
     joined, quotes, length = [line], line.count('"'), len(line)
-    most = MAX_ROW_LINES if delimiter == TAB else MAX_CSV_ROW_LINES
-    # Quotes come in pairs in a whole row (inner ones are doubled), so an odd number says that a field is still open.
-    while quotes % 2 and len(joined) <= most and length <= MAX_LINE_BYTES:
+    max_lines = MAX_ROW_LINES if delimiter == TAB else MAX_CSV_ROW_LINES
+    # In a whole row quotes come in pairs (inner ones are doubled), so an odd number means that a field is still open.
+    while quotes % 2 and len(joined) <= max_lines and length <= MAX_LINE_BYTES:
         used = len(joined) - 1
-        if used == len(waiting):
+        if used == len(pending):
             following = next(lines, None)
             if following is None:
                 return None
-            waiting.append(following)
-        text = waiting[used][1]
+            pending.append(following)
+        text = pending[used][1]
         if isinstance(text, Reject) or (delimiter == TAB and text.count(TAB) >= width - 1):
             return None
         joined.append(text)
@@ -107,5 +112,5 @@ def _split_over_lines(
     fields = _split("\n".join(joined), delimiter) if len(joined) > 1 else None
     if fields is not None:
         for _ in joined[1:]:
-            waiting.popleft()
+            pending.popleft()
     return fields

@@ -1,8 +1,8 @@
-"""A JSON file of records: a list, an object with the list `data`, an object of records by their ids, or one record.
+"""A JSON file of records: a list, an object with a list `data`, an object of records by id, or single records.
 
-Streamed (see `json_text`). What an object is, its content decides: a record if it has a record's keys; else what is in
-`data`, if that is a list; else a record for each of its members, which have the members' names as ids:
-{"d1": {"text": "…"}} or {"d1": "…"}. Several records may follow one another.
+The file is streamed (see `json_text`). The content of an object decides how it is read. If it has a record's
+keys, it is a record, and more records may follow. Else, if `data` is a list, the records are in that list. Else
+each member is a record, and its key is the id: {"d1": {"text": "…"}} or {"d1": "…"}.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rag_core.corpus.formats.containers.json_text import BrokenJsonError, JsonText, TooLongError, opened_json
+from rag_core.corpus.formats.containers.json_text import BrokenJsonError, JsonText, TooLongError, open_json
 from rag_core.corpus.formats.rows import MAX_LINE_BYTES, Record, Reject, excerpt
 from rag_core.errors import InputError
 
 Shape = Literal["list", "data", "members", "objects"]
 IsRecord = Callable[[Record], bool]
-# So many members of an object that is too long to be looked at whole may come before its list `data`.
-MOST_BEFORE_DATA = 20
+# For an object that is too long to parse whole: how many members may come before its list `data`.
+MAX_MEMBERS_BEFORE_DATA = 20
 
 
 def records(path: Path, is_record: IsRecord) -> Iterator[Record | Reject]:
-    """Records and rejects of one JSON file; a record's line is its place among them, from 1.
+    """Records and rejects of one JSON file; a record's line is its number in the file, from 1.
 
     Args:
         path: the file.
-        is_record: whether an object is a record, by its keys.
+        is_record: whether an object is a record, judged by its keys.
 
     Raises:
-        InputError: not JSON, not UTF-8, no list or object, or a record that is too long.
+        InputError: not JSON, not UTF-8, neither a list nor an object, or a record is too long.
     """
     try:
         shape = _shape(path, is_record)
-        with opened_json(path, MAX_LINE_BYTES) as text:
+        with open_json(path, MAX_LINE_BYTES) as text:
             yield from _READERS[shape](path, text)
             text.end()
     except TooLongError as error:
         raise InputError(
             f"{path}: {error.within} is longer than {MAX_LINE_BYTES} characters; a list of records was expected. "
-            "Correct it, or write the file as JSON Lines, where a line that is too long is left out."
+            "Correct it, or write the file as JSON Lines, where only the line that is too long is rejected."
         ) from error
     except BrokenJsonError as error:
         raise _not_json(path, f"{error.within}: {error.fault}") from error
@@ -51,8 +51,8 @@ def _not_json(path: Path, fault: str) -> InputError:
 
 
 def _shape(path: Path, is_record: IsRecord) -> Shape:
-    with opened_json(path, MAX_LINE_BYTES) as text:
-        start = text.next_mark()
+    with open_json(path, MAX_LINE_BYTES) as text:
+        start = text.peek()
         if start != "{":
             if start not in ("[", ""):
                 raise _not_json(path, f"it starts with {start!r}; a list or an object was expected")
@@ -67,9 +67,10 @@ def _shape(path: Path, is_record: IsRecord) -> Shape:
 
 
 def _shape_of_long(path: Path) -> Shape:
-    with opened_json(path, MAX_LINE_BYTES) as text:
-        for name in islice(text.names(), MOST_BEFORE_DATA + 1):
-            if name == "data" and text.next_mark() == "[":
+    """The shape of an object that is too long to parse whole."""
+    with open_json(path, MAX_LINE_BYTES) as text:
+        for name in islice(text.names(), MAX_MEMBERS_BEFORE_DATA + 1):
+            if name == "data" and text.peek() == "[":
                 return "data"
             text.value()
     return "members"
@@ -81,7 +82,7 @@ def _list(path: Path, text: JsonText) -> Iterator[Record | Reject]:
 
 def _data(path: Path, text: JsonText) -> Iterator[Record | Reject]:
     for name in text.names():
-        if name == "data" and text.next_mark() == "[":
+        if name == "data" and text.peek() == "[":
             yield from _list(path, text)
         else:
             text.value()

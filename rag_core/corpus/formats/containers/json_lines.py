@@ -1,4 +1,4 @@
-"""JSON Lines: an object a line, streamed. Blank lines are skipped, and a line that is no object becomes a reject."""
+"""JSON Lines: one object per line, streamed. Blank lines are skipped; a line that is not an object becomes a reject."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _record(path: Path, number: int, line: str) -> Record | Reject:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        # ValueError, not JSONDecodeError: an integer of thousands of digits raises the former.
+        # ValueError, not only JSONDecodeError: an integer of thousands of digits raises a plain ValueError.
         return Reject(str(path), number, f"broken JSON: {error}", excerpt(line))
     if not isinstance(fields, dict):
         reason = f"wrong type: the line is {type(fields).__name__}, expected an object"

@@ -1,7 +1,7 @@
-"""Parquet: a record a row, of those columns alone that are asked for; vectors, for one, are not read.
+"""Parquet: one record per row, with only the requested columns; so vectors, for example, are never read.
 
-Streams record batches. Strings are fetched as bytes and decoded row by row, also in lists, because Arrow fails for a whole
-batch when one value is not UTF-8.
+Record batches are streamed. Strings, also those in lists, are fetched as bytes and decoded row by row, because
+Arrow fails for a whole batch when one value is not UTF-8.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -
 
     Args:
         path: the file.
-        wanted: the columns to read, where the file has them.
+        wanted: the columns to read, if the file has them.
         batch_rows: rows in memory at a time.
 
     Raises:
-        InputError: not a Parquet file, or damaged; or two columns of one name are wanted.
+        InputError: not a Parquet file, or damaged; or two of the wanted columns have the same name.
     """
     number = 0
     try:
@@ -35,7 +35,9 @@ def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -
             keys = tuple(file.schema_arrow.names)
             columns = [name for name in keys if name in wanted]
             if len(set(columns)) < len(columns):
-                raise InputError(f"{path} has two columns of one name among {', '.join(columns)}. Rename one of them.")
+                raise InputError(
+                    f"{path} has two columns with the same name among {', '.join(columns)}. Rename one of them."
+                )
             for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
                 values = [_values(batch.column(name)) for name in columns]
                 for fields in zip(*values, strict=True) if values else [()] * batch.num_rows:
@@ -43,10 +45,10 @@ def records(path: Path, wanted: Collection[str], batch_rows: int = BATCH_ROWS) -
                     record = dict(zip(columns, fields, strict=True))
                     yield Record(number, record, record, keys)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        # The last two: a column's name that is not UTF-8, a date before the year 1.
+        # ValueError and OverflowError: a column's name is not UTF-8, or a date is before the year 1.
         raise InputError(
             f"{path} cannot be read as Parquet after row {number}: {first_line(error)} "
-            "Write the file again, or give one that is Parquet."
+            "Write the file again, or give a Parquet file."
         ) from error
 
 
@@ -60,7 +62,7 @@ def _values(column: pa.Array) -> list[object]:
 
 
 def _as_bytes(type: pa.DataType) -> pa.DataType:
-    """The type with bytes in place of strings, also in lists and structures."""
+    """The type with strings replaced by bytes, also within lists and structs."""
     if pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type):
         return pa.large_binary()
     if pa.types.is_list(type):
@@ -73,7 +75,7 @@ def _as_bytes(type: pa.DataType) -> pa.DataType:
 
 
 def _decoded(value: object) -> object:
-    """Bytes as text where they are UTF-8; else unchanged, for the row check to reject."""
+    """Bytes as text, also within lists and objects; bytes that are not UTF-8 stay, for the row check to reject."""
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if isinstance(value, dict):
