@@ -13,12 +13,15 @@ from urllib.parse import quote, unquote, urlsplit
 
 from rag_core.errors import ConfigError
 from rag_core.network.addresses import without_credentials
-from tasks.environment.mlflow_internals import finish_tables, migrations
+from tasks.environment.mlflow_internals import migrations
 from tasks.environment.variables import writable_folder
 
 HEADER = b"SQLite format 3\x00"
 # Runs lock the file only for the moment of a write; a longer lock is held by another program.
 LOCK_SECONDS = 8.0
+# The tables that MLflow creates first; a migration keeps a table under a temporary name while it copies it.
+FIRST_TABLES = {"experiments", "runs", "tags", "metrics", "params"}
+TEMPORARY = "_alembic_tmp_"
 
 
 def check_database_file(uri: str, experiment: str) -> None:
@@ -73,12 +76,9 @@ def deleted_experiment(experiment: str, experiment_id: str, uri: str) -> ConfigE
 
 @contextlib.contextmanager
 def creation_lock(uri: str) -> Iterator[None]:
-    """Hold a lock while MLflow creates a SQLite store's tables, and first complete those that a killed process left.
+    """Hold a lock while MLflow creates a SQLite store's tables, and first delete those that a killed process left unfinished.
 
     MLflow's client takes no lock, so two commands started in a new folder would both create the tables.
-
-    Raises:
-        ConfigError: the tables that a killed process left cannot be completed.
     """
     from mlflow.utils.file_utils import ExclusiveFileLock
 
@@ -89,7 +89,7 @@ def creation_lock(uri: str) -> Iterator[None]:
     name = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
     with ExclusiveFileLock(f"{tempfile.gettempdir()}/rag-mlflow-{os.getuid()}-{name}.lock"):
         if file.is_file() and _is_unfinished(file):
-            _finish_tables(file, uri)
+            _drop_tables(file)
         yield
 
 
@@ -97,7 +97,7 @@ def _is_unfinished(file: Path) -> bool:
     """Whether creating the database was interrupted: MLflow writes the first experiment last."""
     with contextlib.closing(_connected(file)) as connection:
         tables = _tables(connection)
-        return "experiments" in tables and _is_empty(connection)
+        return bool(tables) and _are_mlflows(tables) and _is_empty(connection)
 
 
 def _connected(file: Path) -> sqlite3.Connection:
@@ -109,8 +109,19 @@ def _tables(connection: sqlite3.Connection) -> set[str]:
     return {name for name in names if not name.startswith("sqlite_")}
 
 
+def _are_mlflows(tables: set[str]) -> bool:
+    """Whether MLflow has created these tables, not necessarily all of them."""
+    names = {name.removeprefix(TEMPORARY) for name in tables} - {"alembic_version"}
+    return {"experiments", "runs"} <= names or names <= FIRST_TABLES
+
+
 def _is_empty(connection: sqlite3.Connection) -> bool:
-    return not connection.execute("SELECT EXISTS (SELECT 1 FROM experiments)").fetchone()[0]
+    """Whether no experiment is in it, nor in a table that an interrupted migration left under its temporary name."""
+    tables = _tables(connection) & {"experiments", f"{TEMPORARY}experiments"}
+    return not any(
+        connection.execute(f'SELECT EXISTS (SELECT 1 FROM "{name}")').fetchone()[0]  # noqa: S608  # nosec B608
+        for name in tables
+    )
 
 
 def _check_content(file: Path, uri: str, experiment: str) -> None:
@@ -118,7 +129,7 @@ def _check_content(file: Path, uri: str, experiment: str) -> None:
     try:
         connection.execute("BEGIN IMMEDIATE")
         tables = _tables(connection)
-        if tables - {"alembic_version"} and not {"experiments", "runs"} <= tables:
+        if not _are_mlflows(tables):
             raise _unusable(file, "is the database of another program", "Name another file")
         if "experiments" in tables:
             _check_release(connection, tables, file)
@@ -127,20 +138,17 @@ def _check_content(file: Path, uri: str, experiment: str) -> None:
         connection.close()
 
 
-def _finish_tables(file: Path, uri: str) -> None:
-    """Continue MLflow's migrations where they stopped. No run can be in the database yet."""
-    import sqlalchemy
-    from alembic.util import CommandError
+def _drop_tables(file: Path) -> None:
+    """Delete the tables of a creation that was interrupted, all or none, so that MLflow starts it again.
 
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    try:
-        finish_tables(engine)
-    except (sqlalchemy.exc.SQLAlchemyError, CommandError) as error:
-        raise _unusable(
-            file,
-            "was only partly created, and its creation cannot be completed",
-            "If no other command is creating it now, delete it: it holds no run yet",
-        ) from error
+    It cannot be continued: SQLite has no transactions around MLflow's migrations, so any one may be half done.
+    """
+    with contextlib.closing(_connected(file)) as connection:
+        connection.execute("PRAGMA foreign_keys = OFF")
+        connection.execute("BEGIN IMMEDIATE")
+        for name in _tables(connection):
+            connection.execute(f'DROP TABLE "{name}"')
+        connection.execute("COMMIT")
 
 
 def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path) -> None:

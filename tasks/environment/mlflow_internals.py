@@ -8,23 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def finish_tables(engine: Any) -> None:
-    """Make MLflow's tables where they are missing, or migrate them to this release.
-
-    Public replacement: `mlflow db upgrade`, once it also works on a database whose tables were never finished.
-    """
-    from mlflow.store.db.utils import (
-        _get_latest_schema_revision,
-        _get_schema_version,
-        _safe_initialize_tables,
-        _upgrade_db,
-    )
-
-    _safe_initialize_tables(engine)
-    if _get_schema_version(engine) != _get_latest_schema_revision():
-        _upgrade_db(engine)
-
-
 def migrations() -> Any:
     """MLflow's Alembic migrations (a `ScriptDirectory`).
 

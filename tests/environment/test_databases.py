@@ -31,27 +31,55 @@ def as_folder(file: Path) -> None:
     file.mkdir()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 12, -1])
-def test_a_database_whose_creation_was_killed_is_completed(steps: int, tmp_path: Path) -> None:
-    """`steps` of MLflow's migrations were done; -1 means all except the last."""
-    import sqlalchemy
-    from alembic import command
-    from alembic.script import ScriptDirectory
-    from mlflow import MlflowClient
-    from mlflow.store.db.utils import _get_alembic_config
-    from mlflow.store.tracking.dbmodels.initial_models import Base
+KILLED_BEFORE = [
+    "CREATE TABLE runs",
+    "CREATE TABLE alembic_version",
+    "INSERT INTO alembic_version",
+    "DROP TABLE experiments",
+    "ALTER TABLE _alembic_tmp_experiments RENAME",
+    "CREATE TABLE model_versions",
+    "INSERT INTO experiments",
+]
+# For each statement, a child process that creates a database and is gone when it would execute the statement.
+KILLED = """
+import os, sys
+import sqlalchemy
+from mlflow import MlflowClient
+for number, statement in enumerate(sys.argv[1:]):
+    def kill(connection, cursor, sql, *arguments):
+        if " ".join(sql.replace('"', "").split()).startswith(statement):
+            os._exit(9)
+    if os.fork():
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9, statement
+        continue
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", kill)
+    MlflowClient(f"sqlite:///{number}.db").create_experiment("rag")
+    os._exit(0)
+"""
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    Base.metadata.create_all(sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool))
-    config = _get_alembic_config(uri)
-    revisions = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
-    if steps:
-        command.upgrade(config, revisions[steps - 1])
-    before = (tmp_path / "mlflow.db").read_bytes()
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one database per statement in KILLED_BEFORE."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    subprocess.run([sys.executable, "-c", KILLED, *KILLED_BEFORE], cwd=folder, env=environment_in(folder), check=True)
+    return folder
+
+
+@pytest.mark.parametrize("statement", KILLED_BEFORE)
+def test_a_database_whose_creation_was_killed_is_created_again(
+    statement: str, unfinished: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    file = Path(shutil.copy(unfinished / f"{KILLED_BEFORE.index(statement)}.db", tmp_path / "mlflow.db"))
+    uri, before = f"sqlite:///{file}", file.read_bytes()
     check_store(uri, "rag")
-    assert (tmp_path / "mlflow.db").read_bytes() == before, "the check changes nothing"
+    assert file.read_bytes() == before, "the check changes nothing"
     with creation_lock(uri):
         assert MlflowClient(uri).create_experiment("rag")
+    with creation_lock(uri):
+        assert MlflowClient(uri).get_experiment_by_name("rag"), "a finished database is left alone"
 
 
 def test_two_commands_started_in_a_new_folder_create_one_database(tmp_path: Path) -> None:

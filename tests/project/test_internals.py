@@ -32,10 +32,6 @@ USED = [
     ),
     ("tasks/on_ray/train_internals.py", "ray.train.torch.config", "_TorchBackend"),
     ("tasks/on_ray/train_internals.py", "ray.train.torch.config", "_set_torch_distributed_env_vars"),
-    ("tasks/environment/mlflow_internals.py", "mlflow.store.db.utils", "_get_latest_schema_revision"),
-    ("tasks/environment/mlflow_internals.py", "mlflow.store.db.utils", "_get_schema_version"),
-    ("tasks/environment/mlflow_internals.py", "mlflow.store.db.utils", "_safe_initialize_tables"),
-    ("tasks/environment/mlflow_internals.py", "mlflow.store.db.utils", "_upgrade_db"),
     ("tasks/environment/mlflow_internals.py", "mlflow.store.db.utils", "_get_alembic_config"),
     (
         "tasks/environment/mlflow_internals.py",
