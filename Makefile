@@ -77,7 +77,7 @@ lint: setup ## check formatting, lint, types, the direction of imports, insecure
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive rag_core tasks flows
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive rag_core demo_data tasks flows
 	$(BIN)/python infra/audit.py
 
 format: setup ## format the code

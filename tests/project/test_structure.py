@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,15 @@ def test_documents_name_files_that_exist(document: str) -> None:
     )
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing, f"{document} names {missing}"
+
+
+def test_every_package_is_in_the_image_and_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in settings["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert (
+        packages == set(settings["tool"]["mypy"]["packages"]) == set(settings["tool"]["importlinter"]["root_packages"])
+    )
+    image, makefile = (ROOT / "infra/Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    for package in packages:
+        assert f"COPY {package} {package}\n" in image
+        assert re.search(rf"--recursive .*\b{package}\b", makefile)
