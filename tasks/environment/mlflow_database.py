@@ -118,10 +118,7 @@ def _are_mlflows(tables: set[str]) -> bool:
 def _is_empty(connection: sqlite3.Connection) -> bool:
     """Whether no experiment is in it, nor in a table that an interrupted migration left under its temporary name."""
     tables = _tables(connection) & {"experiments", f"{TEMPORARY}experiments"}
-    return not any(
-        connection.execute(f'SELECT EXISTS (SELECT 1 FROM "{name}")').fetchone()[0]  # noqa: S608  # nosec B608
-        for name in tables
-    )
+    return not any(connection.execute(f'SELECT EXISTS (SELECT 1 FROM "{name}")').fetchone()[0] for name in tables)
 
 
 def _check_content(file: Path, uri: str, experiment: str) -> None:
