@@ -117,8 +117,12 @@ def _are_mlflows(tables: set[str]) -> bool:
 
 def _is_empty(connection: sqlite3.Connection) -> bool:
     """Whether no experiment is in it, nor in a table that an interrupted migration left under its temporary name."""
-    tables = _tables(connection) & {"experiments", f"{TEMPORARY}experiments"}
-    return not any(connection.execute(f'SELECT EXISTS (SELECT 1 FROM "{name}")').fetchone()[0] for name in tables)
+    queries = {
+        "experiments": "SELECT EXISTS (SELECT 1 FROM experiments)",
+        "_alembic_tmp_experiments": "SELECT EXISTS (SELECT 1 FROM _alembic_tmp_experiments)",
+    }
+    tables = _tables(connection)
+    return not any(connection.execute(query).fetchone()[0] for name, query in queries.items() if name in tables)
 
 
 def _check_content(file: Path, uri: str, experiment: str) -> None:
