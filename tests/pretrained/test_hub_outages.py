@@ -22,6 +22,9 @@ from tests.support.servers.hub_server import HubServer
 
 pytest_plugins = ["tests.support.hub_fixtures"]
 
+# Seconds: far more than the limits of one second that `quick` sets, for a busy machine; less than the client's own attempts.
+IN_TIME = 15
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +45,7 @@ def test_with_refused_connections_a_full_cache_is_used_at_once_and_the_commit_is
     assert notice.startswith(f"The hub {hub.url} does not answer (")
     assert notice.endswith(f"); {BART} is taken from the cache, commit {commit}.")
     assert TextEncoder.from_pretrained(CONTEXT_ENCODER).dim == 32
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < IN_TIME
 
 
 def test_a_hub_that_never_answers_is_asked_once_a_process(hub: HubServer, quick: None) -> None:
@@ -53,7 +56,7 @@ def test_a_hub_that_never_answers_is_asked_once_a_process(hub: HubServer, quick:
     for name in (BART, CONTEXT_ENCODER, MINILM):
         (notice,) = notices_of(name)
         assert "does not answer (no answer in time)" in notice
-    assert 1 <= time.monotonic() - started < 5
+    assert 1 <= time.monotonic() - started < IN_TIME
     assert len(hub.requests) == 1
     assert constants.DEFAULT_ETAG_TIMEOUT + revision.MORE_SECONDS < 15, "the wait without the fixture"
 
@@ -66,7 +69,7 @@ def test_a_name_server_that_never_answers_holds_up_no_longer(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
     started = time.monotonic()
     assert "no answer in time" in notices_of(BART)[0]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < IN_TIME
 
 
 def test_a_hub_with_an_unknown_host_name_is_an_error_only_without_a_full_cache(
@@ -164,7 +167,7 @@ def test_a_hub_that_goes_silent_after_its_listing_is_an_error_in_time(hub: HubSe
     assert f"The hub {hub.url} cannot be reached (no answer in time)" in refusal()
     hub.requests.clear()
     assert "(no answer in time)" in refusal(CONTEXT_ENCODER)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < IN_TIME
     assert hub.requests == [], "the hub was asked again for another model"
 
 
@@ -186,7 +189,7 @@ def test_a_network_that_goes_away_after_the_listing_is_an_error_in_time(
     monkeypatch.setattr(snapshot, "_fetch", fetch_without_network)
     started = time.monotonic()
     assert f"The hub {hub.url} cannot be reached (" in refusal()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < IN_TIME
 
 
 def test_files_of_another_tool_are_used_if_the_hub_goes_silent_after_its_listing(
@@ -200,7 +203,7 @@ def test_files_of_another_tool_are_used_if_the_hub_goes_silent_after_its_listing
     started = time.monotonic()
     with pytest.warns(ModelNotice, match="does not say whether it has all files"):
         assert resolve_model_source(BART) == str(folder)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < IN_TIME
 
 
 def test_a_slow_download_goes_on_also_after_a_lost_connection(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

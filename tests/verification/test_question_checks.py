@@ -157,11 +157,11 @@ def test_a_pattern_that_does_not_compile_or_would_take_gigabytes_is_refused_by_i
 ) -> None:
     file = put(tmp_path / "q.jsonl", {"question": "q?", "answers": ["fine"]}, {"question": "q?", "answers": [pattern]})
     gc.collect()  # otherwise garbage of earlier tests may be finalised, and fail, at the deepest point of the recursion
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(InputError, match=r"line 2: the answer .* cannot be used as a regular expression: ") as caught:
         read_questions(file, answers_are="regex")
     assert fault in str(caught.value)
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
 
 
 @pytest.mark.parametrize(
