@@ -25,14 +25,14 @@ from benchmarks.harness import Line, Size, matmul_rate
 
 # Module → its folder, in the order in which they run.
 MODULES = {
-    "loss": "library",
-    "training": "library",
-    "retrieval": "library",
-    "decoding": "library",
-    "embedding": "library",
+    "loss": "components",
+    "training": "components",
+    "retrieval": "components",
+    "decoding": "components",
+    "embedding": "components",
     "embed_stage": "stages",
-    "growth": "library",
-    "index": "library",
+    "growth": "components",
+    "index": "components",
     "infer_stage": "stages",
     "fixed_cost": "stages",
 }

@@ -1,6 +1,6 @@
 """Compare bfloat16 with float32 on 500 questions of the demo, with a small generator trained to answer them.
 
-`benchmarks/library/precision.py` makes the same comparison with the model that `make demo` trains, retrieval included.
+`benchmarks/components/precision.py` makes the same comparison with the model that `make demo` trains, retrieval included.
 """
 
 from __future__ import annotations

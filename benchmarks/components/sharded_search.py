@@ -1,6 +1,6 @@
 """Search in this process against search by Ray actors, and how soon a killed actor is replaced.
 
-    .venv/bin/python -m benchmarks.library.sharded_search [--rows 20000] [--dim 384] [--shards 2] [--questions 8]
+    .venv/bin/python -m benchmarks.components.sharded_search [--rows 20000] [--dim 384] [--shards 2] [--questions 8]
 
 Random vectors of unit length, K = 5, an exact index. Both searches alternate, so that other load on the machine slows
 both. Prints one JSON object: medians in milliseconds per batch, and seconds until a killed actor answered again.
