@@ -42,6 +42,11 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+from transformers.utils import logging as transformers_logging  # noqa: E402  (reads the variables above)
+
+# Otherwise every tiny model that a test saves writes a bar, "Writing model shards".
+transformers_logging.disable_progress_bar()
+
 # The same examples in every run, without time limits that a busy machine would miss. `--hypothesis-profile default`
 # draws new examples.
 hypothesis.settings.register_profile("repeated", derandomize=True, database=None, deadline=None)

@@ -82,6 +82,7 @@ def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:Artifact creation outside of a flow")
 def test_a_summary_that_prefect_does_not_take_is_kept_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers.utils import logging as transformers_logging
 
 from rag_core.model.reader import load_generator
 from rag_core.pretrained.hub import revision
@@ -142,6 +143,7 @@ def test_a_model_that_is_larger_than_the_disk_is_not_begun(
     assert hub.files() == []
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_a_disk_that_gets_full_during_the_download_is_reported(
     hub: HubServer, small_disk: Path, paper_models: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,8 +173,16 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def bars() -> Iterator[None]:
+    """Progress bars as users have them; conftest.py switches them off."""
+    transformers_logging.enable_progress_bar()
+    yield
+    transformers_logging.disable_progress_bar()
+
+
 def test_a_download_shows_one_bar_on_a_terminal_and_nothing_elsewhere(
-    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, bars: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for screen, name in ((Terminal(), BART), (io.StringIO(), CONTEXT_ENCODER)):
         monkeypatch.setattr(sys, "stderr", screen)
