@@ -1,0 +1,1 @@
+"""One component against its peer."""

@@ -1,0 +1,1 @@
+"""Models and passages that several benchmarks use."""

@@ -1,0 +1,1 @@
+"""What exists for CPUs only: packed weights, bf16 kernels, the heap."""

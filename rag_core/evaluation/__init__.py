@@ -1,0 +1,1 @@
+"""EM, F1, recall@k, and the predictions artifact."""

@@ -1,0 +1,1 @@
+"""The RAG model, its settings and answers, and exchange with Hugging Face."""

@@ -1,0 +1,1 @@
+"""Addresses, probes of servers, and usage reports switched off."""

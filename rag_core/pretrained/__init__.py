@@ -1,0 +1,1 @@
+"""Where weights come from: folders, Python packages, the Hugging Face hub."""

@@ -1,0 +1,1 @@
+"""Question and passage to the generator's input; the likelihoods."""

@@ -1,0 +1,1 @@
+"""Artifacts: draft, manifest, publication, lock, object store. No module here knows a kind of artifact."""

@@ -1,0 +1,1 @@
+"""Objectives, loop, checkpoints, random draws."""

@@ -25,16 +25,13 @@ from rag_core.storage.manifest import MANIFEST, Finding, Manifest
 UNREADABLE = (RagError, pa.ArrowException, OSError, ValueError, KeyError, RuntimeError, EOFError)
 
 
-def content_findings(
-    folder: Path, manifest: Manifest, corpus: Path | None, embeddings: Path | None
-) -> Iterator[Finding]:
+def content_findings(folder: Path, manifest: Manifest, corpus: Path | None) -> Iterator[Finding]:
     """Faults in the content of an artifact whose files match its manifest.
 
     Args:
         folder: the artifact.
         manifest: its manifest.
         corpus: the corpus it was made from, if known; ids are compared with it.
-        embeddings: the embeddings it was made from, if known; not read at present.
     """
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "corpus": lambda: _corpus(folder, manifest),

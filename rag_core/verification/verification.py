@@ -101,10 +101,8 @@ def verify(path: Path, inputs: GivenInputs | None = None) -> Report:
     if any(finding.state != "foreign" for finding in findings):
         return report
     inputs = inputs or GivenInputs()
-    paths: dict[str, Path | None] = {}
-    for kind in ("corpus", "embeddings"):
-        paths[kind] = find_input(place, manifest, kind, inputs) if kind in manifest.made_from else None
-        if manifest.kind in ("embeddings", "index") and kind == "corpus" and paths[kind] is None:
-            report.notes.append(f"the {kind} that it was made from was not found, so ids were not compared with it")
-    report.findings += content_findings(local_copy(place), manifest, paths["corpus"], paths["embeddings"])
+    corpus = find_input(place, manifest, "corpus", inputs) if "corpus" in manifest.made_from else None
+    if manifest.kind in ("embeddings", "index") and corpus is None:
+        report.notes.append("the corpus that it was made from was not found, so ids were not compared with it")
+    report.findings += content_findings(local_copy(place), manifest, corpus)
     return report

@@ -1,0 +1,1 @@
+"""Ray: its start, workers, training, an index's shards, embedding and answering."""

@@ -1,0 +1,1 @@
+"""Plots, tables, a pipeline's summary."""

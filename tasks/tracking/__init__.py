@@ -1,0 +1,1 @@
+"""MLflow: runs, the journal for outages, delivery, the registry, names of metrics."""
