@@ -94,10 +94,17 @@ def creation_lock(uri: str) -> Iterator[None]:
 
 
 def _is_unfinished(file: Path) -> bool:
-    """Whether creating the database was interrupted: MLflow writes the first experiment last."""
+    """Whether MLflow began to create the database, and nobody has written anything to it: it has no experiment yet.
+
+    Only such tables may be deleted. So they must be MLflow's first ones, or stand at a migration that this MLflow knows,
+    and all that could hold somebody's data must be empty.
+    """
     with contextlib.closing(_connected(file)) as connection:
         tables = _tables(connection)
-        return bool(tables) and _are_mlflows(tables) and _is_empty(connection)
+        if not _names(tables) or not _are_mlflows(tables) or not _is_empty(connection):
+            return False
+        revisions = _revisions(connection)
+        return _names(tables) <= FIRST_TABLES or (bool(revisions) and revisions <= _known_revisions())
 
 
 def _connected(file: Path) -> sqlite3.Connection:
@@ -109,20 +116,36 @@ def _tables(connection: sqlite3.Connection) -> set[str]:
     return {name for name in names if not name.startswith("sqlite_")}
 
 
+def _names(tables: set[str]) -> set[str]:
+    """Names of the tables that hold content; one that a migration is copying has its own name."""
+    return {name.removeprefix(TEMPORARY) for name in tables} - {"alembic_version"}
+
+
 def _are_mlflows(tables: set[str]) -> bool:
-    """Whether MLflow has created these tables, not necessarily all of them."""
-    names = {name.removeprefix(TEMPORARY) for name in tables} - {"alembic_version"}
-    return {"experiments", "runs"} <= names or names <= FIRST_TABLES
+    """Whether these look like MLflow's tables, not necessarily all of them; a new file has none."""
+    names = _names(tables)
+    return not names or ("experiments" in names and ("runs" in names or names <= FIRST_TABLES))
 
 
 def _is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether no experiment is in it, nor in a table that an interrupted migration left under its temporary name."""
-    queries = {
-        "experiments": "SELECT EXISTS (SELECT 1 FROM experiments)",
-        "_alembic_tmp_experiments": "SELECT EXISTS (SELECT 1 FROM _alembic_tmp_experiments)",
-    }
-    tables = _tables(connection)
-    return not any(connection.execute(query).fetchone()[0] for name, query in queries.items() if name in tables)
+    """Whether none of MLflow's first tables has a row."""
+    for name in _tables(connection):
+        if _names({name}) & FIRST_TABLES:
+            query = f'SELECT EXISTS (SELECT 1 FROM "{name}")'  # noqa: S608  # nosec B608
+            if connection.execute(query).fetchone()[0]:
+                return False
+    return True
+
+
+def _revisions(connection: sqlite3.Connection) -> set[str]:
+    """The migration that the database stands at; empty before the first one."""
+    if "alembic_version" not in _tables(connection):
+        return set()
+    return {revision for (revision,) in connection.execute("SELECT version_num FROM alembic_version")}
+
+
+def _known_revisions() -> set[str]:
+    return {script.revision for script in migrations().walk_revisions()}
 
 
 def _check_content(file: Path, uri: str, experiment: str) -> None:
@@ -133,7 +156,7 @@ def _check_content(file: Path, uri: str, experiment: str) -> None:
         if not _are_mlflows(tables):
             raise _unusable(file, "is the database of another program", "Name another file")
         if "experiments" in tables:
-            _check_release(connection, tables, file)
+            _check_release(connection, file)
             _check_experiment(connection, experiment, uri)
     finally:
         connection.close()
@@ -152,15 +175,13 @@ def _drop_tables(file: Path) -> None:
         connection.execute("COMMIT")
 
 
-def _check_release(connection: sqlite3.Connection, tables: set[str], file: Path) -> None:
+def _check_release(connection: sqlite3.Connection, file: Path) -> None:
     from mlflow.version import VERSION
 
-    rows = connection.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else ()
-    revisions = {revision for (revision,) in rows}
-    scripts = migrations()
-    if revisions == set(scripts.get_heads()):
+    revisions = _revisions(connection)
+    if revisions == set(migrations().get_heads()):
         return
-    if revisions <= {script.revision for script in scripts.walk_revisions()}:
+    if revisions <= _known_revisions():
         if _is_empty(connection):  # another process is creating it now, or `creation_lock` will complete it
             return
         raise _unusable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
 import subprocess
@@ -80,6 +81,42 @@ def test_a_database_whose_creation_was_killed_is_created_again(
         assert MlflowClient(uri).create_experiment("rag")
     with creation_lock(uri):
         assert MlflowClient(uri).get_experiment_by_name("rag"), "a finished database is left alone"
+
+
+FOREIGN = {
+    "a table of MLflow's name": ["CREATE TABLE tags (name TEXT)", "INSERT INTO tags VALUES ('mine')"],
+    "an empty table experiments": [
+        "CREATE TABLE experiments (name TEXT)",
+        "CREATE TABLE runs (name TEXT)",
+        "INSERT INTO runs VALUES ('mine')",
+    ],
+    "migrations of its own": [
+        "CREATE TABLE experiments (name TEXT)",
+        "CREATE TABLE runs (name TEXT)",
+        "CREATE TABLE samples (name TEXT)",
+        "INSERT INTO samples VALUES ('mine')",
+        "CREATE TABLE alembic_version (version_num TEXT)",
+        "INSERT INTO alembic_version VALUES ('0123456789ab')",
+    ],
+    "no migrations": [
+        "CREATE TABLE experiments (name TEXT)",
+        "CREATE TABLE runs (name TEXT)",
+        "CREATE TABLE samples (name TEXT)",
+        "INSERT INTO samples VALUES ('mine')",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_database_of_another_program_with_such_tables_loses_nothing(case: str, tmp_path: Path) -> None:
+    file = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        for statement in FOREIGN[case]:
+            connection.execute(statement)
+        connection.commit()
+    before = file.read_bytes()
+    with creation_lock(f"sqlite:///{file}"):
+        assert file.read_bytes() == before
 
 
 def test_two_commands_started_in_a_new_folder_create_one_database(tmp_path: Path) -> None:
