@@ -97,5 +97,5 @@ def test_the_spelling_is_that_of_the_tools_beside_us() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "grep", "--untracked", "--ignore-case", "--files-with-matches", "artefact"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert set(found) <= FORMER_SPELLING
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(files) <= FORMER_SPELLING
