@@ -22,8 +22,8 @@ from rag_core.corpus.formats.rows import excerpt
 from rag_core.corpus.passages import Passage
 from rag_core.embeddings.text_encoder import pad_ids
 from rag_core.errors import ConfigError, InputError
+from rag_core.generators.token_log_probs import IGNORE_INDEX
 from rag_core.questions.questions import Question
-from rag_core.reading.likelihood import IGNORE_INDEX
 from rag_core.reading.prompt import PromptConfig
 
 
