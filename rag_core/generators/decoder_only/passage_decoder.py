@@ -139,7 +139,8 @@ class _SharedStart:
         logits_NV = torch.empty(0)
         for group in groups_by_width(widths):
             rows_n = torch.tensor(group, device=contexts.lengths_N.device)
-            cache, w = DynamicCache(), widths[group[0]]
+            cache: Any = DynamicCache()
+            w = widths[group[0]]
             ids_nw, lengths_n = contexts.input_ids_NX[rows_n, :w], contexts.lengths_N[rows_n]
             logits_nV = _last_logits(model, ids_nw, lengths_n, past_key_values=cache, use_cache=True)
             if not can_share_layers(cache.layers):

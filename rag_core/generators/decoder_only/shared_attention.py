@@ -144,7 +144,7 @@ def _attend(
 
 
 def _looks_at_a_window(module: Any) -> bool:
-    kinds = getattr(module.config, "layer_types", None)
+    kinds: list[str] = getattr(module.config, "layer_types", None) or []
     return bool(kinds) and kinds[module.layer_idx] == "sliding_attention"
 
 
