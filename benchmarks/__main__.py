@@ -29,6 +29,7 @@ MODULES = {
     "training": "components",
     "retrieval": "components",
     "decoding": "components",
+    "causal": "components",
     "embedding": "components",
     "embed_stage": "stages",
     "growth": "components",
