@@ -92,6 +92,9 @@ def train(
     }
     made_from = {name: entry.fingerprint for name, entry in inputs.items()} | {"start": start.model.fingerprint()}
     settings = {"variant": variant, "model": model.decisive(), "train": config.decisive()}
+    if rendered := start.model.settings.prompt.rendered:
+        # A chat template is a part of the generator's folder that the fingerprint of its weights does not cover.
+        settings["model"]["prompt"]["rendered"] = rendered.model_dump(mode="json")
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:

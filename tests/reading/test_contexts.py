@@ -21,7 +21,7 @@ from rag_core.errors import ConfigError
 from rag_core.model.surface import SurfaceReader
 from rag_core.pretrained.model_source import resolve_model_source
 from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts, end_token_id
-from rag_core.reading.prompt import TEMPLATES, PromptConfig
+from rag_core.reading.prompt import CHAT, TEMPLATES, PromptConfig
 from tests.conftest import MINILM
 
 CPU = torch.device("cpu")
@@ -119,10 +119,10 @@ def test_a_named_template_is_kept_written_out_and_the_papers_is_the_default() ->
     from_yaml = PromptConfig.model_validate(yaml.safe_load("prompt: {template: t5}")["prompt"])
     assert json.loads(from_yaml.model_dump_json())["template"] == "question: {question} context: {title} {text}"
     assert PromptConfig.model_validate_json(from_yaml.model_dump_json()) == from_yaml
-    with pytest.raises(ValidationError, match="one of the names bart, t5"):
+    with pytest.raises(ValidationError, match="one of the names bart, t5, plain, chat"):
         PromptConfig(template="T5")
     described = PromptConfig.model_fields["template"].description or ""
-    assert all(name in described for name in (*TEMPLATES, *TEMPLATES.values()))
+    assert all(name in described for name in (*TEMPLATES, CHAT, *map(repr, TEMPLATES.values())))
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,7 @@ WORDS = [
     "🇫🇷",
     "東京",
     "  ",
-    "</s>",
-    "[SEP]",
+    "< /s>",
     "//",
     "ﬁ",
     "{text}",
@@ -267,7 +266,8 @@ WORDS = [
 ]
 ANY_TEXT = st.one_of(st.sampled_from(WORDS), st.text(max_size=5))
 ORDERS = [
-    *TEMPLATES.values(),
+    TEMPLATES["bart"],
+    TEMPLATES["t5"],
     "{text}{question}",
     "{question}{text}",
     "{question} {text} {title}",
