@@ -34,10 +34,11 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._fast = bool(tokenizer.is_fast)
-        template = _chat_template_text(tokenizer)
+        template, listed = _chat_template_text(tokenizer), getattr(tokenizer, "chat_control_tokens", None) or ()
         self._spelling: dict[int, str] = {}
         for token, added in tokenizer.added_tokens_decoder.items():
-            if added.special or (_is_bracketed(added.content) and added.content in template):
+            written = _is_bracketed(added.content) and added.content in template
+            if added.special or written or added.content in listed:
                 self._spelling[token] = added.content
         for token, text in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True):
             self._spelling.setdefault(token, text)
