@@ -92,7 +92,8 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read.
+    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read, and `end` is the
+    token that ends an answer.
 
     The prompt is rendered for the generator (`rendering.py`), and default lengths are lowered to its positions. The
     token that ends a chat's answers becomes an end token of the generator.
@@ -113,7 +114,7 @@ class GeneratorReader:
         # Training must end answers with a token that ends them in decoding: the generator's, if the two differ.
         ends = GenerationTokens.of(generator).ends
         own_end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-        self._end = own_end if chat_end is None else chat_end
+        self.end = own_end if chat_end is None else chat_end
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +156,7 @@ class GeneratorReader:
         """Return −log p(answer | question) for these passages and scores: nll_B in nats, summed over tokens."""
         contexts = self._contexts(questions, passages_BK)
         limit, rendered = self.prompt.max_answer_tokens, self.prompt.rendered
-        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self._end, rendered=rendered)
+        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self.end, rendered=rendered)
         return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
 
     def answer_from(
