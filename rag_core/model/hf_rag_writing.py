@@ -152,11 +152,11 @@ def _warn_of_differences(model: RagParts) -> None:
         )
     rendered, template = model.settings.prompt.rendered, model.settings.prompt.template
     if separators_of(template) is None:
+        written = template if rendered is None else rendered.context
         warnings.warn(
             "Hugging Face's retriever joins a context as prefix, title, title_sep, text, doc_sep, question, with "
-            f"single spaces; the prompt {rendered.context if rendered else template!r} has another form. In Hugging "
-            "Face's class, "
-            "pass context_input_ids instead of a retriever.",
+            f"single spaces; the prompt {written!r} has another form. In Hugging Face's class, pass context_input_ids "
+            "instead of a retriever.",
             ExchangeWarning,
             stacklevel=4,
         )
