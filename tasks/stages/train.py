@@ -91,11 +91,8 @@ def train(
         "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
     made_from = {name: entry.fingerprint for name, entry in inputs.items()} | {"start": start.model.fingerprint()}
-    start_settings = model.decisive()
-    if rendered := start.model.settings.prompt.rendered:
-        # A chat template is a part of the generator's folder that the fingerprint of its weights does not cover.
-        start_settings["prompt"]["rendered"] = rendered.model_dump(mode="json")
-    settings = {"variant": variant, "model": start_settings, "train": config.decisive()}
+    decisive = model.decisive(start.model.settings.prompt.rendered)
+    settings = {"variant": variant, "model": decisive, "train": config.decisive()}
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:

@@ -216,6 +216,16 @@ def test_an_encoder_decoder_keeps_its_prompt_labels_and_settings() -> None:
     assert decisive == {"pooling": None, "score_scale": 1.0, "num_docs": 5, "prompt": old}
 
 
+def test_a_changed_chat_template_trains_again() -> None:
+    config = ModelConfig(question_encoder="a", generator="b", prompt=CHAT_SETTINGS[0])
+    tokenizer, keys = chat_tokenizer("chatml"), []
+    for answerer in ("assistant", "assistant", "helper"):
+        tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", f"{answerer}\n")
+        keys.append(config.decisive(rendered_chat(tokenizer, config.prompt).rendered))
+    assert keys[0] == keys[1] != keys[2]
+    assert config.decisive()["prompt"]["template"] == "chat"
+
+
 # What ends an answer, and what is saved
 
 
