@@ -15,7 +15,6 @@ import torch
 from rag_core.corpus.passages import Passage
 from rag_core.model.reader import GeneratorReader
 from rag_core.reading.contexts import answer_labels, assemble_contexts
-from rag_core.reading.generation_tokens import GenerationTokens
 
 SAMPLE_QUESTION, SAMPLE_ANSWER = "Which country is Lyon in?", "France"
 SAMPLE_PASSAGE = Passage("sample", "Lyon", "Lyon is a city in France, where the Rhone and the Saone meet.")
@@ -54,7 +53,7 @@ def context_sample(reader: GeneratorReader, question: str, passage: Passage, ans
         tokens=len(ids),
         is_cut=contexts.cut > 0,
         answer=_pieces(tokenizer, labels[0].tolist()),
-        ends=tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in GenerationTokens.of(reader.generator).ends),
+        ends=tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in reader.ends),
     )
 
 

@@ -92,8 +92,8 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read, and `end` is the
-    token that ends an answer.
+    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read. `end` is the token
+    that answers are trained to end with, one of `ends`, which end them in decoding.
 
     The prompt is rendered for the generator (`rendering.py`), and default lengths are lowered to its positions. The
     token that ends a chat's answers becomes an end token of the generator.
@@ -114,7 +114,7 @@ class GeneratorReader:
         # Training must end answers with a token that ends them in decoding: the generator's, if the two differ.
         ends = GenerationTokens.of(generator).ends
         own_end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-        self.end = own_end if chat_end is None else chat_end
+        self.ends, self.end = ends, own_end if chat_end is None else chat_end
 
     @property
     def device(self) -> torch.device:
