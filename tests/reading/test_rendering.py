@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from rag_core.questions.questions import Question
 from rag_core.reading.contexts import answer_labels, assemble_contexts, check_questions
 from rag_core.reading.prompt import CHAT_USER, PromptConfig, RenderedPrompt
 from rag_core.reading.rendering import end_of_answers, rendered_chat, rendered_for
-from tests.support.models.chat_tokenizers import CHAT_TEMPLATES, ENDS, byte_level, chat_tokenizer
+from tests.support.models.chat_tokenizers import CHAT_TEMPLATES, ENDS, byte_level, chat_tokenizer, metaspace
 from tests.support.models.tiny_models import tiny_bart
 
 CPU = torch.device("cpu")
@@ -167,7 +169,9 @@ def test_a_question_is_counted_with_the_frame_of_its_chat() -> None:
 # Texts that a decoder-only model continues
 
 
-@pytest.mark.parametrize("family", [{}, {"bos_token": "<s>"}], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "make", [byte_level, partial(byte_level, bos_token="<s>"), metaspace], ids=["gpt2", "llama3", "llama2"]
+)
 @pytest.mark.parametrize(
     ("template", "between"),
     [
@@ -179,9 +183,9 @@ def test_a_question_is_counted_with_the_frame_of_its_chat() -> None:
     ],
 )
 def test_the_answer_of_a_decoder_only_model_is_what_continues_the_text(
-    family: dict[str, str], template: str, between: str
+    make: Callable[..., PreTrainedTokenizerFast], template: str, between: str
 ) -> None:
-    tokenizer = byte_level(eos_token="</s>", **family)
+    tokenizer = make(eos_token="</s>")
     prompt = rendered_for(_llama(len(tokenizer)), tokenizer, PromptConfig(template=template))
     passage = Passage("1", "Lyon", "Lyon is a city in France.")
     written = PromptConfig(template=template).template.rstrip(" ")
