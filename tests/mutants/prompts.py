@@ -62,7 +62,11 @@ PROMPTS = (
     ),
     Mutant("no space between text and answer", RENDERING, 'spaces = " "', 'spaces = ""', CHATS),
     Mutant(
-        "answers tokenised without their context", CONTEXTS, "after_last_field(rendered.context) or", "False or", CHATS
+        "answers tokenised without their context",
+        CONTEXTS,
+        'before = "" if rendered is None else after_last_field(rendered.context) or ":"',
+        'before = ""',
+        CHATS,
     ),
     Mutant(
         "an end token before a decoder-only model's answer",
