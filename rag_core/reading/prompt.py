@@ -7,8 +7,10 @@ its own: a chat, or the text that a decoder-only model continues. It is saved wi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from pydantic import (
@@ -133,18 +135,20 @@ class Filled:
         """Where the passage's text ends."""
         return self.spans["{text}"][1]
 
-    def with_space_at(self, place: int) -> Filled:
-        """Insert a space before the character at `place`."""
-        spans = {
-            name: (start + (start >= place), end + (end > place or start >= place))
-            for name, (start, end) in self.spans.items()
-        }
-        return Filled(f"{self.text[:place]} {self.text[place:]}", spans)
+    def with_spaces_at(self, places: Sequence[int]) -> Filled:
+        """Insert a space before the character at each place; the places are in order."""
+        ends = [0, *places, len(self.text)]
+        text = " ".join(self.text[first:last] for first, last in pairwise(ends))
+        spans = {}
+        for name, (start, end) in self.spans.items():
+            before = bisect_right(places, start)
+            spans[name] = (start + before, end + max(before, bisect_left(places, end)))
+        return Filled(text, spans)
 
-    def blanked(self, first: int, last: int) -> Filled:
-        """Replace the characters of fields in [first, last) by spaces."""
+    def blanked(self, places: Iterable[int]) -> Filled:
+        """Replace the characters at some places by spaces."""
         characters = list(self.text)
-        for place in self.in_fields(first, last):
+        for place in places:
             characters[place] = " "
         return Filled("".join(characters), self.spans)
 

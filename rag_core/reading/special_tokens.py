@@ -65,13 +65,16 @@ class SpecialTokens:
             places = self._places(filled, encode)
             if not places:
                 return filled
-            for first, last in reversed(places):
-                text = filled.text[first:last]
-                first, last = last - len(text.lstrip()), first + len(text.rstrip())
-                if attempt < _ROUNDS_OF_SPACES and last - first > 1:
-                    filled = filled.with_space_at(max(first + 1, filled.in_fields(first, last)[0]))
+            spaces: list[int] = []
+            blanks: list[int] = []
+            for first, last in places:
+                own = filled.in_fields(first, last)
+                start = last - len(filled.text[first:last].lstrip())
+                if attempt < _ROUNDS_OF_SPACES and len(filled.text[first:last].strip()) > 1:
+                    spaces.append(max(start + 1, own[0]))
                 else:
-                    filled = filled.blanked(first, last)
+                    blanks += own
+            filled = filled.blanked(blanks).with_spaces_at(spaces)
         raise AssertionError("unreachable: blanking leaves fewer characters each time")
 
     def _places(self, filled: Filled, encode: Encode) -> list[tuple[int, int]]:
