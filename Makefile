@@ -22,7 +22,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_USAGE_STATS_REPORT_URL ?= http://127.0.0.1:9/
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-again bench bench-smoke chaos chaos-smoke mutants lint format lock mlflow prefect clean
+.PHONY: help setup demo test test-fast test-again bench bench-smoke peers chaos chaos-smoke mutants lint format lock mlflow prefect clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,16 @@ bench-smoke: setup $(VENV)/autofaiss ## run every benchmark once at a tiny size;
 $(VENV)/autofaiss: benchmarks/autofaiss.txt | $(STAMP)
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/autofaiss.txt
+	@touch $@
+
+peers: setup $(VENV)/peers ## what DALM, FedRAG, FlashRAG and Hugging Face RAG compute on one example, beside ours (docs/peers.md)
+	@$(BIN)/python -W ignore -m benchmarks.peers.one_example
+
+# These peers need older packages than ours, and few of those that they list.
+$(VENV)/peers: benchmarks/peers/requirements.txt | $(STAMP)
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers/requirements.txt $(PIP_EXTRA)
+	$@/bin/python -m pip install --quiet --disable-pip-version-check --no-deps indomain==0.0.5 fed-rag==0.0.27 flashrag-dev==0.1.2
 	@touch $@
 
 mutants: setup ## put deliberate faults into copies of the code and check that the tests catch them (about 8 minutes)

@@ -14,12 +14,13 @@ from flows.config import PipelineConfig
 from rag_core.corpus.corpus import Corpus
 from rag_core.embeddings.embeddings import load_document_encoder
 from rag_core.embeddings.text_encoder import TextEncoder
+from rag_core.generators.kinds import as_generator
+from rag_core.generators.limits import refuse_long_search
 from rag_core.model.rag_model import load_question_encoder
 from rag_core.model.reader import GeneratorReader, load_generator
 from rag_core.pretrained.model_source import recorded_source
 from rag_core.questions.questions import Question, read_question_file
 from rag_core.reading.contexts import check_questions
-from rag_core.reading.generator_limits import refuse_long_search
 from rag_core.training.pretraining import build_generator
 from rag_core.verification.preflight import (
     NO_CHOICE,
@@ -152,7 +153,8 @@ def _generator(config: PipelineConfig, questions: dict[str, list[Question]], pro
     with problems.of("model.prompt"):
         reader = GeneratorReader(generator, tokenizer, model.prompt)
     with problems.of("infer.decoding"):
-        refuse_long_search(generator, config.infer.decoding.max_new_tokens)
+        context = reader.prompt.max_context_tokens if reader else 1
+        refuse_long_search(as_generator(generator), config.infer.decoding.max_new_tokens, context_tokens=context)
     for split in questions if reader else ():
         with problems.of(f"questions.{split}"):
             file = getattr(config.questions, split)

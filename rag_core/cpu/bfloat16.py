@@ -6,7 +6,7 @@ attention stays faster in float32, and for long texts, whose scores do not fit i
 replaced in every model that uses Transformers' `ALL_ATTENTION_FUNCTIONS`; other models keep theirs. LayerNorm computes
 in float32 and returns bf16, so nothing is converted between products.
 
-Shapes: B texts, H heads, S tokens, F features of a head.
+Shapes: B texts, H heads, h heads of keys, S tokens, Q queries of a key head, F features of a head.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention for Transformers' interface: returns states (B, S, H, F), and None for the attention weights.
 
+    Keys may have fewer heads than queries; their number then divides that of the queries' (grouped-query attention).
     Falls back to PyTorch's fused attention if the dtype is not bfloat16, if there are more than `MOST_TOKENS` keys,
     or with a position bias.
     """
+    if torch.is_autocast_enabled("cpu"):
+        # Rotary positions make queries and keys float32 again; autocast would make every product bf16, too.
+        query_BHSF, key_BHSF, value_BHSF = query_BHSF.bfloat16(), key_BHSF.bfloat16(), value_BHSF.bfloat16()
     if (
         query_BHSF.dtype != torch.bfloat16
         or key_BHSF.shape[2] > MOST_TOKENS
@@ -88,11 +92,16 @@ def attention(
         return sdpa_attention_forward(module, query_BHSF, key_BHSF, value_BHSF, mask, **options)
     # Scale the queries instead of the scores: there are far fewer.
     scaled_BHSF = query_BHSF * (query_BHSF.shape[3] ** -0.5 if scaling is None else scaling)
-    scores_BHSS = scaled_BHSF @ key_BHSF.transpose(2, 3)
+    B, H, S, F = query_BHSF.shape
+    heads = key_BHSF.shape[1]
+    # Query heads that share a key head are folded into the query's length.
+    scores_BhQS = scaled_BHSF.reshape(B, heads, -1, F) @ key_BHSF.transpose(2, 3)
+    scores_BHSS = scores_BhQS.view(B, H, S, -1)
     if attention_mask is not None:
         scores_BHSS += attention_mask
     weights_BHSS = torch.dropout(scores_BHSS.softmax(-1), dropout, train=dropout > 0)
-    return (weights_BHSS.to(value_BHSF.dtype) @ value_BHSF).transpose(1, 2), None
+    read_BhQF = weights_BHSS.to(value_BHSF.dtype).view(B, heads, H // heads * S, -1) @ value_BHSF
+    return read_BhQF.view(B, H, S, -1).transpose(1, 2), None
 
 
 def additive_mask(*arguments: Any, **options: Any) -> torch.Tensor | None:

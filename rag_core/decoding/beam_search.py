@@ -33,8 +33,8 @@ from torch import Tensor
 
 from rag_core.decoding.beams import Beams, BeamSettings
 from rag_core.decoding.mixture import best_of, next_log_probs
-from rag_core.decoding.passage_decoder import PassageDecoder
 from rag_core.errors import NotFiniteError
+from rag_core.generators.generator import PassageDecoder
 
 
 def beam_search(

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rag_core.errors import ConfigError
-from rag_core.reading.generator_limits import refuse_long_search
-from rag_core.reading.likelihood import check_contexts, check_encoder_decoder
+from rag_core.generators.kinds import as_generator
+from rag_core.generators.limits import refuse_long_search
+from rag_core.reading.likelihood import check_contexts
 
 EarlyStopping = bool | Literal["never"]
 
@@ -64,11 +65,10 @@ def check_decoding(
     """Refuse settings and inputs that cannot be decoded.
 
     Raises:
-        ConfigError: a setting is out of range, the generator is not an encoder-decoder, or it has no positions for
-            max_new_tokens.
+        ConfigError: a setting is out of range, the generator writes no text, or it has no positions for max_new_tokens.
         ValueError: shapes do not fit, scores are NaN or +inf, or a question has no passage (all scores −inf).
     """
-    check_encoder_decoder(generator)
+    as_generator(generator)
     for name, value in (
         ("num_beams", settings.num_beams),
         ("max_new_tokens", settings.max_new_tokens),
@@ -81,9 +81,10 @@ def check_decoding(
             f"num_return_sequences is {num_return_sequences} and num_beams {settings.num_beams}: a beam cannot return "
             "more answers than it holds. Raise num_beams or ask for fewer answers."
         )
-    refuse_long_search(generator, settings.max_new_tokens)
     if not isinstance(settings.early_stopping, bool) and settings.early_stopping != "never":
         raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
+    longest = int(attention_mask_BKS.sum(dim=2).amax())
+    refuse_long_search(as_generator(generator), settings.max_new_tokens, context_tokens=longest)
     if not doc_scores_BK.amax(dim=1).isfinite().all():
         raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rag_core.decoding.passage_decoder import PassageDecoder
+from rag_core.generators.generator import PassageDecoder
 
 # Most logits of a step: 128 MB in float32.
 _CHUNK_LOGITS = 1 << 25

@@ -15,9 +15,10 @@ from rag_core.decoding.beam_search import beam_search
 from rag_core.decoding.beams import Beams, BeamSettings, EarlyStopping, check_decoding
 from rag_core.decoding.candidate_scoring import CandidateScores, score_candidates
 from rag_core.decoding.hypothesis import Hypothesis
-from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
 from rag_core.errors import ConfigError
-from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.generators.decoding_mode import decoding_mode
+from rag_core.generators.generation_tokens import GenerationTokens
+from rag_core.generators.kinds import as_generator
 from rag_core.reading.likelihood import doc_log_probs, marginalize
 
 Mode = Literal["thorough", "fast"]
@@ -40,8 +41,9 @@ def decode_rag_sequence(
     """Answers that the passages' beams find, ranked by p(a|q) = Σ_z p(z|q) Π_t p(a_t | q, z, a_<t), best first.
 
     Args:
-        generator: a transformers encoder-decoder model; decoded in evaluation mode, left in the mode it was in.
-        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        generator: a transformers encoder-decoder or causal language model; decoded in evaluation mode, left in the
+            mode it was in.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded on either side.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax; −inf marks an absent passage.
         num_beams, max_new_tokens, length_penalty, early_stopping: the beam of each (question, passage), as in
@@ -55,8 +57,8 @@ def decode_rag_sequence(
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (K,).
 
     Raises:
-        ConfigError: the mode is unknown, a setting is out of range, or the generator is not an encoder-decoder or lacks
-            a special token.
+        ConfigError: the mode is unknown, a setting is out of range, or the generator writes no text or lacks a
+            special token.
         ValueError: shapes do not fit, or a question has no finite document score.
 
     Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Sequence", Thorough and Fast Decoding.
@@ -68,7 +70,7 @@ def decode_rag_sequence(
     B, K = doc_scores_BK.shape
     with decoding_mode(generator):
         contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
-        decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
+        decoder = as_generator(generator).passage_decoder(*contexts, use_cache=use_cache)
         # Search each (question, passage) pair as a question with one passage of weight 1.
         beams = beam_search(decoder, torch.zeros(B * K, 1, device=doc_scores_BK.device), settings)
         log_docs_BK = doc_log_probs(doc_scores_BK.double()).cpu().numpy()

@@ -12,8 +12,9 @@ from torch import Tensor
 from rag_core.decoding.beam_search import beam_search
 from rag_core.decoding.beams import Beams, BeamSettings, EarlyStopping, check_decoding
 from rag_core.decoding.hypothesis import Hypothesis
-from rag_core.decoding.passage_decoder import PassageDecoder, decoding_mode
-from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.generators.decoding_mode import decoding_mode
+from rag_core.generators.generation_tokens import GenerationTokens
+from rag_core.generators.kinds import as_generator
 from rag_core.reading.likelihood import doc_log_probs
 
 
@@ -33,8 +34,9 @@ def decode_rag_token(
     """Answers that beam search finds under p(a|q) = Π_t Σ_z p(z|q) p(a_t | q, z, a_<t), best first.
 
     Args:
-        generator: a transformers encoder-decoder model; decoded in evaluation mode, left in the mode it was in.
-        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        generator: a transformers encoder-decoder or causal language model; decoded in evaluation mode, left in the
+            mode it was in.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded on either side.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax; −inf marks an absent passage.
         num_beams, max_new_tokens, length_penalty, early_stopping: as in `BeamSettings`.
@@ -45,7 +47,7 @@ def decode_rag_token(
         For each question its distinct answers; `Hypothesis.doc_log_posterior` has the shape (T, K).
 
     Raises:
-        ConfigError: a setting is out of range, or the generator is not an encoder-decoder or lacks a special token.
+        ConfigError: a setting is out of range, or the generator writes no text or lacks a special token.
         ValueError: shapes do not fit, or a question has no finite document score.
 
     Source: Lewis et al. 2020 (arXiv 2005.11401), section 2.5, "RAG-Token".
@@ -54,7 +56,7 @@ def decode_rag_token(
     check_decoding(generator, input_ids_BKS, attention_mask_BKS, doc_scores_BK, settings, num_return_sequences)
     with decoding_mode(generator):
         contexts = input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1)
-        decoder = PassageDecoder(generator, *contexts, use_cache=use_cache)
+        decoder = as_generator(generator).passage_decoder(*contexts, use_cache=use_cache)
         # Several end tokens may end the same answer, so distinct answers may need that many times more sequences.
         wanted = num_return_sequences * len(decoder.tokens.ends)
         beams = beam_search(decoder, doc_log_probs(doc_scores_BK), settings, wanted)

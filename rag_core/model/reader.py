@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rag_core.corpus.passages import Passage
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
-from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.embeddings.text_encoder import Precision, autocast
-from rag_core.errors import ConfigError
+from rag_core.generators.decoding_mode import decoding_mode
+from rag_core.generators.kinds import as_generator, check_generates
+from rag_core.generators.limits import refuse_long_search
 from rag_core.model.surface import SurfaceReader
 from rag_core.pretrained.model_source import (
     load_config,
@@ -34,8 +35,7 @@ from rag_core.pretrained.model_source import (
     resolve_model_source,
 )
 from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts
-from rag_core.reading.generation_tokens import GenerationTokens
-from rag_core.reading.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
+from rag_core.reading.generator_limits import fitting_prompt, pad_with_an_end, refuse_tokenizer
 from rag_core.reading.likelihood import Variant, rag_nll
 from rag_core.reading.prompt import PromptConfig
 from rag_core.reading.rendering import end_of_answers, rendered_for
@@ -112,7 +112,7 @@ class GeneratorReader:
         self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
         # Training must end answers with a token that ends them in decoding: the generator's, if the two differ.
-        ends = GenerationTokens.of(generator).ends
+        ends = as_generator(generator).tokens.ends
         own_end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
         self.ends, self.end = ends, own_end if chat_end is None else chat_end
 
@@ -137,7 +137,8 @@ class GeneratorReader:
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
         """Raise ConfigError if the generator has too few positions for the longest answers that `decoding` allows."""
-        refuse_long_search(self.generator, decoding.max_new_tokens)
+        context = self.prompt.max_context_tokens
+        refuse_long_search(as_generator(self.generator), decoding.max_new_tokens, context_tokens=context)
 
     @contextlib.contextmanager
     def many_batches(self, decoding: DecodingConfig) -> Iterator[None]:
@@ -222,22 +223,23 @@ class GeneratorReader:
 
 
 def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """Load a seq2seq model (float32, eval mode) and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
+    """Load a generator (float32, eval mode) and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
 
     Raises:
-        ConfigError: the model cannot be read, is not an encoder-decoder, or its tokenizer belongs to another model.
+        ConfigError: the model cannot be read, writes no text, or its tokenizer belongs to another model.
+
+    Warns:
+        ModelNotice: the tokenizer has no padding token, so the end token pads.
     """
     source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    if not config.is_encoder_decoder:
-        raise ConfigError(
-            f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
-            "BART, T5 or the one that `rag pretrain` makes."
-        )
+    check_generates(config, str(name_or_folder))
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    load = AutoModelForSeq2SeqLM.from_pretrained
+    load = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_pretrained
     model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
     tokenizer = load_tokenizer(source, **trust)
+    if not config.is_encoder_decoder:
+        pad_with_an_end(tokenizer, str(name_or_folder))
     refuse_tokenizer(model, tokenizer, str(name_or_folder))
     return without_unused_pooler(model).eval(), tokenizer
 

@@ -22,8 +22,8 @@ from rag_core.corpus.formats.rows import excerpt
 from rag_core.corpus.passages import NO_PASSAGE, Passage
 from rag_core.embeddings.text_encoder import pad_ids
 from rag_core.errors import ConfigError, InputError
+from rag_core.generators.token_log_probs import IGNORE_INDEX
 from rag_core.questions.questions import Question
-from rag_core.reading.likelihood import IGNORE_INDEX
 from rag_core.reading.prompt import Filled, PromptConfig, RenderedPrompt, after_last_field, fields_of
 from rag_core.reading.rendering import rendered_chat
 from rag_core.reading.special_tokens import SpecialTokens, end_token_id

@@ -21,28 +21,17 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
-from rag_core.cpu.bfloat16 import matmul_attention
-from rag_core.cpu.packed_linears import folded_logits_bias, trainable_linears
 from rag_core.errors import ConfigError
-from rag_core.reading.context_encoder import encode_contexts
-from rag_core.reading.generation_tokens import GenerationTokens
-from rag_core.reading.generator_limits import refuse_long_answers
+from rag_core.generators.kinds import as_generator
+from rag_core.generators.limits import refuse_long_answers
+from rag_core.generators.token_log_probs import IGNORE_INDEX, at_least_float32, token_log_probs
 
 Variant = Literal["sequence", "token"]
-
-# The label of ignored positions: they add nothing to the loss.
-IGNORE_INDEX = -100
-
-# Logits per chunk, in elements: the float32 temporaries of half-precision logits stay within 4 MB.
-_CHUNK_ELEMENTS = 1 << 20
 
 # Lower bound of a token's log-probability in a loss, in nats. Without it, logits near the end of their type's range
 # give −inf, and a gradient of NaN. Sums of this bound stay finite in float32; logits within ±10²⁹ do not reach it.
@@ -95,12 +84,13 @@ def rag_nll(
 ) -> Tensor:
     """−log p(a|q) of answers, with one forward pass of the generator over all (question, passage) pairs.
 
-    Contexts are encoded in groups of similar length. Logits are computed only at positions that have a label.
+    Contexts are read in groups of similar length. Logits are computed only at positions that have a label.
 
     Args:
-        generator: a transformers encoder-decoder model. The decoder reads the generator's prompt (the start token, and
-            a forced first token if its generation config has one) and the labels; see `GenerationTokens`.
-        input_ids_BKS: int64 token ids of the contexts (question and passage), padded.
+        generator: a transformers encoder-decoder model or causal language model. An encoder-decoder's decoder reads
+            the generator's prompt (the start token, and a forced first token if its generation config has one) and the
+            labels; see `GenerationTokens`. A causal language model reads the labels behind the context.
+        input_ids_BKS: int64 token ids of the contexts (question and passage), padded on either side.
         attention_mask_BKS: 1 for real tokens, 0 for padding; at least one real token in each context.
         doc_scores_BK: the retriever's scores before the softmax. −inf marks an absent passage.
         labels_BT: int64 token ids of the answers, end token included, no start token, padded with −100.
@@ -110,22 +100,22 @@ def rag_nll(
         nll_B in nats, summed over tokens, float32 (float64 for a float64 generator).
 
     Raises:
-        ConfigError: the variant is unknown, the generator is not an encoder-decoder, or contexts or answers are longer
-            than its positions.
+        ConfigError: the variant is unknown, the generator writes no text, or contexts or answers are longer than its
+            positions.
         ValueError: the shapes do not fit each other.
 
     Source: Lewis et al. 2020, section 2.1.
     """
     _check_variant(variant)
-    check_encoder_decoder(generator)
+    read = as_generator(generator)
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
     B, K = doc_scores_BK.shape
     if labels_BT.dim() != 2 or labels_BT.shape[0] != B:
         raise ValueError(f"labels must have the shape (B={B}, T); found {tuple(labels_BT.shape)}")
-    refuse_long_answers(generator, labels_BT.shape[1])
+    refuse_long_answers(read, labels_BT.shape[1])
     labels_NT = labels_BT.repeat_interleave(K, dim=0)
-    log_probs_NT, logits_dtype = _answer_log_probs(
-        generator, input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1), labels_NT
+    log_probs_NT, logits_dtype = read.answer_log_probs(
+        input_ids_BKS.flatten(0, 1), attention_mask_BKS.flatten(0, 1), labels_NT
     )
     log_probs_BKT = log_probs_NT.unflatten(0, (B, K))
     return _marginal_nll(log_probs_BKT, doc_scores_BK, labels_BT == IGNORE_INDEX, variant, logits_dtype)
@@ -133,7 +123,7 @@ def rag_nll(
 
 def doc_log_probs(doc_scores_BK: Tensor) -> Tensor:
     """log p(z|q) of shape (B, K): log-softmax of the retriever's scores, in float32 at least."""
-    return torch.log_softmax(_at_least_float32(doc_scores_BK), dim=1)
+    return torch.log_softmax(at_least_float32(doc_scores_BK), dim=1)
 
 
 def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
@@ -152,31 +142,6 @@ def marginalize(log_probs_BK: Tensor, log_weights_BK: Tensor) -> Tensor:
     joint_BK = log_probs_BK + log_weights_BK.reshape(log_weights_BK.shape + (1,) * missing)
     # With one passage there is nothing to sum. This saves RAG-Sequence's beam search four passes over the vocabulary.
     return joint_BK.squeeze(1) if joint_BK.shape[1] == 1 else joint_BK.logsumexp(dim=1)
-
-
-def token_log_probs(logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
-    """log p(label) = logit − logsumexp(logits) at each position, differentiable once in the logits.
-
-    Exact to the relative precision of the logits' type, even for large logits and for a label whose p is nearly 1.
-
-    Args:
-        logits_RTV: floating point, shape (..., V); half precision is accumulated in float32.
-        labels_RT: int64, shape (...), each in [0, V).
-
-    Returns:
-        Shape (...), float64.
-    """
-    log_probs: Tensor = _TokenLogProbs.apply(logits_RTV, labels_RT)
-    return log_probs
-
-
-def check_encoder_decoder(generator: Any) -> None:
-    """Raise `ConfigError` unless `generator` is an encoder-decoder model."""
-    if not getattr(generator.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"The generator is a {type(generator).__name__}, which is not an encoder-decoder "
-            "(config.is_encoder_decoder is not set). Take a model such as BART, T5 or EncoderDecoderModel."
-        )
 
 
 def check_contexts(input_ids_BKS: Tensor, attention_mask_BKS: Tensor, doc_scores_BK: Tensor) -> None:
@@ -232,99 +197,3 @@ def _marginal_nll(
         log_likelihood_B = marginalize(log_probs_BKT, log_docs_BK).masked_fill(ignored_BT, 0.0).sum(dim=1)
     inputs_dtype = torch.promote_types(logits_dtype, doc_scores_BK.dtype)
     return -log_likelihood_B.to(torch.promote_types(inputs_dtype, torch.float32))
-
-
-def _answer_log_probs(
-    generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor, labels_NT: Tensor
-) -> tuple[Tensor, torch.dtype]:
-    """log p(label) of each context's answer, (N, T) float64, 0 where a label is ignored; and the logits' type."""
-    decoder_input_ids = GenerationTokens.of(generator).decoder_input_ids(labels_NT)
-    labelled_NT = labels_NT != IGNORE_INDEX
-    # Of the prompt's positions, only the last one predicts a label.
-    needed_NT = torch.nn.functional.pad(labelled_NT, (decoder_input_ids.shape[1] - labels_NT.shape[1], 0))
-    with folded_logits_bias(generator), trainable_linears(generator), _projected_only_at(generator, needed_NT):
-        states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
-        in_bf16 = states_NSD.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        with matmul_attention(generator.get_decoder()) if in_bf16 else nullcontext():
-            logits_MV = generator(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states_NSD),
-                attention_mask=attention_mask_NS,
-                decoder_input_ids=decoder_input_ids,
-                use_cache=False,
-            ).logits
-    log_probs_M = token_log_probs(logits_MV, labels_NT[labelled_NT])
-    log_probs_NT = log_probs_M.new_zeros(labels_NT.shape).masked_scatter(labelled_NT, log_probs_M)
-    return log_probs_NT, logits_MV.dtype
-
-
-@contextmanager
-def _projected_only_at(generator: Any, needed_NT: Tensor) -> Iterator[None]:
-    """Inside, the generator's head projects the needed positions only: its logits have the shape (M, V)."""
-
-    def select(head: Any, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (hidden[0][needed_NT], *hidden[1:])
-
-    hook = generator.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log-softmax at the label, in chunks of positions; the gradient onehot − softmax goes into one buffer.
-
-    Autograd's own version keeps a float32 copy of half-precision logits, and makes three more tensors of that size in
-    the backward pass. With m the greatest logit, rest = Σ_{v ≠ label} exp(x_v − m) and
-    total = rest + exp(x_label − m):
-
-        log p = (x_label − m) − log(total)
-        d log p / d x_v = rest / total at the label, −exp(x_v − m) / total elsewhere
-
-    `rest` is summed without the label, because 1 − p has no correct digit left where p is nearly 1. m is not added to
-    log(total), because that sum rounds the logarithm away where logits are large.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_RTV: Tensor, labels_RT: Tensor) -> Tensor:
-        V = logits_RTV.shape[-1]
-        logits_NV, labels_N1 = logits_RTV.reshape(-1, V), labels_RT.reshape(-1, 1)
-        rows = max(1, _CHUNK_ELEMENTS // V)
-        top_N1 = logits_NV.amax(dim=1, keepdim=True)
-        rest_N1 = torch.cat(
-            [
-                _exp_from(logits, top).scatter_(1, labels, 0.0).sum(dim=1, keepdim=True)
-                for logits, top, labels in zip(
-                    logits_NV.split(rows), top_N1.split(rows), labels_N1.split(rows), strict=True
-                )
-            ]
-        ).double()
-        gap_N1 = logits_NV.gather(1, labels_N1).double() - top_N1.double()
-        ctx.save_for_backward(logits_NV, labels_N1, top_N1, rest_N1, rest_N1 + gap_N1.exp())
-        ctx.shape = logits_RTV.shape
-        # log(total), written so that it is exact where the label has the greatest logit: gap = 0, total = 1 + rest.
-        return (gap_N1 - (rest_N1 + gap_N1.expm1()).log1p()).view(logits_RTV.shape[:-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        logits_NV, labels_N1, top_N1, rest_N1, total_N1 = ctx.saved_tensors
-        weight_N1 = grad_outputs[0].reshape(-1, 1) / total_N1
-        at_label_N1 = weight_N1 * rest_N1
-        grad_NV = torch.empty_like(logits_NV)
-        rows = max(1, _CHUNK_ELEMENTS // logits_NV.shape[1])
-        for start in range(0, len(labels_N1), rows):
-            part = slice(start, start + rows)
-            chunk_NV = _exp_from(logits_NV[part], top_N1[part])
-            chunk_NV.mul_(-weight_N1[part].to(chunk_NV.dtype))
-            grad_NV[part] = chunk_NV.scatter_(1, labels_N1[part], at_label_N1[part].to(chunk_NV.dtype))
-        return grad_NV.view(ctx.shape), None
-
-
-def _exp_from(logits_NV: Tensor, top_N1: Tensor) -> Tensor:
-    """exp(logits − top), at least float32, in a new buffer."""
-    return (_at_least_float32(logits_NV) - top_N1).exp_()

@@ -297,11 +297,11 @@ def test_a_configuration_that_is_no_yaml_is_refused(rag: Rag, tmp_path: Path) ->
     assert is_one_paragraph(error, config, "YAML")
 
 
-def test_a_decoder_only_generator_is_refused(rag: Rag, parts: Parts, tmp_path: Path) -> None:
+def test_an_encoder_is_refused_as_generator(rag: Rag, parts: Parts, tmp_path: Path) -> None:
     arguments = [*train_arguments(parts, tmp_path / "out"), "--generator", parts.encoder]
     code, error = rag(*arguments)
     assert code == 2
-    assert is_one_paragraph(error, parts.encoder, "seq2seq")
+    assert is_one_paragraph(error, parts.encoder, "is an encoder")
 
 
 def test_every_command_explains_itself() -> None:

@@ -11,8 +11,12 @@ from torch import nn
 from transformers import MPNetConfig, MPNetModel, RobertaConfig, RobertaModel
 
 from rag_core.cpu.bfloat16 import MOST_TOKENS, additive_mask, attention, cpu_bfloat16
+from rag_core.decoding import decode_rag_token
 from rag_core.embeddings.text_encoder import PACK_FROM, TextEncoder
+from rag_core.reading.likelihood import rag_nll
 from tests.conftest import MINILM
+from tests.support.models.tiny_causal import END, tiny_causal
+from tests.support.models.tiny_models import random_contexts
 
 LENGTHS = (7, 3, 1)
 TEXTS = [f"Zürich, no. {number}, lies on the Limmat. " * (1 + number % 9) for number in range(60)]
@@ -48,6 +52,43 @@ def test_attention_equals_a_float64_computation(tokens: int, masked: bool) -> No
     assert weights is None
     # Probabilities and sums are rounded to 8 bits.
     torch.testing.assert_close(output.double(), _reference(*states, lengths), rtol=0, atol=0.03)
+
+
+def test_query_heads_that_share_a_key_head_read_that_one() -> None:
+    g = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 6, 7, 4, generator=g).bfloat16()
+    key, value = (torch.randn(3, 2, 7, 4, generator=g).bfloat16() for _ in range(2))
+    module: Any = nn.Module()
+    module.is_causal, module.num_key_value_groups = False, 3
+    output, _ = attention(module, query, key, value, None)
+    expected = _reference(query, key.repeat_interleave(3, dim=1), value.repeat_interleave(3, dim=1), (7, 7, 7))
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_a_language_models_likelihood_and_answers_in_bfloat16_are_near_those_in_float32(family: str) -> None:
+    model = tiny_causal(family, vocab_size=30, dtype=torch.float32)
+    contexts = random_contexts(B=6, K=2, S=20, seed=0, vocab_size=30, dtype=torch.float32)
+    labels_BT = torch.randint(3, 30, (6, 4), generator=torch.Generator().manual_seed(0))
+    search = {"num_beams": 3, "max_new_tokens": 5}
+    expected_B = rag_nll(model, *contexts, labels_BT, variant="token")
+    expected = [best for (best,) in decode_rag_token(model, *contexts, **search)]
+    with torch.autocast("cpu", torch.bfloat16):
+        nll_B = rag_nll(model, *contexts, labels_BT, variant="token")
+        nll_B.sum().backward()
+        found = [best for (best,) in decode_rag_token(model, *contexts, **search)]
+        scored = [score(model, contexts, b, best) for b, best in enumerate(found)]
+    # Logits of these models have a spread of about 2.5, and bf16 has 8 bits.
+    torch.testing.assert_close(nll_B, expected_B, rtol=0.05, atol=0.2)
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+    assert sum(f.token_ids == e.token_ids for f, e in zip(found, expected, strict=True)) >= 3
+    assert [best.log_prob for best in found] == pytest.approx(scored, abs=0.15)
+
+
+def score(model: Any, contexts: Any, b: int, best: Any) -> float:
+    """log p of an answer by the likelihood."""
+    labels_1T = torch.tensor([best.token_ids + [END] * best.ended])
+    return -rag_nll(model, *(part[b : b + 1] for part in contexts), labels_1T, variant="token").item()
 
 
 def test_the_model_gets_its_own_attention_back() -> None:

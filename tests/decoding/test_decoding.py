@@ -365,8 +365,8 @@ def test_settings_out_of_range_are_refused(variant: str, settings: dict[str, Any
 def test_unusable_models_and_inputs_are_refused(variant: str) -> None:
     decode, settings = DECODE[variant], {"num_beams": 2, "max_new_tokens": 3}
     ids_BKS, mask_BKS, scores_BK = random_contexts(B=1, K=2, S=4, seed=0)
-    with pytest.raises(ConfigError, match="not an encoder-decoder"):
-        decode(tiny_model("bert2bert").decoder, ids_BKS, mask_BKS, scores_BK, **settings)
+    with pytest.raises(ConfigError, match="is an encoder"):
+        decode(tiny_model("bert2bert").encoder, ids_BKS, mask_BKS, scores_BK, **settings)
     with pytest.raises(ValueError, match=r"\(1, 2, 4\), \(1, 2, 3\), \(1, 2\)"):
         decode(tiny_bart(), ids_BKS, mask_BKS[:, :, 1:], scores_BK, **settings)
     for name in ("eos_token_id", "decoder_start_token_id", "pad_token_id"):

@@ -310,7 +310,7 @@ def test_a_folder_that_is_no_rag_model_is_refused(parts: tuple[Path, Path, Passa
 
 
 def test_a_model_without_a_decoder_is_refused_as_generator(parts: tuple[Path, Path, PassageIndex]) -> None:
-    with pytest.raises(ConfigError, match=r"encoder \(bert\) is not an encoder-decoder"):
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\): it reads text"):
         RagModel.from_parts(model_config(parts[0], parts[0]))
 
 

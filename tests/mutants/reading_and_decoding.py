@@ -12,12 +12,16 @@ FAMILIES = "tests/decoding/test_generator_families.py"
 HF = "tests/model/test_hf_equality.py"
 LOSS = "rag_core/reading/likelihood.py"
 SEARCH = "rag_core/decoding/beam_search.py"
-DECODER = "rag_core/decoding/passage_decoder.py"
+DECODER = "rag_core/generators/encoder_decoder/passage_decoder.py"
 SEQUENCE = "rag_core/decoding/sequence.py"
 SCORING = "rag_core/decoding/candidate_scoring.py"
-SHARED = "rag_core/decoding/shared_attention.py"
-GROUPS = "rag_core/reading/context_encoder.py"
-TOKENS = "rag_core/reading/generation_tokens.py"
+SHARED = "rag_core/generators/encoder_decoder/shared_attention.py"
+LABELS = "rag_core/generators/token_log_probs.py"
+ENCODER_DECODER = "rag_core/generators/encoder_decoder/generator.py"
+MODE = "rag_core/generators/decoding_mode.py"
+SLOTS = "rag_core/generators/slots.py"
+GROUPS = "rag_core/generators/encoder_decoder/context_encoder.py"
+TOKENS = "rag_core/generators/generation_tokens.py"
 CONTEXTS = "rag_core/reading/contexts.py"
 ENCODER = "rag_core/embeddings/text_encoder.py"
 
@@ -27,8 +31,8 @@ READING_AND_DECODING = (
     Mutant(
         "sign of the documents' scores",
         LOSS,
-        "return torch.log_softmax(_at_least_float32(doc_scores_BK), dim=1)",
-        "return torch.log_softmax(-_at_least_float32(doc_scores_BK), dim=1)",
+        "return torch.log_softmax(at_least_float32(doc_scores_BK), dim=1)",
+        "return torch.log_softmax(-at_least_float32(doc_scores_BK), dim=1)",
         LIKELIHOOD,
     ),
     Mutant(
@@ -68,30 +72,30 @@ READING_AND_DECODING = (
     ),
     Mutant(
         "sign of the gradient at the label",
-        LOSS,
+        LABELS,
         "at_label_N1 = weight_N1 * rest_N1",
         "at_label_N1 = -weight_N1 * rest_N1",
         LIKELIHOOD,
     ),
-    Mutant("no normaliser in the gradient", LOSS, ".reshape(-1, 1) / total_N1", ".reshape(-1, 1)", LIKELIHOOD),
+    Mutant("no normaliser in the gradient", LABELS, ".reshape(-1, 1) / total_N1", ".reshape(-1, 1)", LIKELIHOOD),
     Mutant(
         "half precision accumulated in half precision",
-        LOSS,
-        "return (_at_least_float32(logits_NV) - top_N1).exp_()",
+        LABELS,
+        "return (at_least_float32(logits_NV) - top_N1).exp_()",
         "return (logits_NV - top_N1).exp_()",
         LIKELIHOOD,
     ),
     Mutant(
         "greatest logit not subtracted",
-        LOSS,
+        LABELS,
         "top_N1 = logits_NV.amax(dim=1, keepdim=True)",
         "top_N1 = torch.zeros_like(logits_NV[:, :1])",
         LIKELIHOOD,
     ),
     Mutant(
         "padding of contexts attended to in the loss",
-        LOSS,
-        "            attention_mask=attention_mask_NS,\n",
+        ENCODER_DECODER,
+        "                    attention_mask=attention_mask_NS,\n",
         "",
         LIKELIHOOD,
     ),
@@ -106,14 +110,14 @@ READING_AND_DECODING = (
     Mutant(
         "forced first token left out",
         TOKENS,
-        "prompt=(start,) if first is None else (start, first)",
-        "prompt=(start,)",
+        "return (start,) if first is None else (start, first)",
+        "return (start,)",
         f"{FAMILIES} {HF}",
     ),
     Mutant(
         "forced first token not counted as generated",
         TOKENS,
-        "return len(self.prompt) - 1",
+        "return max(0, len(self.prompt) - 1)",
         "return 0",
         f"{FAMILIES} {HF}",
     ),
@@ -251,7 +255,7 @@ READING_AND_DECODING = (
         "(keys[: len(contexts_n)], values[: len(contexts_n)])",
         DECODING,
     ),
-    Mutant("dropout on while decoding", DECODER, "    generator.eval()\n", "", DECODING),
+    Mutant("dropout on while decoding", MODE, "    generator.eval()\n", "", DECODING),
     Mutant(
         "without a cache the prompt is left out",
         DECODER,
@@ -270,9 +274,7 @@ READING_AND_DECODING = (
         "[order_N.argsort() * 0]",
         DECODING,
     ),
-    Mutant(
-        "a hypothesis does not see its own token", SHARED, "torch.eye(W, dtype", "torch.zeros(W, W, dtype", DECODING
-    ),
+    Mutant("a hypothesis does not see its own token", SLOTS, "torch.eye(W, dtype", "torch.zeros(W, W, dtype", DECODING),
     Mutant("worst answers first", SEQUENCE, "argsort(descending=True", "argsort(descending=False", DECODING),
     Mutant(
         "documents' probabilities left out of the ranking",

@@ -13,10 +13,12 @@ import torch
 from rag_core.cpu.packed_linears import folded_logits_bias, packed_linears, trainable_linears
 from rag_core.decoding import decode_rag_sequence, decode_rag_token
 from rag_core.decoding.mixture import best_of
-from rag_core.decoding.passage_decoder import PassageDecoder
-from rag_core.decoding.shared_attention import can_share
-from rag_core.reading.context_encoder import encode_contexts, groups_by_width
-from rag_core.reading.likelihood import _answer_log_probs, rag_nll
+from rag_core.generators.encoder_decoder.context_encoder import encode_contexts
+from rag_core.generators.encoder_decoder.passage_decoder import EncoderDecoderPassageDecoder
+from rag_core.generators.encoder_decoder.shared_attention import can_share
+from rag_core.generators.grouping import groups_by_width
+from rag_core.generators.kinds import as_generator
+from rag_core.reading.likelihood import rag_nll
 from tests.support.models.tiny_models import ALL_FAMILIES, random_contexts, tiny_bart, tiny_model
 
 
@@ -64,13 +66,13 @@ def test_fewer_answers_of_rag_token_are_the_first_of_more(length_penalty: float,
 @pytest.mark.parametrize("decode", [decode_rag_sequence, decode_rag_token])
 def test_answers_that_cannot_win_are_not_read_to_their_end(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    usual = PassageDecoder.step
+    usual = EncoderDecoderPassageDecoder.step
 
-    def counted(self: PassageDecoder, tokens_NW: torch.Tensor, parents_NW: torch.Tensor) -> torch.Tensor:
+    def counted(self: EncoderDecoderPassageDecoder, tokens_NW: torch.Tensor, parents_NW: torch.Tensor) -> torch.Tensor:
         rows.append(tokens_NW.numel())
         return usual(self, tokens_NW, parents_NW)
 
-    monkeypatch.setattr(PassageDecoder, "step", counted)
+    monkeypatch.setattr(EncoderDecoderPassageDecoder, "step", counted)
     read = []
     for requested in (1, 4):
         rows.clear()
@@ -106,7 +108,7 @@ def test_groups_hold_every_row_once_widest_first() -> None:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_contexts_encoded_in_groups_equal_contexts_encoded_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rag_core.reading.context_encoder.MIN_GROUP_TOKENS", 1)
+    monkeypatch.setattr("rag_core.generators.grouping.MIN_GROUP_TOKENS", 1)
     model = tiny_model(family, vocab_size=20)
     ids_BKS, mask_BKS, _ = random_contexts(B=3, K=3, S=16, seed=2, vocab_size=20)
     states_NSD = encode_contexts(model, ids_BKS.flatten(0, 1), mask_BKS.flatten(0, 1))
@@ -145,7 +147,8 @@ def test_in_bfloat16_a_token_is_scored_without_seeing_later_ones(family: str) ->
     others_NT[:, 3] = 4
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         one_NT, other_NT = (
-            _answer_log_probs(model, ids_BKS[:, 0], mask_BKS[:, 0], labels)[0] for labels in (labels_NT, others_NT)
+            as_generator(model).answer_log_probs(ids_BKS[:, 0], mask_BKS[:, 0], labels)[0]
+            for labels in (labels_NT, others_NT)
         )
     assert torch.equal(one_NT[:, :3], other_NT[:, :3])
     assert not torch.equal(one_NT[:, 3:], other_NT[:, 3:])

@@ -21,11 +21,12 @@ from transformers import (
 
 from rag_core.decoding import decode_rag_sequence, decode_rag_token
 from rag_core.errors import ConfigError
+from rag_core.generators.generation_tokens import GenerationTokens
+from rag_core.generators.kinds import as_generator
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig, GeneratorReader, load_generator
 from rag_core.pretrained.model_limits import positions_of
-from rag_core.reading.generation_tokens import GenerationTokens
-from rag_core.reading.generator_limits import decoder_positions, encoder_positions, within_positions
+from rag_core.reading.generator_limits import within_positions
 from rag_core.reading.likelihood import rag_nll
 from rag_core.reading.prompt import PromptConfig
 from rag_core.training.pretraining import PretrainConfig, build_generator
@@ -41,6 +42,15 @@ def contexts_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two contexts of `tokens` tokens each for one question, and their scores."""
     ids_BKS = torch.randint(3, 6, (1, 2, tokens), generator=torch.Generator().manual_seed(0))
     return ids_BKS, torch.ones_like(ids_BKS), torch.zeros(1, 2, dtype=torch.float64)
+
+
+def encoder_positions(generator: Any) -> int | None:
+    return as_generator(generator).context_limit(1)
+
+
+def decoder_positions(generator: Any) -> int | None:
+    limit = as_generator(generator).answer_limit(1)
+    return None if limit is None else limit + GenerationTokens.of(generator).forced_first
 
 
 def labels_of(tokens: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rag_core.errors import ConfigError
-from rag_core.reading import likelihood
+from rag_core.generators import token_log_probs
 from rag_core.reading.likelihood import rag_nll, rag_sequence_nll, rag_token_nll
 from tests.support.models.tiny_models import FAMILIES, PAD, end_token, random_contexts, tiny_bart, tiny_model
 
@@ -88,7 +88,7 @@ def test_result_and_gradient_do_not_depend_on_the_chunks(variant: str, monkeypat
         return loss_B.detach(), leaf.grad
 
     whole = loss_and_gradient()
-    monkeypatch.setattr(likelihood, "_CHUNK_ELEMENTS", 7 * logits_BKTV.shape[-1])
+    monkeypatch.setattr(token_log_probs, "_CHUNK_ELEMENTS", 7 * logits_BKTV.shape[-1])
     torch.testing.assert_close(loss_and_gradient(), whole, rtol=0, atol=1e-12)
 
 
@@ -242,10 +242,10 @@ def test_unknown_variant_is_refused_with_both_names() -> None:
         rag_nll(tiny_bart(), *contexts, torch.tensor([[2]]), variant="tokens")  # type: ignore[arg-type]
 
 
-def test_model_that_is_no_encoder_decoder_is_refused() -> None:
+def test_a_model_that_only_reads_is_refused() -> None:
     contexts = random_contexts(B=1, K=1, S=4, seed=0)
-    with pytest.raises(ConfigError, match="BertLMHeadModel, which is not an encoder-decoder"):
-        rag_nll(tiny_model("bert2bert").decoder, *contexts, torch.tensor([[2]]), variant="token")
+    with pytest.raises(ConfigError, match=r"generator \(BertModel\) is an encoder"):
+        rag_nll(tiny_model("bert2bert").encoder, *contexts, torch.tensor([[2]]), variant="token")
 
 
 @pytest.mark.parametrize("nll", NLL.values())

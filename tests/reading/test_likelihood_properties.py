@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rag_core.reading.likelihood import rag_sequence_nll, rag_token_nll, token_log_probs
+from rag_core.generators.token_log_probs import token_log_probs
+from rag_core.reading.likelihood import rag_sequence_nll, rag_token_nll
 
 NLL = {"sequence": rag_sequence_nll, "token": rag_token_nll}
 VARIANTS = tuple(NLL)

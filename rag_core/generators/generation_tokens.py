@@ -1,9 +1,10 @@
 """The tokens that steer generation, read from the generator's own generation config.
 
 The likelihood and the decoders look up here what the decoder reads first, what ends an answer and what must not be
-generated. The decoder's *prompt* is what it reads before the answer: the start token and, if the generation config
-forces a first token (BART's <s>, mBART's language), that token too. The prompt is not predicted: log-probabilities are
-conditional on it, in training and in decoding.
+generated. The decoder's *prompt* is what an encoder-decoder's decoder reads before the answer: the start token and, if
+the generation config forces a first token (BART's <s>, mBART's language), that token too. The prompt is not predicted:
+log-probabilities are conditional on it, in training and in decoding. A decoder-only model has no such prompt, as its
+answer follows the context.
 
 Shapes: N rows, P prompt tokens, T answer tokens.
 """
@@ -23,7 +24,8 @@ class GenerationTokens:
     """Token ids of a generator.
 
     Attributes:
-        prompt: read by the decoder before the answer: the start token, and the forced first token if there is one.
+        prompt: read by the decoder before the answer: the start token, and the forced first token if there is one;
+            empty for decoder-only models.
         ends: end tokens; any of them ends an answer.
         pad: padding of batches.
         forced_end: ends every answer that is still running when max_new_tokens is reached; None forces nothing.
@@ -42,17 +44,17 @@ class GenerationTokens:
     def of(cls, generator: Any) -> GenerationTokens:
         """Read a generator's generation config; start, end and padding also from its config and its decoder's config.
 
-        It reads decoder_start_token_id, eos_token_id, pad_token_id, forced_bos_token_id, forced_eos_token_id,
-        suppress_tokens, begin_suppress_tokens, and bad_words_ids of one token each. It ignores search settings of the
-        generation config (num_beams, length_penalty, no_repeat_ngram_size, …): the caller decides how to search.
+        It reads decoder_start_token_id and forced_bos_token_id (of encoder-decoders), eos_token_id, pad_token_id,
+        forced_eos_token_id, suppress_tokens, begin_suppress_tokens, and bad_words_ids of one token each. It ignores
+        search settings of the generation config (num_beams, length_penalty, no_repeat_ngram_size, …): the caller
+        decides how to search. A decoder-only model without a padding token is padded with an end token: no position
+        that counts reads padding.
 
         Raises:
             ConfigError: no start, end or padding token is set, or a setting has a form that is not supported.
         """
         generation = getattr(generator, "generation_config", None)
         ends = _as_tuple(_find(generator, "eos_token_id"))
-        start = _single(generator, "decoder_start_token_id", _find(generator, "decoder_start_token_id"))
-        first = _single(generator, "forced_bos_token_id", getattr(generation, "forced_bos_token_id", None))
         forced_end = _as_tuple(getattr(generation, "forced_eos_token_id", None))
         bad_words = getattr(generation, "bad_words_ids", None) or []
         if any(len(word) != 1 for word in bad_words):
@@ -63,9 +65,9 @@ class GenerationTokens:
         # As in transformers: a bad word that is an end token does not count.
         bad_tokens = tuple(word[0] for word in bad_words if word[0] not in ends)
         return cls(
-            prompt=(start,) if first is None else (start, first),
+            prompt=_decoder_prompt(generator),
             ends=ends,
-            pad=_single(generator, "pad_token_id", _find(generator, "pad_token_id")),
+            pad=_padding(generator, ends),
             forced_end=forced_end[0] if forced_end else None,
             suppressed=_as_tuple(getattr(generation, "suppress_tokens", None)) + bad_tokens,
             suppressed_first=_as_tuple(getattr(generation, "begin_suppress_tokens", None)),
@@ -74,7 +76,7 @@ class GenerationTokens:
     @property
     def forced_first(self) -> int:
         """How many tokens of the prompt `transformers` counts as generated: 1 with a forced first token, else 0."""
-        return len(self.prompt) - 1
+        return max(0, len(self.prompt) - 1)
 
     def decoder_input_ids(self, labels_NT: torch.Tensor) -> torch.Tensor:
         """What the decoder reads to predict labels: the prompt, and all labels but the last; (N, P + T − 1), int64.
@@ -93,20 +95,39 @@ class GenerationTokens:
         return bool(generated_ids) and generated_ids[-1] in self.ends
 
 
+def _decoder_prompt(generator: Any) -> tuple[int, ...]:
+    if not generator.config.is_encoder_decoder:
+        return ()
+    start = _single(generator, "decoder_start_token_id", _find(generator, "decoder_start_token_id"))
+    forced = getattr(getattr(generator, "generation_config", None), "forced_bos_token_id", None)
+    first = _single(generator, "forced_bos_token_id", forced)
+    return (start,) if first is None else (start, first)
+
+
+def _padding(generator: Any, ends: tuple[int, ...]) -> int:
+    if not generator.config.is_encoder_decoder and _lookup(generator, "pad_token_id") is None:
+        return ends[0]
+    return int(_single(generator, "pad_token_id", _find(generator, "pad_token_id")))
+
+
 def _find(generator: Any, name: str) -> Any:
-    # EncoderDecoderModel nests the configurations of its two models.
-    places = (
-        getattr(generator, "generation_config", None),
-        generator.config,
-        getattr(generator.config, "decoder", None),
-    )
-    token = next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+    token = _lookup(generator, name)
     if token is None:
         raise ConfigError(
             f"The generator ({type(generator).__name__}) has no {name}, neither in its generation_config nor "
             "in its config; the likelihood and decoding need it. Set it in the model's folder (generation_config.json)."
         )
     return token
+
+
+def _lookup(generator: Any, name: str) -> Any:
+    # EncoderDecoderModel nests the configurations of its two models.
+    places = (
+        getattr(generator, "generation_config", None),
+        generator.config,
+        getattr(generator.config, "decoder", None),
+    )
+    return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
 
 
 def _as_tuple(tokens: Any) -> tuple[int, ...]:

@@ -1,7 +1,4 @@
-"""The generator's decoder, stepped over contexts that are encoded once.
-
-Every context has W hypotheses. A step gives each one a token, and the number of its parent: the hypothesis of the same
-context that it continues. This module knows nothing of beams, passages or probabilities.
+"""An encoder-decoder's decoder, stepped over contexts that are encoded once.
 
 Each context stores its keys and values once (`shared_attention.py`). Models whose attention cannot be replaced (LED)
 get a copy for every hypothesis.
@@ -12,8 +9,6 @@ tokens, T answer tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -21,37 +16,37 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rag_core.cpu.packed_linears import folded_logits_bias, packed_linears
-from rag_core.decoding.shared_attention import SharedCache, can_share
-from rag_core.reading.context_encoder import encode_contexts
-from rag_core.reading.generation_tokens import GenerationTokens
+from rag_core.generators.encoder_decoder.shared_attention import SharedCache, can_share
+from rag_core.generators.generation_tokens import GenerationTokens
 
 
-class PassageDecoder:
-    """Next-token logits of answers, given their contexts.
+class EncoderDecoderPassageDecoder:
+    """The `PassageDecoder` of an encoder-decoder.
 
     Args:
-        generator: a transformers encoder-decoder model.
-        input_ids_NS: int64 token ids of the contexts, padded.
+        model: a transformers encoder-decoder model.
+        tokens: its special tokens.
+        states_NSD: the contexts, encoded.
         attention_mask_NS: 1 for real tokens, 0 for padding.
         use_cache: False runs the decoder over the whole answer at every step: slower, with the same result.
-
-    Attributes:
-        first_logits_NV: logits of the answers' first token.
     """
 
     def __init__(
-        self, generator: Any, input_ids_NS: Tensor, attention_mask_NS: Tensor, *, use_cache: bool = True
+        self,
+        model: Any,
+        tokens: GenerationTokens,
+        states_NSD: Tensor,
+        attention_mask_NS: Tensor,
+        *,
+        use_cache: bool = True,
     ) -> None:
-        self.tokens = GenerationTokens.of(generator)
-        self._pass = _DecoderPass(generator)
-        self._states_NSD = encode_contexts(generator, input_ids_NS, attention_mask_NS)
+        self.tokens = tokens
+        self._pass = _DecoderPass(model)
+        self._states_NSD = states_NSD
         self._mask_NS = attention_mask_NS
         self._use_cache = use_cache
-        self._shared = use_cache and can_share(generator.get_decoder())
-        self._prompt_NP = torch.tensor(self.tokens.prompt, device=attention_mask_NS.device).expand(
-            len(input_ids_NS), -1
-        )
+        self._shared = use_cache and can_share(model.get_decoder())
+        self._prompt_NP = torch.tensor(tokens.prompt, device=attention_mask_NS.device).expand(len(states_NSD), -1)
         self._prompt_cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache else None
         self.first_logits_NV = self._pass(self._prompt_NP, self._states_NSD, self._mask_NS, self._prompt_cache)
         self._rows: _Rows
@@ -62,7 +57,6 @@ class PassageDecoder:
         return self._mask_NS.device
 
     def restart(self, contexts_n: Tensor | None = None) -> None:
-        """Go back to the prompt, with one hypothesis per context; `contexts_n` (int64) keeps these contexts only."""
         if self._shared:
             self._rows = _SharedRows(self._pass, SharedCache(self._prompt_cache, self._mask_NS))
         elif self._use_cache:
@@ -73,16 +67,9 @@ class PassageDecoder:
             self._rows.select(contexts_n)
 
     def select(self, contexts_n: Tensor) -> None:
-        """Keep some of the present contexts only; `contexts_n` holds their int64 places."""
         self._rows.select(contexts_n)
 
     def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor:
-        """Append a token to each hypothesis; return the next token's logits, shape (N, W, V), in the generator's dtype.
-
-        Args:
-            tokens_NW: int64, the token that each hypothesis appends.
-            parents_NW: int64, the hypothesis of the previous call, in the same context, that it continues.
-        """
         return self._rows.step(tokens_NW, parents_NW).unflatten(0, tokens_NW.shape)
 
 
@@ -104,7 +91,7 @@ class _DecoderPass:
 
 
 class _Rows(Protocol):
-    """The state of the hypotheses; arguments as in `PassageDecoder`."""
+    """The state of the hypotheses; arguments as in `generator.PassageDecoder`."""
 
     def select(self, contexts_n: Tensor) -> None: ...
     def step(self, tokens_NW: Tensor, parents_NW: Tensor) -> Tensor: ...
@@ -170,16 +157,3 @@ class _UncachedRows:
         self._read_NWT = torch.cat((past_NWT, tokens_NW.unsqueeze(2)), dim=2)
         states_RSD = self._states_NSD.repeat_interleave(W, dim=0)
         return self._pass(self._read_NWT.flatten(0, 1), states_RSD, self._mask_NS.repeat_interleave(W, dim=0), None)
-
-
-@contextmanager
-def decoding_mode(generator: Any) -> Iterator[None]:
-    """Evaluation mode without autograd; every module gets its former mode back afterwards."""
-    was_training = [(module, module.training) for module in generator.modules()]
-    generator.eval()
-    try:
-        with torch.inference_mode(), folded_logits_bias(generator), packed_linears(generator):
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface, EncoderDecoderCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rag_core.generators.slots import SlotLayer, with_own_slot
 from rag_core.pretrained.attention_choice import attention_chosen, can_choose_attention
 
 NAME = "rag_shared_contexts"
@@ -39,7 +40,7 @@ class SharedCache:
     """
 
     def __init__(self, prompt: Any, mask_NS: Tensor) -> None:
-        self.layers = [_SlotLayer(layer.keys, layer.values) for layer in prompt.self_attention_cache.layers]
+        self.layers = [SlotLayer(layer.keys, layer.values) for layer in prompt.self_attention_cache.layers]
         # Contiguous, as every step reads them in this order.
         self._cross = [
             (layer.keys.contiguous(), layer.values.contiguous()) for layer in prompt.cross_attention_cache.layers
@@ -59,11 +60,8 @@ class SharedCache:
 
     def branch(self, parents_NW: Tensor) -> EncoderDecoderCache:
         """Return the cache for one more token of W hypotheses; each continues its parent among the previous ones."""
-        N, W = parents_NW.shape
-        L = len(self.positions_L)
-        past_NWL = self.self_mask_N1WL.squeeze(1).gather(1, parents_NW.unsqueeze(2).expand(-1, -1, L))
-        own_NWW = torch.eye(W, dtype=torch.bool, device=parents_NW.device).expand(N, -1, -1)
-        self.self_mask_N1WL = torch.cat((past_NWL, own_NWW), dim=2).unsqueeze(1)
+        W = parents_NW.shape[1]
+        self.self_mask_N1WL = with_own_slot(self.self_mask_N1WL.squeeze(1), parents_NW).unsqueeze(1)
         self.positions_L = torch.cat((self.positions_L, self.positions_L[-1:].expand(W) + 1))
         return EncoderDecoderCache(
             Cache(layers=list(self.layers)), Cache(layers=[_Fixed(*pair) for pair in self._cross])
@@ -95,46 +93,6 @@ def can_share(decoder: Any) -> bool:
     return can_choose_attention(decoder)
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values of all slots; a step appends W slots."""
-
-    def __init__(self, keys_NhPd: Tensor, values_NhPd: Tensor) -> None:
-        super().__init__()
-        self._keys, self._values = keys_NhPd, values_NhPd
-        self.slots = keys_NhPd.shape[2]
-        self._positions = self.slots
-        self.handed_out = keys_NhPd
-        self.is_initialized = True
-
-    def select(self, contexts_n: Tensor) -> None:
-        """Keep some contexts only."""
-        self._keys, self._values = self._keys[contexts_n], self._values[contexts_n]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        N = len(self._keys)
-        W, end = len(key_states) // N, self.slots + len(key_states) // N
-        if end > self._keys.shape[2]:
-            self._keys, self._values = _with_room(self._keys, 2 * end), _with_room(self._values, 2 * end)
-        for buffer, new_Rh1d in ((self._keys, key_states), (self._values, value_states)):
-            buffer[:, :, self.slots : end] = new_Rh1d.reshape(N, W, *new_Rh1d.shape[1::2]).transpose(1, 2)
-        self.slots = end
-        self._positions += 1
-        self.handed_out = self._keys[:, :, :end]
-        return self.handed_out, self._values[:, :, :end]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the prompt's keys and values are there already."""
-
-    def get_seq_length(self) -> int:
-        return self._positions
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._positions + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class _Fixed(CacheLayerMixin):
     """One layer's keys and values of the contexts."""
 
@@ -158,13 +116,6 @@ class _Fixed(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-
-def _with_room(states_NhLd: Tensor, slots: int) -> Tensor:
-    N, h, L, d = states_NhLd.shape
-    grown_NhLd = states_NhLd.new_empty(N, h, slots, d)
-    grown_NhLd[:, :, :L] = states_NhLd
-    return grown_NhLd
 
 
 def _attend(

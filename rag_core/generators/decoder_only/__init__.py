@@ -1,0 +1,1 @@
+"""Generators that read the context and write the answer with one stack: Llama, Qwen, Gemma, GPT-2."""
