@@ -150,6 +150,7 @@ def _model_settings(source: str, config: Any, architecture: str, ours: ModelSett
         rest["max_answer_tokens"] = ours.prompt.max_answer_tokens
         if separators_of(ours.prompt.template) is None:
             template = ours.prompt.template
+            rest |= {name: getattr(ours.prompt, name) for name in ("system", "user", "rendered")}
     try:
         prompt = PromptConfig(template=template, max_context_tokens=config.max_combined_length, **rest)
     except ValidationError as error:

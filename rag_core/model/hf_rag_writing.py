@@ -63,6 +63,7 @@ def write_hf_rag(model: RagParts, folder: str | Path, *, variant: Variant | None
         ExchangeWarning: Hugging Face's retriever would score passages or join contexts differently from the model.
     """
     variant = model.variant_or(variant)
+    _refuse_decoder_only(model.generator)
     _warn_of_differences(model)
     config = _hf_config(model)
     hf_class = getattr(transformers, CLASSES[variant])
@@ -78,6 +79,14 @@ def write_hf_rag(model: RagParts, folder: str | Path, *, variant: Variant | None
         model.generator_tokenizer.save_pretrained(draft / GENERATOR_TOKENIZER)
         _write_settings(draft / SETTINGS_FILE, settings)
         _write_settings(draft / QUESTION_TOKENIZER / ENCODER_SETTINGS_FILE, model.question_encoder.settings)
+
+
+def _refuse_decoder_only(generator: Any) -> None:
+    if not getattr(generator.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"Hugging Face's RAG classes hold encoder-decoders only, and the generator is a {type(generator).__name__}. "
+            "Use the model's own folder: its parts are folders that Transformers loads."
+        )
 
 
 def _hf_config(model: RagParts) -> Any:
@@ -141,11 +150,13 @@ def _warn_of_differences(model: RagParts) -> None:
             ExchangeWarning,
             stacklevel=4,
         )
-    if separators_of(model.settings.prompt.template) is None:
+    rendered, template = model.settings.prompt.rendered, model.settings.prompt.template
+    if separators_of(template) is None:
+        written = template if rendered is None else rendered.context
         warnings.warn(
             "Hugging Face's retriever joins a context as prefix, title, title_sep, text, doc_sep, question, with "
-            f"single spaces; the prompt {model.settings.prompt.template!r} has another form. In Hugging Face's class, "
-            "pass context_input_ids instead of a retriever.",
+            f"single spaces; the prompt {written!r} has another form. In Hugging Face's class, pass context_input_ids "
+            "instead of a retriever.",
             ExchangeWarning,
             stacklevel=4,
         )

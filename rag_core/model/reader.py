@@ -38,6 +38,7 @@ from rag_core.reading.contexts import ContextCount, answer_labels, assemble_cont
 from rag_core.reading.generator_limits import fitting_prompt, pad_with_an_end, refuse_tokenizer
 from rag_core.reading.likelihood import Variant, rag_nll
 from rag_core.reading.prompt import PromptConfig
+from rag_core.reading.rendering import end_of_answers, rendered_for
 
 
 class DecodingConfig(BaseModel):
@@ -91,23 +92,29 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read.
+    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read. `end` is the token
+    that answers are trained to end with, one of `ends`, which end them in decoding.
 
-    Default lengths of the prompt are lowered to the generator's positions.
+    The prompt is rendered for the generator (`rendering.py`), and default lengths are lowered to its positions. The
+    token that ends a chat's answers becomes an end token of the generator.
 
     Raises:
-        ConfigError: the generator has too few positions for lengths that the prompt sets explicitly.
+        ConfigError: the generator has too few positions for lengths that the prompt sets explicitly, or its tokenizer
+            cannot render the prompt's chat.
     """
 
     def __init__(self, generator: nn.Module, tokenizer: Any, prompt: PromptConfig) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
+        prompt = rendered_for(generator, tokenizer, prompt)
+        chat_end = end_of_answers(generator, tokenizer, prompt)
         self.prompt = fitting_prompt(generator, prompt)
         self.count = ContextCount()
         self._surface = SurfaceReader(tokenizer)
         # Training must end answers with a token that ends them in decoding: the generator's, if the two differ.
         ends = as_generator(generator).tokens.ends
-        self._end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+        own_end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+        self.ends, self.end = ends, own_end if chat_end is None else chat_end
 
     @property
     def device(self) -> torch.device:
@@ -149,8 +156,8 @@ class GeneratorReader:
     ) -> torch.Tensor:
         """Return −log p(answer | question) for these passages and scores: nll_B in nats, summed over tokens."""
         contexts = self._contexts(questions, passages_BK)
-        limit = self.prompt.max_answer_tokens
-        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self._end)
+        limit, rendered = self.prompt.max_answer_tokens, self.prompt.rendered
+        labels_BT = answer_labels(self.tokenizer, answers, limit, self.device, end=self.end, rendered=rendered)
         return rag_nll(self.generator, *contexts, doc_scores_BK, labels_BT, variant=variant)
 
     def answer_from(

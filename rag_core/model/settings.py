@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rag_core.embeddings.text_encoder import Pooling
 from rag_core.pretrained.model_source import pin_source, recorded_source
 from rag_core.reading.likelihood import Variant
-from rag_core.reading.prompt import PromptConfig
+from rag_core.reading.prompt import PromptConfig, RenderedPrompt
 
 KIND = "rag-model"
 SETTINGS_FILE = "rag_model.json"
@@ -41,10 +41,15 @@ class ModelConfig(BaseModel):
         description="run code that comes with the parts; this is not saved with the model",
     )
 
-    def decisive(self) -> dict[str, Any]:
-        """The settings that affect the result of training, apart from the parts' weights."""
+    def decisive(self, rendered: RenderedPrompt | None = None) -> dict[str, Any]:
+        """The settings that affect the result of training, apart from the parts' weights.
+
+        `rendered` is the prompt as the generator reads it, if it has a form of its own. It stands for the chat template,
+        which lies in the generator's folder, but not among its weights.
+        """
         unset = set() if self.question_prompt is not None else {"question_prompt"}
-        return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
+        prompted = self.model_copy(update={"prompt": self.prompt.model_copy(update={"rendered": rendered})})
+        return prompted.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
 
     def pinned(self) -> ModelConfig:
         """Return a copy that means the same in every worker: hub models with their commit, folders absolute."""

@@ -91,7 +91,8 @@ def train(
         "dev": Input(dev, fingerprint_of_files(files_of_questions(dev))),
     }
     made_from = {name: entry.fingerprint for name, entry in inputs.items()} | {"start": start.model.fingerprint()}
-    settings = {"variant": variant, "model": model.decisive(), "train": config.decisive()}
+    decisive = model.decisive(start.model.settings.prompt.rendered)
+    settings = {"variant": variant, "model": decisive, "train": config.decisive()}
     stage = f"train-{variant}"
 
     def work(run: StageRun) -> Manifest:

