@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
@@ -44,17 +47,19 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 # Transformers has no entry and uses GPT-2's way: right for these, and for the next ones after single digits.
 SPLIT_AS_GPT2 = ("gpt-2", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "trillion", "granite-docling")
 SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# `_read_once` replaces functions of other packages for a while.
+_one_at_a_time = threading.Lock()
 _REMEDY = "Choose another model, or give its Transformers folder or hub name."
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header has been checked. `values` counts the numbers in its tensors."""
+    """A GGUF file whose header has been checked."""
 
     file: Path
     name: str
     metadata: dict[str, Any]
-    tensors: dict[str, int]
+    reader: gguf.GGUFReader
 
     @property
     def architecture(self) -> str:
@@ -65,6 +70,11 @@ class GgufFile:
     def bytes_when_plain(self) -> int:
         """Bytes of the weights in float32."""
         return 4 * sum(self.tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, int]:
+        """The number of values in each tensor."""
+        return {tensor.name: int(tensor.n_elements) for tensor in self.reader.tensors}
 
     @classmethod
     def open(cls, file: Path, name: str) -> GgufFile:
@@ -82,14 +92,16 @@ class GgufFile:
                 "model folder."
             )
         try:
+            # Transformers' reader stops at the end of a cut file, where gguf's may read on for ever: it comes first.
+            # gguf's looks where each tensor lies.
             metadata, _ = read_gguf_metadata(str(file))
-            tensors = _tensors_of(file)
+            reader = gguf.GGUFReader(file)
         except Exception as error:  # struct, numpy, UTF-8 and the two readers raise whatever a damaged file leads to
             raise ConfigError(
                 f"{name} is damaged or was cut off, or is of a version that cannot be read: {_reason(error)} Download "
                 "the file again."
             ) from error
-        opened_file = cls(file, name, metadata, tensors)
+        opened_file = cls(file, name, metadata, reader)
         opened_file._refuse_what_is_no_generator()
         opened_file._refuse_what_would_be_read_wrongly()
         return opened_file
@@ -101,7 +113,7 @@ class GgufFile:
             ConfigError: Transformers cannot read the architecture or the tokenizer, weights are missing, left over or
                 not finite.
         """
-        with _as_only_file_of_a_folder(self.file) as source, quiet_transformers(), _no_bar():
+        with _as_only_file_of_a_folder(self.file) as source, quiet_transformers(), _read_once(self.file, self.reader):
             config = self._read(AutoConfig.from_pretrained, **source)
             if "Encoder" in "".join(config.architectures or ()):
                 raise self._encoder()
@@ -225,13 +237,6 @@ class GgufFile:
         return generation
 
 
-def _tensors_of(file: Path) -> dict[str, int]:
-    """The number of values in each tensor. Raises errors of any type if a tensor lies beyond the end of the file."""
-    from gguf import GGUFReader
-
-    return {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(file).tensors}
-
-
 @contextlib.contextmanager
 def _as_only_file_of_a_folder(file: Path) -> Iterator[dict[str, str]]:
     """Arguments for `from_pretrained`: files beside the GGUF file, such as another model's tokenizer, are not read."""
@@ -241,14 +246,23 @@ def _as_only_file_of_a_folder(file: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without the progress bar that Transformers' reader shows even if its bars are switched off."""
-    bar = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = bar
+def _read_once(file: Path, reader: gguf.GGUFReader) -> Iterator[None]:
+    """Let Transformers use `reader`, where it would read the header three times, and make a table of names once.
+
+    It makes that table for each module of a model. Together this takes three quarters of the time. Its reader's
+    progress bar, which it shows even if its bars are switched off, is left out.
+    """
+    real = file.resolve()
+    with _one_at_a_time:
+        read, names, bar = gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.tqdm
+        gguf.GGUFReader = lambda path: reader if Path(os.path.realpath(path)) == real else read(path)
+        gguf.get_tensor_name_map = functools.cache(names)
+        modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = read, names
+            modeling_gguf_pytorch_utils.tqdm = bar
 
 
 def _reason(error: Exception) -> str:
