@@ -56,7 +56,7 @@ def plain_folder(file: Path, name: str) -> Path:
             if not _is_whole(folder, key):  # another process may have made it meanwhile
                 _make(GgufFile.open(file, name), folder, config, made_from)
                 _checked.add(folder)
-    except ArtifactError as error:
+    except (ArtifactError, OSError) as error:
         raise ConfigError(
             f"{name} cannot be dequantised into the cache {folder.parent} ({error.__cause__ or error}). Make room "
             "there or make it writable, or set RAG_CACHE to another folder."
