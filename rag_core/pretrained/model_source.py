@@ -1,7 +1,7 @@
 """Load models and tokenizers from a local folder, a Python package or a model hub, with errors that say what to do.
 
 `package:NAME/FOLDER` names a folder inside an installed Python package, for machines that cannot reach a hub. Where a
-folder can be named, a `.gguf` file can: `gguf.py` makes a plain folder of it.
+folder can be named, a `.gguf` file can: `gguf/` makes a plain folder of it.
 `org/model` and `org/model@REVISION` name a hub's model. `rag_core/pretrained/hub/` puts its files into a folder of the
 hub's cache, and everything is loaded from that folder, so Transformers never contacts a hub.
 
@@ -56,7 +56,7 @@ def resolve_model_source(name_or_folder: str | Path, *, trust_remote_code: bool 
     if isinstance(source, HubName):
         return str(snapshot_folder(source, trust_remote_code=trust_remote_code))
     if source.is_file():
-        from rag_core.pretrained.gguf import plain_folder  # its imports take a second
+        from rag_core.pretrained.gguf.cache import plain_folder  # its imports take a second
 
         return str(plain_folder(source, str(name_or_folder)))
     return str(source)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
 from rag_core.errors import ConfigError, ModelNotice
-from rag_core.pretrained import gguf as cache
+from rag_core.pretrained.gguf import cache
 from rag_core.pretrained.model_source import (
     absolute_source,
     load_tokenizer,

@@ -74,7 +74,7 @@ def _drop(name: str) -> Callable[[dict[str, np.ndarray]], None]:
 
 
 def _add(name: str) -> Callable[[dict[str, np.ndarray]], None]:
-    return lambda tensors: tensors.update({name: np.ones(4, dtype=np.float32)})
+    return lambda tensors: tensors.update({name: np.arange(1, 5, dtype=np.float32)})
 
 
 def _not_finite(tensors: dict[str, np.ndarray]) -> None:
@@ -90,8 +90,9 @@ def _not_finite(tensors: dict[str, np.ndarray]) -> None:
         ({"architecture": "t5encoder"}, "is an encoder (t5encoder), but a generator was expected"),
         ({"architecture": "rwkv7"}, "Transformers cannot read the rwkv7 model"),
         ({"metadata": {"split.count": 3}}, "is one of 3 parts of a model. Join them first"),
+        ({"metadata": {"llama.attention.sliding_window": 64}}, "limits attention to 64 tokens, which cannot be read"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "stretches its rotary positions (yarn)"),
-        ({"change": _add("rope_freqs.weight")}, "stretches its rotary positions (rope_freqs.weight)"),
+        ({"change": _add("rope_freqs.weight")}, "stretches its rotary positions in an unknown way (rope_freqs.weight)"),
         ({"change": _add("blk.0.attn_v.bias")}, "weights, but Transformers reads"),
         (
             {"change": _drop("blk.1.ffn_up.weight")},
@@ -99,7 +100,7 @@ def _not_finite(tensors: dict[str, np.ndarray]) -> None:
         ),
         ({"change": _not_finite}, "its weights model.layers.1.mlp.up_proj.weight are not finite"),
     ],
-    ids=["bert", "t5encoder", "rwkv7", "part", "yarn", "rope_freqs", "left over", "lacking", "nan"],
+    ids=["bert", "t5encoder", "rwkv7", "part", "window", "yarn", "rope_freqs", "left over", "lacking", "nan"],
 )
 def test_a_file_that_would_not_be_the_model_it_claims_to_be(
     tmp_path: Path, options: dict[str, object], words: str
@@ -147,15 +148,15 @@ def test_a_cache_without_room_or_access_is_named(tmp_path: Path, monkeypatch: py
 # A process that stops in the middle of writing.
 STOPS = """
 import sys, time
-from rag_core.pretrained.gguf_conversion import GgufFile
+from rag_core.pretrained.gguf import cache
 from rag_core.pretrained.model_source import resolve_model_source
 
-def stop_half_way(self, out):
+def stop_half_way(source, out):
     (out / "model.safetensors").write_text("half")
     print("half", flush=True)
     time.sleep(600)
 
-GgufFile.write_plain_folder = stop_half_way
+cache.write_plain_folder = stop_half_way
 resolve_model_source(sys.argv[1])
 """
 

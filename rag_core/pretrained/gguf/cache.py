@@ -1,10 +1,8 @@
-"""A GGUF file as a model source: it is dequantised once into a plain model folder, in a cache.
+"""Keep the plain folder of each GGUF file in a cache: `RAG_CACHE/gguf/KEY/`, an artifact with a manifest.
 
-GGUF is llama.cpp's format: weights (mostly quantised), tokenizer and chat template in one file. Everything else in this
-project loads plain folders, so a `.gguf` file becomes one: `RAG_CACHE/gguf/KEY/`, an artifact with a manifest. KEY is
-a hash of the file's content and of the program that read it, so a changed file or another Transformers gives another
-folder. One process makes a folder while others wait for it, a killed process leaves nothing that counts, and a damaged
-folder is made again.
+KEY is a hash of the file's content and of the program that read it, so a changed file or another Transformers gives
+another folder. One process makes a folder while others wait for it, a killed process leaves nothing that counts, and a
+damaged folder is made again.
 """
 
 from __future__ import annotations
@@ -17,13 +15,14 @@ from pathlib import Path
 import transformers
 
 from rag_core.errors import ArtifactError, ConfigError, ModelNotice
-from rag_core.pretrained.gguf_conversion import GgufFile
+from rag_core.pretrained.gguf.conversion import write_plain_folder
+from rag_core.pretrained.gguf.file import GgufFile
 from rag_core.storage.artifact import open_artifact, publish, sha256_of_file, stage_key
 from rag_core.storage.places import cache_root
 from rag_core.storage.writer_lock import reserved
 
 KIND = "gguf"
-# Raise it when `gguf_conversion.py` writes another folder for the same file.
+# Raise it when `conversion.py` writes another folder for the same file.
 CONVERSION = 1
 
 # In this process: the SHA-256 of files by path, size, time and inode; and the folders whose content was checked.
@@ -97,7 +96,7 @@ def _make(source: GgufFile, folder: Path, config: dict[str, object], made_from: 
     shutil.rmtree(folder, ignore_errors=True)
     with publish(folder, KIND, config=config, made_from=made_from) as draft:
         draft.details["gguf"] = source.name
-        source.write_plain_folder(draft.folder)
+        write_plain_folder(source, draft.folder)
 
 
 def _check_room(source: GgufFile, folder: Path) -> None:
