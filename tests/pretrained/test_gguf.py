@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
 from rag_core.errors import ConfigError, ModelNotice
-from rag_core.pretrained.gguf import cache
+from rag_core.pretrained.gguf import cache, conversion
 from rag_core.pretrained.model_source import (
     absolute_source,
     load_tokenizer,
@@ -110,6 +110,12 @@ def test_text_is_split_as_the_file_says(tmp_path: Path) -> None:
     # Single digits come first, so the two spaces stand alone and become one token.
     assert pieces("smollm") == ["the", "ĠĠ", "1", "9", "8", "4"]
     assert pieces("viking") == pieces("gpt-2")
+
+
+def test_an_architecture_that_was_not_compared_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "COMPARED", ("gemma3",))
+    _, notices = notices_of(file)
+    assert "of this architecture (llama) was not compared with original models" in notices[-1]
 
 
 def test_files_beside_it_are_not_read(file: Path) -> None:

@@ -1,8 +1,9 @@
 """Complete a configuration that Transformers has read from a GGUF file.
 
 Transformers takes sizes from the file, but for some settings it keeps its default, whatever the file says: Qwen3's width
-of a head, Phi-3's sliding window, Gemma's scale of the scores, stretched rotary positions. The model would compute
-something else. What the file says is put in here, and a file that cannot be completed is refused.
+of a head, Phi-3's sliding window, Gemma's scale of the scores, T5's activation function, stretched rotary positions.
+The model would compute something else. What the file says is put in here, and a file that cannot be completed is
+refused.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def complete(config: Any, source: GgufFile) -> None:
     if source.architecture in LAYERS_OF_27B:
         is_27b = config.num_hidden_layers == LAYERS_OF_27B[source.architecture]
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    if config.model_type in ("t5", "umt5"):
+        # Only T5's with gates can be read from GGUF, and all of them have this function.
+        config.feed_forward_proj, config.dense_act_fn, config.is_gated_act = "gated-gelu", "gelu_new", True
     _stretch_positions(config, source)
 
 

@@ -40,6 +40,8 @@ from rag_core.pretrained.gguf.configuration import FACTORS, complete
 from rag_core.pretrained.gguf.file import REMEDY, GgufFile, reason_of
 from rag_core.pretrained.quiet import quiet_transformers
 
+# Architectures of which `tests/pretrained/test_gguf_families.py` compares a model with what is read from its file.
+COMPARED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "t5")
 # How byte-level tokenizers split text before the merges (`tokenizer.ggml.pre`), as llama.cpp does it, where
 # Transformers has no entry and uses GPT-2's way: right for these, and for the next ones after single digits.
 SPLIT_AS_GPT2 = ("gpt-2", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "jais", "trillion", "granite-docling")
@@ -72,6 +74,13 @@ def write_plain_folder(source: GgufFile, out: Path) -> None:
         model.generation_config = _generation_config(source, model.config)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+    if source.architecture not in COMPARED:
+        warnings.warn(
+            f"{source.name}: what Transformers reads from GGUF files of this architecture ({source.architecture}) was "
+            "not compared with original models. Compare some answers before you rely on it.",
+            ModelNotice,
+            stacklevel=6,
+        )
 
 
 def _load_model(source: GgufFile, config: Any, place: dict[str, str]) -> Any:
