@@ -21,6 +21,7 @@ from rag_core.pretrained.model_source import (
     recorded_source,
     resolve_model_source,
 )
+from rag_core.verification.verification import verify
 from tests.support.models.tiny_gguf import CHAT, END, END_OF_TURN, START, TOKENS, tiny_llama, write_gguf
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -166,6 +167,16 @@ def test_a_damaged_folder_in_the_cache_is_made_again(file: Path, fault: str, mon
     assert again == folder
     assert [notice for notice in notices if "is damaged; dequantising it" in notice]
     assert weights.read_bytes() == whole
+
+
+def test_rag_verify_knows_the_folder(file: Path) -> None:
+    folder = Path(resolve_model_source(file))
+    assert verify(folder).findings == []
+    (folder / "config.json").write_text("{}")
+    report = verify(folder)
+    assert report.remedy(report.findings[0]) == (
+        f"Make it again: delete the folder; the next command that names {file} makes it"
+    )
 
 
 def test_names_of_files_mean_the_same_in_every_folder(

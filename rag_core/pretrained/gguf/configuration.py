@@ -66,11 +66,11 @@ def _stretch_positions(config: Any, source: GgufFile) -> None:
     if any(name in source.tensors for name in LONG_FACTORS):
         raise _left_out(source, f"stretches its rotary positions ({LONG_FACTORS[0]})")
     if factors is not None:
-        settings = LLAMA3 | {"factor": float(factors.max()), "rope_theta": config.rope_parameters["rope_theta"]}
-        config.rope_parameters = settings
+        theta = float(config.rope_parameters["rope_theta"])
+        config.rope_parameters = LLAMA3 | {"factor": float(factors.max()), "rope_theta": theta}
         slower, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         pairs = torch.arange(0, 2 * len(slower), 2) / (2 * len(slower))
-        expected = settings["rope_theta"] ** -pairs / slower
+        expected = theta**-pairs / slower
         if len(slower) != len(factors) or not torch.allclose(expected, torch.tensor(factors), rtol=1e-4):
             raise _left_out(source, f"stretches its rotary positions in an unknown way ({FACTORS})")
     elif way == "linear":

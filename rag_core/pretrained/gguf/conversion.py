@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import torch
@@ -179,14 +179,13 @@ def _read_once(source: GgufFile) -> Iterator[None]:
     It makes that table for each module of a model. Together this takes three quarters of the time. Its reader's
     progress bar, which it shows even if its bars are switched off, is left out.
     """
-    real = source.file.resolve()
+    real, package, reading = source.file.resolve(), cast(Any, gguf), cast(Any, modeling_gguf_pytorch_utils)
     with _one_at_a_time:
-        read, names, bar = gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.tqdm
-        gguf.GGUFReader = lambda path: source.reader if Path(os.path.realpath(path)) == real else read(path)
-        gguf.get_tensor_name_map = functools.cache(names)
-        modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
+        read, names, bar = package.GGUFReader, package.get_tensor_name_map, reading.tqdm
+        package.GGUFReader = lambda path: source.reader if Path(os.path.realpath(path)) == real else read(path)
+        package.get_tensor_name_map = functools.cache(names)
+        reading.tqdm = functools.partial(bar, disable=True)
         try:
             yield
         finally:
-            gguf.GGUFReader, gguf.get_tensor_name_map = read, names
-            modeling_gguf_pytorch_utils.tqdm = bar
+            package.GGUFReader, package.get_tensor_name_map, reading.tqdm = read, names, bar
