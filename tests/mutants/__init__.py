@@ -6,7 +6,8 @@ them must fail. `tests/project/test_mutants.py` checks in every test run that ea
 
 from __future__ import annotations
 
+from tests.mutants.model_sources import MODEL_SOURCES
 from tests.mutants.reading_and_decoding import READING_AND_DECODING
 from tests.mutants.training_and_artifacts import TRAINING_AND_ARTIFACTS
 
-MUTANTS = READING_AND_DECODING + TRAINING_AND_ARTIFACTS
+MUTANTS = READING_AND_DECODING + TRAINING_AND_ARTIFACTS + MODEL_SOURCES

@@ -94,13 +94,26 @@ def _not_finite(tensors: dict[str, np.ndarray]) -> None:
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "stretches its rotary positions (yarn)"),
         ({"change": _add("rope_freqs.weight")}, "stretches its rotary positions in an unknown way (rope_freqs.weight)"),
         ({"change": _add("blk.0.attn_v.bias")}, "weights, but Transformers reads"),
+        ({"change": _add("blk.2.attn_norm.weight")}, "weights, but Transformers reads"),
         (
             {"change": _drop("blk.1.ffn_up.weight")},
             "lacks 1 parameters of a LlamaForCausalLM (model.layers.1.mlp.up_pr",
         ),
         ({"change": _not_finite}, "its weights model.layers.1.mlp.up_proj.weight are not finite"),
     ],
-    ids=["bert", "t5encoder", "rwkv7", "part", "window", "yarn", "rope_freqs", "left over", "lacking", "nan"],
+    ids=[
+        "bert",
+        "t5encoder",
+        "rwkv7",
+        "part",
+        "window",
+        "yarn",
+        "rope_freqs",
+        "left over",
+        "layer left over",
+        "lacking",
+        "nan",
+    ],
 )
 def test_a_file_that_would_not_be_the_model_it_claims_to_be(
     tmp_path: Path, options: dict[str, object], words: str

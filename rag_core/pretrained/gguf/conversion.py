@@ -35,7 +35,7 @@ from transformers import (
 from transformers.integrations.gguf import GGUF_ARCHS
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from rag_core.errors import ConfigError, ModelNotice
+from rag_core.errors import ConfigError, ModelNotice, RagError
 from rag_core.pretrained.gguf.configuration import FACTORS, complete
 from rag_core.pretrained.gguf.file import REMEDY, GgufFile, reason_of
 from rag_core.pretrained.quiet import quiet_transformers
@@ -64,14 +64,15 @@ def write_plain_folder(source: GgufFile, out: Path) -> None:
             "Transformers folder or hub name."
         )
     with _as_only_file_of_a_folder(source.file) as place, quiet_transformers(), _read_once(source):
-        config = _read(source, AutoConfig.from_pretrained, place)
-        if "Encoder" in "".join(config.architectures or ()):
-            raise source.encoder_refused()
-        complete(config, source)
-        model = _load_model(source, config, place)
-        tokenizer = _read(source, AutoTokenizer.from_pretrained, place)
-        _mend_split(source, tokenizer)
-        model.generation_config = _generation_config(source, model.config)
+        with _explained(source):
+            config = AutoConfig.from_pretrained(**place)
+            if "Encoder" in "".join(config.architectures or ()):
+                raise source.encoder_refused()
+            complete(config, source)
+            model = _load_model(source, config, place)
+            model.generation_config = _generation_config(source, model.config)
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            _mend_split(source, tokenizer)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     if source.architecture not in COMPARED:
@@ -79,7 +80,7 @@ def write_plain_folder(source: GgufFile, out: Path) -> None:
             f"{source.name}: what Transformers reads from GGUF files of this architecture ({source.architecture}) was "
             "not compared with original models. Compare some answers before you rely on it.",
             ModelNotice,
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -87,7 +88,7 @@ def _load_model(source: GgufFile, config: Any, place: dict[str, str]) -> Any:
     """The model as a plain one, which can be saved: Transformers does not save models that it read from GGUF."""
     load = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    loaded, report = _read(source, load.from_pretrained, place, config=config, output_loading_info=True, **options)
+    loaded, report = load.from_pretrained(**place, config=config, output_loading_info=True, **options)
     weights = loaded.state_dict()
     _check_all_was_read(source, loaded, weights, report["missing_keys"])
     for attribute in ("quantization_config", "_model_name_or_path"):
@@ -105,14 +106,14 @@ def _check_all_was_read(source: GgufFile, model: Any, weights: dict[str, torch.T
             f"{source.name} lacks {len(missing)} parameters of a {type(model).__name__} ({min(missing)}, …), so it "
             f"holds another model than it says, an adapter, or a part of a model. {REMEDY}"
         )
-    layers = int(getattr(model.config, "num_hidden_layers", 0))
+    # Layers that predict several tokens ahead come after the others.
+    ahead = f"blk.{model.config.num_hidden_layers}." if source.setting("nextn_predict_layers") else None
     expected = sum(
         values
         for tensor, values in source.tensors.items()
-        # A copy of the embeddings, if the model ties them; layers that predict several tokens ahead; factors of
-        # positions, which became a setting.
+        # Not: a copy of the embeddings, if the model ties them; factors of positions, which became a setting.
         if not (tensor == "output.weight" and model.config.tie_word_embeddings)
-        and not tensor.startswith(f"blk.{layers}.")
+        and not (ahead and tensor.startswith(ahead))
         and tensor != FACTORS
     )
     read = sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
@@ -126,11 +127,15 @@ def _check_all_was_read(source: GgufFile, model: Any, weights: dict[str, torch.T
             raise ConfigError(f"{source.name} is damaged: its weights {name} are not finite. Download it again.")
 
 
-def _read(source: GgufFile, read: Any, place: dict[str, str], **options: Any) -> Any:
+@contextlib.contextmanager
+def _explained(source: GgufFile) -> Iterator[None]:
+    """Turn every error of reading into a ConfigError that says what to do."""
     try:
-        return read(place["folder"], gguf_file=place["gguf_file"], **options)
+        yield
+    except RagError:
+        raise
     except Exception as error:  # Transformers, tokenizers, gguf and numpy raise errors of any type
-        known = "not supported" in str(error) or isinstance(error, (NotImplementedError, KeyError))
+        known = "not supported" in str(error) or isinstance(error, NotImplementedError)
         raise ConfigError(
             f"Transformers cannot read the {source.architecture} model {source.name} from GGUF: {reason_of(error)} "
             + (REMEDY if known else f"If the file is damaged, download it again. {REMEDY}")
@@ -151,7 +156,7 @@ def _mend_split(source: GgufFile, tokenizer: Any) -> None:
             f"{source.name}: its tokenizer splits text in a way that Transformers does not know ({way}); GPT-2's is "
             "used, so some texts become other tokens than the model was trained on.",
             ModelNotice,
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -169,7 +174,7 @@ def _as_only_file_of_a_folder(file: Path) -> Iterator[dict[str, str]]:
     """Arguments for `from_pretrained`: files beside the GGUF file, such as another model's tokenizer, are not read."""
     with tempfile.TemporaryDirectory(prefix="rag-gguf-") as folder:
         (Path(folder) / "model.gguf").symlink_to(file.resolve())
-        yield {"folder": folder, "gguf_file": "model.gguf"}
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
 
 
 @contextlib.contextmanager

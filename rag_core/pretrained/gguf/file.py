@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 from transformers.integrations.gguf import read_gguf_metadata
 
-from rag_core.errors import ConfigError
+from rag_core.errors import ConfigError, RagError
 
 MAGIC = b"GGUF"
 REMEDY = "Choose another model, or give its Transformers folder or hub name."
@@ -74,12 +74,14 @@ class GgufFile:
         try:
             metadata, _ = read_gguf_metadata(str(file))
             source = cls(file, name, metadata, gguf.GGUFReader(file))
+            _refuse_what_is_no_generator(source)
+        except RagError:
+            raise
         except Exception as error:  # struct, numpy, UTF-8 and the two readers raise whatever a damaged file leads to
             raise ConfigError(
                 f"{name} is damaged or was cut off, or is of a version that cannot be read: {reason_of(error)} "
                 "Download the file again."
             ) from error
-        _refuse_what_is_no_generator(source)
         return source
 
 
