@@ -9,7 +9,7 @@ CONFIGURATION = "rag_core/pretrained/gguf/configuration.py"
 FILES, FAMILIES = "tests/pretrained/test_gguf.py", "tests/pretrained/test_gguf_families.py"
 REFUSALS = "tests/pretrained/test_gguf_refusals.py"
 
-MODEL_SOURCES = [
+MODEL_SOURCES = (
     Mutant(
         "a GGUF file known by its path",
         CACHE,
@@ -65,4 +65,4 @@ MODEL_SOURCES = [
         "Llama 3's positions not stretched", CONFIGURATION, "    if factors is not None:\n", "    if False:\n", FAMILIES
     ),
     Mutant("T5's activation of a GGUF file ignored", CONFIGURATION, 'in ("t5", "umt5")', "in ()", FAMILIES),
-]
+)
