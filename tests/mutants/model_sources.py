@@ -6,8 +6,8 @@ from tests.mutants.mutant import Mutant
 
 CACHE, CONVERSION = "rag_core/pretrained/gguf/cache.py", "rag_core/pretrained/gguf/conversion.py"
 CONFIGURATION = "rag_core/pretrained/gguf/configuration.py"
-FILES, FAMILIES = "tests/pretrained/test_gguf.py", "tests/pretrained/test_gguf_families.py"
-REFUSALS = "tests/pretrained/test_gguf_refusals.py"
+FILES, FAMILIES = "tests/pretrained/gguf/test_folder.py", "tests/pretrained/gguf/test_families.py"
+REFUSALS = "tests/pretrained/gguf/test_refusals.py"
 
 MODEL_SOURCES = (
     Mutant(

@@ -40,7 +40,7 @@ from rag_core.pretrained.gguf.configuration import FACTORS, complete
 from rag_core.pretrained.gguf.file import REMEDY, GgufFile, reason_of
 from rag_core.pretrained.quiet import quiet_transformers
 
-# Architectures of which `tests/pretrained/test_gguf_families.py` compares a model with what is read from its file.
+# Architectures of which `tests/pretrained/gguf/test_families.py` compares a model with what is read from its file.
 COMPARED = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "t5")
 # How byte-level tokenizers split text before the merges (`tokenizer.ggml.pre`), as llama.cpp does it, where
 # Transformers has no entry and uses GPT-2's way: right for these, and for the next ones after single digits.

@@ -20,7 +20,7 @@ from rag_core.pretrained.model_source import resolve_model_source
 from tests.storage.test_disk_refusals import mounted
 from tests.support.models.tiny_gguf import tiny_llama, write_gguf
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WAIT_SECONDS = 240
 EMBEDDINGS = "model.embed_tokens.weight"
 
