@@ -16,7 +16,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,13 +65,13 @@ def write_plain_folder(source: GgufFile, out: Path) -> None:
         )
     with _as_only_file_of_a_folder(source.file) as place, quiet_transformers(), _read_once(source):
         with _explained(source):
-            config = AutoConfig.from_pretrained(**place)
+            config = _read(AutoConfig.from_pretrained, place)
             if "Encoder" in "".join(config.architectures or ()):
                 raise source.encoder_refused()
             complete(config, source)
             model = _load_model(source, config, place)
             model.generation_config = _generation_config(source, model.config)
-            tokenizer = AutoTokenizer.from_pretrained(**place)
+            tokenizer = _read(AutoTokenizer.from_pretrained, place)
             _mend_split(source, tokenizer)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -88,7 +88,7 @@ def _load_model(source: GgufFile, config: Any, place: dict[str, str]) -> Any:
     """The model as a plain one, which can be saved: Transformers does not save models that it read from GGUF."""
     load = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    loaded, report = load.from_pretrained(**place, config=config, output_loading_info=True, **options)
+    loaded, report = _read(load.from_pretrained, place, config=config, output_loading_info=True, **options)
     weights = loaded.state_dict()
     _check_all_was_read(source, loaded, weights, report["missing_keys"])
     for attribute in ("quantization_config", "_model_name_or_path"):
@@ -125,6 +125,11 @@ def _check_all_was_read(source: GgufFile, model: Any, weights: dict[str, torch.T
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"{source.name} is damaged: its weights {name} are not finite. Download it again.")
+
+
+def _read(from_pretrained: Callable[..., Any], place: dict[str, str], **options: Any) -> Any:
+    """Read the GGUF file of a local folder; `from_pretrained` contacts no hub then."""
+    return from_pretrained(**place, **options)
 
 
 @contextlib.contextmanager
