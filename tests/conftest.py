@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 # user's shell sets, and so cannot write to them.
 USER_PREFIXES = ("PREFECT_", "RAY_", "MLFLOW_", "RAG_", "AWS_", "HF_")
 HOME = tempfile.TemporaryDirectory(prefix="rag-tests-", ignore_cleanup_errors=True)
+# Processes of pytest-xdist share the first one's cache, so that SmolLM2 is dequantised once.
+_shared_cache = os.environ.get("RAG_CACHE") if "PYTEST_XDIST_WORKER" in os.environ else None
 for _name in [name for name in os.environ if name.startswith(USER_PREFIXES) and name != "RAY_TMPDIR"]:
     del os.environ[_name]
 os.environ |= {
@@ -37,7 +39,7 @@ os.environ |= {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "MLFLOW_TRACKING_URI": f"sqlite:///{HOME.name}/mlflow.db",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "RAG_CACHE": f"{HOME.name}/cache",
+    "RAG_CACHE": _shared_cache or f"{HOME.name}/cache",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

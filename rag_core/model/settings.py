@@ -25,7 +25,7 @@ class ModelConfig(BaseModel):
     question_encoder: str = Field(
         description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
     )
-    generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
+    generator: str = Field(description="folder, .gguf file, hub name, package:NAME/FOLDER or package:NAME/FILE.gguf")
     pooling: Pooling | None = Field(None, description="pooling of the question encoder; empty: as its folder says")
     question_prompt: str | None = Field(
         None,

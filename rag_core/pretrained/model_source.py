@@ -1,6 +1,7 @@
 """Load models and tokenizers from a local folder, a Python package or a model hub, with errors that say what to do.
 
-`package:NAME/FOLDER` names a folder inside an installed Python package, for machines that cannot reach a hub.
+`package:NAME/FOLDER` names a folder inside an installed Python package, for machines that cannot reach a hub. Where a
+folder can be named, a `.gguf` file can: `gguf/` makes a plain folder of it.
 `org/model` and `org/model@REVISION` name a hub's model. `rag_core/pretrained/hub/` puts its files into a folder of the
 hub's cache, and everything is loaded from that folder, so Transformers never contacts a hub.
 
@@ -11,7 +12,6 @@ an artifact: whoever loads the artifact later decides again. From pickled weight
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from rag_core.errors import ConfigError
 from rag_core.pretrained.hub.name import HubName, name_of_snapshot, parse_hub_name
 from rag_core.pretrained.hub.revision import commit_of
 from rag_core.pretrained.hub.snapshot import snapshot_folder
 from rag_core.pretrained.pickled_weights import check_pickled_weights
+from rag_core.pretrained.quiet import quiet_transformers
 from rag_core.storage.artifact import local_copy
 from rag_core.storage.places import ObjectPath, as_place
 
@@ -35,6 +35,7 @@ from rag_core.storage.places import ObjectPath, as_place
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 PACKAGE_PREFIX = "package:"
+GGUF = ".gguf"
 # No model has more layers than this.
 MOST_LAYERS = 500
 
@@ -43,28 +44,35 @@ def resolve_model_source(name_or_folder: str | Path, *, trust_remote_code: bool 
     """The folder that Transformers should load from. A hub's model and an artifact in an object store are downloaded.
 
     Args:
-        name_or_folder: a local folder, `package:NAME/FOLDER`, or a hub name with or without `@REVISION`.
+        name_or_folder: a local folder or `.gguf` file, `package:NAME/FOLDER` or `package:NAME/FILE.gguf`, or a hub name
+            with or without `@REVISION`.
         trust_remote_code: download the Python code of a hub's model, too.
 
     Raises:
-        ConfigError: the package of a `package:` source is not installed, a local path is not a model folder, or a hub's
-            model cannot be downloaded.
+        ConfigError: the package of a `package:` source is not installed, a local path is not a model, a hub's model
+            cannot be downloaded, or a GGUF file cannot be read.
     """
-    source = _local_folder(name_or_folder)
-    return str(snapshot_folder(source, trust_remote_code=trust_remote_code) if isinstance(source, HubName) else source)
+    source = _locate(name_or_folder)
+    if isinstance(source, HubName):
+        return str(snapshot_folder(source, trust_remote_code=trust_remote_code))
+    if source.is_file():
+        from rag_core.pretrained.gguf.cache import plain_folder  # its imports take a second
+
+        return str(plain_folder(source, str(name_or_folder)))
+    return str(source)
 
 
 def pin_source(name_or_folder: str | Path) -> str:
     """A name for the same model that means the same in every process, now and later.
 
-    A hub name becomes `org/model@COMMIT` (one request per name and process). A local folder's path becomes absolute.
+    A hub name becomes `org/model@COMMIT` (one request per name and process). A local path becomes absolute.
     `package:` names and artifacts in an object store stay as they are.
 
     Raises:
         ConfigError: as `resolve_model_source`.
     """
     name = str(name_or_folder)
-    source = name if isinstance(as_place(name), ObjectPath) else _local_folder(name)
+    source = name if isinstance(as_place(name), ObjectPath) else _locate(name)
     return str(source.at(commit_of(source))) if isinstance(source, HubName) else absolute_source(name)
 
 
@@ -75,9 +83,9 @@ def recorded_source(name_or_folder: str | Path) -> str:
 
 
 def absolute_source(name_or_folder: str) -> str:
-    """The same source with a local folder's path made absolute, because workers have another current folder."""
+    """The same source with a local path made absolute, because workers have another current folder."""
     place = as_place(name_or_folder)
-    return str(place.resolve()) if isinstance(place, ObjectPath) or place.is_dir() else name_or_folder
+    return str(place.resolve()) if isinstance(place, ObjectPath) or place.exists() else name_or_folder
 
 
 def _is_local(name: str) -> bool:
@@ -85,23 +93,31 @@ def _is_local(name: str) -> bool:
     return name.startswith(PACKAGE_PREFIX) or isinstance(place, ObjectPath) or place.exists()
 
 
-def _local_folder(name_or_folder: str | Path) -> Path | HubName:
-    """The folder of a local source, or the parts of a hub name."""
+def _locate(name_or_folder: str | Path) -> Path | HubName:
+    """The folder or GGUF file of a local source, or the parts of a hub name."""
     name = str(name_or_folder)
     if name.startswith(PACKAGE_PREFIX):
-        return _package_folder(name.removeprefix(PACKAGE_PREFIX))
+        return _in_package(name.removeprefix(PACKAGE_PREFIX))
+    if _is_gguf(Path(name)) and isinstance(as_place(name), ObjectPath):
+        raise ConfigError(f"{name}: a GGUF file cannot be read from an object store. Copy it here and give its path.")
     path = local_copy(Path(name))
     if path.is_dir():
         if not _is_model_folder(path):
-            raise ConfigError(f"{path} has no config.json, so it is not a model folder. Give the folder that holds it.")
+            inside = next(iter(sorted(path.glob(f"*{GGUF}"))), None)
+            remedy = f"To use its GGUF file, give {inside}." if inside else "Give the folder that holds it."
+            raise ConfigError(f"{path} has no config.json, so it is not a model folder. {remedy}")
         return path
     if path.is_file():
-        raise ConfigError(f"{path} is a file; a model folder (with config.json and weights) is needed.")
-    hub_name = parse_hub_name(name)
+        if not _is_gguf(path):
+            raise ConfigError(
+                f"{path} is a file; a model folder (with config.json and weights) or a {GGUF} file is needed."
+            )
+        return path
+    hub_name = None if _is_gguf(path) else parse_hub_name(name)
     if hub_name is None:
         raise ConfigError(
-            f"There is no model folder {path}. Correct the path, or give a hub name such as 'org/model' or "
-            "'org/model@REVISION'."
+            f"There is no model {'file' if _is_gguf(path) else 'folder'} {path}. Correct the path, or give a hub name "
+            "such as 'org/model' or 'org/model@REVISION'."
         )
     return hub_name
 
@@ -196,20 +212,6 @@ def load_tokenizer(source: str, subfolder: str = "", **options: Any) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Load or save without progress bars and tables of unused weights, which are expected when models are combined."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def model_file(source: str, name: str) -> Path | None:
     """A file of a model folder, or None if it has no such file."""
     path = Path(source) / name
@@ -280,7 +282,8 @@ def _own_code(source: str, why: str) -> ConfigError:
     )
 
 
-def _package_folder(name: str) -> Path:
+def _in_package(name: str) -> Path:
+    """A folder or GGUF file in an installed package, whose code is not imported."""
     package, _, inside = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -288,10 +291,23 @@ def _package_folder(name: str) -> Path:
             f"The Python package {package!r} of model source 'package:{name}' is not installed. "
             f"Install it: pip install {package.replace('_', '-')}"
         )
-    folder = Path(spec.submodule_search_locations[0]) / inside
-    if not _is_model_folder(folder):
-        raise ConfigError(f"The package {package!r} has no model folder {inside!r} (no config.json in {folder}).")
-    return folder
+    home = Path(spec.submodule_search_locations[0])
+    path = home / inside
+    if _is_gguf(path) and not path.is_dir():
+        if not path.is_file():
+            files = ", ".join(sorted(file.relative_to(home).as_posix() for file in home.rglob(f"*{GGUF}")))
+            raise ConfigError(
+                f"The package {package!r} has no file {inside!r}: {f'it has {files}' if files else f'no {GGUF} file'} "
+                f"in {home}. Correct the name."
+            )
+        return path
+    if not _is_model_folder(path):
+        raise ConfigError(f"The package {package!r} has no model folder {inside!r} (no config.json in {path}).")
+    return path
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF
 
 
 def _is_model_folder(path: Path) -> bool:

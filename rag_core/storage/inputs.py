@@ -86,6 +86,8 @@ def command_for(folder: Path, manifest: Manifest) -> str:
         "predictions": ["infer", *_options(details, "model"), *_options(inputs, "index", "questions")],
     }.get(manifest.kind)
     more = {"embeddings": _options(config, "dtype", "precision", "batch_tokens"), "rag-model": ["--config", "FILE"]}
+    if "gguf" in details:
+        return f"delete the folder; the next command that names {details['gguf']} makes it"
     if "hf_rag" in details:
         return shlex.join(["rag", "import-hf", details["hf_rag"], str(folder)])
     if words is None:

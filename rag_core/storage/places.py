@@ -6,6 +6,7 @@ it, and `ArtifactPath` does so wherever pydantic reads a parameter or a setting.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PosixPath
 from typing import Annotated
 
@@ -51,6 +52,11 @@ def as_place(path: str | Path) -> Path:
 def absolute(path: str | Path) -> str:
     """The absolute path or full `s3://` address of a place, for processes with another current folder."""
     return str(as_place(path).resolve())
+
+
+def cache_root() -> Path:
+    """The folder of this program's cache: `RAG_CACHE`, or `~/.cache/rag`."""
+    return Path(os.environ.get("RAG_CACHE") or Path.home() / ".cache" / "rag")
 
 
 # Type of a parameter or setting that may be a place in an object store.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from rag_core.storage.object_store import (
     upload,
     write_if_unchanged,
 )
-from rag_core.storage.places import ObjectPath
+from rag_core.storage.places import ObjectPath, cache_root
 from rag_core.storage.writer_lock import reserved
 
 
@@ -48,8 +47,7 @@ class StoredManifest:
 
 def cache_folder(place: ObjectPath) -> Path:
     """The cache folder of a place on this machine, below `RAG_CACHE` (default `~/.cache/rag`)."""
-    root = Path(os.environ.get("RAG_CACHE") or Path.home() / ".cache" / "rag")
-    return root / hashlib.sha256(str(place).encode()).hexdigest()[:16]
+    return cache_root() / hashlib.sha256(str(place).encode()).hexdigest()[:16]
 
 
 def work_folder(place: ObjectPath) -> Path:

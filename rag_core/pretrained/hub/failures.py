@@ -101,10 +101,12 @@ def explained(error: BaseException, name: HubName) -> ConfigError:
 def no_weights(name: HubName, files: list[str]) -> ConfigError:
     """The error if the repository has no weights for PyTorch."""
     others = [file for file in files if file.endswith((".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt", ".pt"))]
+    remedy = "Choose another model, or convert this one with Transformers and give the folder."
+    if any(file.endswith(".gguf") for file in others):
+        remedy = "Download one of its .gguf files (`hf download`) and give that file's path, or choose another model."
     return ConfigError(
         f"The hub model {name} has no weights in a supported format (model.safetensors or pytorch_model.bin, in one "
-        f"file or in shards){'; it has ' + ', '.join(others[:4]) if others else ''}. Choose another model, or convert "
-        "this one with Transformers and give the folder."
+        f"file or in shards){'; it has ' + ', '.join(others[:4]) if others else ''}. {remedy}"
     )
 
 
