@@ -66,7 +66,7 @@ class RagModel(nn.Module):
         """
         trust = config.trust_remote_code
         question_encoder = load_question_encoder(config)
-        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
+        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust, dtype=config.generator_dtype)
         settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
         return cls(question_encoder, generator, tokenizer, settings)
 

@@ -25,6 +25,8 @@ from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.embeddings.text_encoder import Precision, autocast
 from rag_core.errors import ConfigError
+from rag_core.model.adapters.adapter_files import GeneratorType, is_adapter_folder, load_adapted, write_adapters
+from rag_core.model.adapters.lora import base_of, remember_fingerprint
 from rag_core.model.surface import SurfaceReader
 from rag_core.pretrained.model_source import (
     load_config,
@@ -33,6 +35,7 @@ from rag_core.pretrained.model_source import (
     quiet_transformers,
     resolve_model_source,
 )
+from rag_core.pretrained.rounded_weights import round_weights, stored_type
 from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts
 from rag_core.reading.generation_tokens import GenerationTokens
 from rag_core.reading.generator_limits import fitting_prompt, refuse_long_search, refuse_tokenizer
@@ -114,9 +117,12 @@ class GeneratorReader:
         return next(self.generator.parameters()).device
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write weights (safetensors) and tokenizer to a folder that `load_generator` reads."""
+        """Write weights (safetensors; of adapters, if there are any) and tokenizer; `load_generator` reads the folder."""
         with quiet_transformers():
-            self.generator.save_pretrained(folder)  # type: ignore[operator]
+            if base_of(self.generator):
+                write_adapters(self.generator, folder)
+            else:
+                self.generator.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
 
     @contextlib.contextmanager
@@ -214,25 +220,57 @@ class GeneratorReader:
         )
 
 
-def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """Load a seq2seq model (float32, eval mode) and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
+def load_generator(
+    name_or_folder: str | Path, *, trust_remote_code: bool = False, dtype: GeneratorType | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a seq2seq model in eval mode and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
+
+    Args:
+        name_or_folder: a model, or adapters that name their base (`adapters/adapter_files.py`).
+        trust_remote_code: run code that comes with the model.
+        dtype: bfloat16 holds frozen matrices in it (`round_weights`); default: as adapters were trained, else float32.
 
     Raises:
-        ConfigError: the model cannot be read, is not an encoder-decoder, or its tokenizer belongs to another model.
+        ConfigError: the model cannot be read, is not an encoder-decoder, or its tokenizer belongs to another model; or,
+            for adapters, as in `load_adapted`.
     """
     source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
+
+    def load_base(base: str, base_dtype: GeneratorType) -> nn.Module:
+        folder = resolve_model_source(base, trust_remote_code=trust_remote_code)
+        return _load_whole(base, folder, base_dtype, trust_remote_code)
+
+    if is_adapter_folder(source):
+        model, tokenizer_source = load_adapted(Path(source), load_base, dtype)
+        tokenizer_source = resolve_model_source(tokenizer_source, trust_remote_code=trust_remote_code)
+    else:
+        model = _load_whole(str(name_or_folder), source, dtype or "float32", trust_remote_code)
+        tokenizer_source = source
+    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
+    refuse_tokenizer(model, tokenizer, str(name_or_folder))
+    return model.eval(), tokenizer
+
+
+def _load_whole(name_or_folder: str, source: str, dtype: GeneratorType, trust_remote_code: bool) -> nn.Module:
+    """Load a model that has all its weights from the folder `source`."""
+    if is_adapter_folder(source):
+        raise ConfigError(
+            f"{name_or_folder} holds adapters, too; adapters of adapters cannot be loaded. Merge it with `rag export`."
+        )
     config = load_config(source, trust_remote_code=trust_remote_code)
     if not config.is_encoder_decoder:
         raise ConfigError(
             f"{name_or_folder} ({config.model_type}) is not an encoder-decoder. RAG needs a seq2seq generator such as "
             "BART, T5 or the one that `rag pretrain` makes."
         )
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": stored_type(source) if dtype == "bfloat16" else torch.float32}
     load = AutoModelForSeq2SeqLM.from_pretrained
-    model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
-    tokenizer = load_tokenizer(source, **trust)
-    refuse_tokenizer(model, tokenizer, str(name_or_folder))
-    return without_unused_pooler(model).eval(), tokenizer
+    model = load_weights(load, source, may_lack="encoder.pooler.", trust_remote_code=trust_remote_code, **options)
+    model = without_unused_pooler(model)
+    if dtype == "bfloat16":
+        remember_fingerprint(model)
+        round_weights(model)
+    return model
 
 
 def without_unused_pooler(generator: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.embeddings.text_encoder import Pooling
+from rag_core.model.adapters.adapter_files import GeneratorType
 from rag_core.pretrained.model_source import pin_source, recorded_source
 from rag_core.reading.likelihood import Variant
 from rag_core.reading.prompt import PromptConfig
@@ -25,7 +26,14 @@ class ModelConfig(BaseModel):
     question_encoder: str = Field(
         description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
     )
-    generator: str = Field(description="any seq2seq model: folder, hub name, or package:NAME/FOLDER")
+    generator: str = Field(
+        description="any seq2seq model: folder, hub name, or package:NAME/FOLDER; or a folder of LoRA adapters"
+    )
+    generator_dtype: GeneratorType | None = Field(
+        None,
+        description="bfloat16: hold the generator's frozen matrices in it (with train.lora only); empty: float32, or as "
+        "its adapters were trained",
+    )
     pooling: Pooling | None = Field(None, description="pooling of the question encoder; empty: as its folder says")
     question_prompt: str | None = Field(
         None,
@@ -44,6 +52,7 @@ class ModelConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The settings that affect the result of training, apart from the parts' weights."""
         unset = set() if self.question_prompt is not None else {"question_prompt"}
+        unset |= set() if self.generator_dtype == "bfloat16" else {"generator_dtype"}
         return self.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
 
     def pinned(self) -> ModelConfig:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rag_core.errors import ConfigError
+from rag_core.pretrained.hub.files import ADAPTER_CONFIG
 from rag_core.pretrained.hub.name import HubName, name_of_snapshot, parse_hub_name
 from rag_core.pretrained.hub.revision import commit_of
 from rag_core.pretrained.hub.snapshot import snapshot_folder
@@ -295,5 +296,5 @@ def _package_folder(name: str) -> Path:
 
 
 def _is_model_folder(path: Path) -> bool:
-    # Old sentence-transformers folders keep config.json in a subfolder that modules.json names.
-    return (path / "config.json").is_file() or (path / "modules.json").is_file()
+    # Old sentence-transformers folders keep config.json in a subfolder that modules.json names. Adapters have none.
+    return any((path / name).is_file() for name in ("config.json", "modules.json", ADAPTER_CONFIG))
