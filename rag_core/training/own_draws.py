@@ -79,7 +79,9 @@ def _at_state(generator: torch.Generator, state: torch.Tensor) -> Iterator[None]
     before = generator.get_state()
     generator.set_state(state)
     try:
-        yield
+        # PyTorch switches the mode off inside `Tensor.backward`, as inside every function that a mode handles.
+        with _OwnGenerator(generator):
+            yield
     finally:
         generator.set_state(before)
 

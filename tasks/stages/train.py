@@ -75,12 +75,12 @@ class TrainConfig(BaseModel):
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what is trained; `match` is among them only if it is not the published rule.
 
-        `lora` and `gradient_checkpointing` are among them only if they are set, as artifacts made before they existed
-        have keys without them.
+        `lora` is among them only if it is set: artifacts made before it existed have keys without it. Gradient
+        checkpointing changes no result, so that a run which needs less memory can go on from its checkpoint.
         """
         not_in_key: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
+        not_in_key["gradient_checkpointing"] = True
         usual = {"match": self.match == "words", "lora": self.lora is None}
-        usual |= {"gradient_checkpointing": not self.gradient_checkpointing}
         return self.model_dump(mode="json", exclude=not_in_key | {name: True for name in usual if usual[name]})
 
 

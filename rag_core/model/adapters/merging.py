@@ -6,6 +6,8 @@ adapters, so training and answering are not disturbed.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,3 +33,19 @@ def plain_weights(generator: Any) -> dict[str, torch.Tensor]:
             tensor = tensor + modules[layer].get_delta_weight(NAME).detach()
         plain[name.replace(f"{_BASE_LAYER}.", ".")] = tensor
     return plain
+
+
+def write_merged(generator: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a generator as a plain Transformers folder, with its adapters merged and its weights in `dtype`."""
+    with torch.device("meta"):
+        # On "meta" it takes no memory and draws no random numbers: we need only its saving code.
+        plain = type(generator)(copy.deepcopy(generator.config))
+    plain.to(dtype).generation_config = generator.generation_config
+    converted: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    weights = {}
+    for name, tensor in plain_weights(generator).items():
+        # Tied weights share their memory, and are written once.
+        key = (tensor.data_ptr(), tensor.shape)
+        converted.setdefault(key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        weights[name] = converted[key]
+    plain.save_pretrained(folder, state_dict=weights)
