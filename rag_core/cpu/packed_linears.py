@@ -99,7 +99,10 @@ def _forward_replaced(
     layers = [
         layer
         for layer in module.modules()
-        if type(layer) in (nn.Linear, RoundedLinear) and _packable(layer) and "forward" not in vars(layer)
+        if isinstance(layer, nn.Linear)
+        and type(layer) in (nn.Linear, RoundedLinear)
+        and _packable(layer)
+        and "forward" not in vars(layer)
     ]
     for layer in layers:
         layer.forward = forward_of(layer)  # type: ignore[method-assign, assignment]

@@ -231,7 +231,8 @@ def linear_layers(generator: Any) -> list[str]:
 def _default_targets(generator: Any, linear: list[str]) -> list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    sides = [getattr(generator.config, side, None) for side in ("encoder", "decoder")]  # of an EncoderDecoderModel
+    # An EncoderDecoderModel has a configuration for each side.
+    sides: list[Any] = [getattr(generator.config, side, None) for side in ("encoder", "decoder")]
     configs = [side for side in sides if hasattr(side, "model_type")] or [generator.config]
     chosen = {target for config in configs for target in KNOWN.get(config.model_type, ())}
     if not chosen and all(any(name.endswith(f".{target}") for name in linear) for target in _USUAL):
