@@ -27,6 +27,7 @@ from benchmarks.harness import Line, Size, matmul_rate
 MODULES = {
     "loss": "components",
     "training": "components",
+    "memory": "components",
     "retrieval": "components",
     "decoding": "components",
     "embedding": "components",

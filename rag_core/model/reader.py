@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
 from rag_core.corpus.passages import Passage
+from rag_core.cpu.heap import return_freed_blocks
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.decoding.passage_decoder import decoding_mode
 from rag_core.embeddings.text_encoder import Precision, autocast
@@ -270,6 +271,7 @@ def _load_whole(name_or_folder: str, source: str, dtype: GeneratorType, trust_re
     if dtype == "bfloat16":
         remember_fingerprint(model)
         round_weights(model)
+        return_freed_blocks()
     return model
 
 

@@ -9,8 +9,8 @@ Shapes: B questions, K passages per question, S context tokens, T answer tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from rag_core.cpu.training_kernels import training_kernels
 from rag_core.index.retriever import Retriever
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import GeneratorReader
+from rag_core.pretrained.model_source import quiet_transformers
 from rag_core.questions.questions import Question
 from rag_core.reading.likelihood import Variant
 from rag_core.training.recomputation import recompute_layers
@@ -82,9 +83,15 @@ class EndToEnd(nn.Module):
         answers = [example.answers[0] for example in examples]
         return self.model.reader.nll(questions, passages_BK, doc_scores_BK, answers, self._variant)
 
-    def until_backward(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def until_backward(self) -> Iterator[None]:
         """A block to hold from the forward pass to the end of the backward pass, entered under autocast."""
-        return training_kernels(self.model.generator) if self._recomputes else nullcontext()
+        if self._recomputes:
+            # Transformers would note that layers which are computed again keep no cache; ours keep none in training.
+            with training_kernels(self.model.generator), quiet_transformers():
+                yield
+        else:
+            yield
 
     def train(self, mode: bool = True) -> EndToEnd:
         """Put the trained parts into training mode; a part at rate 0 stays in evaluation mode, without dropout."""
