@@ -153,7 +153,7 @@ def _generator(config: PipelineConfig, questions: dict[str, list[Question]], pro
         return
     (generator, tokenizer), reader = loaded, None
     with problems.of("train.lora"):
-        check_lora(generator, config.train.lora, config.train.rates.generator)
+        check_lora(generator, config.train.lora, config.train.rates.generator, model.generator_dtype)
     with problems.of("model.prompt"):
         reader = GeneratorReader(generator, tokenizer, model.prompt)
     with problems.of("infer.decoding"):

@@ -208,7 +208,7 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
         check_rates(config.rates)
     if start:
         with problems.of("train.lora"):
-            check_lora(start.generator, config.lora, config.rates.generator)
+            check_lora(start.generator, config.lora, config.rates.generator, model.generator_dtype)
     with problems.of("train.optimizer"):
         check_optimizer("train", config.optimizer, config.num_workers)
     with problems.of("train.retrieval"):

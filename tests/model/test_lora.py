@@ -15,7 +15,6 @@ from rag_core.embeddings.text_encoder import fingerprint_of_weights
 from rag_core.errors import ConfigError
 from rag_core.model.adapters.lora import LoraSettings, adapted_layers, add_adapters, check_lora, is_adapter
 from rag_core.model.adapters.merging import plain_weights
-from rag_core.pretrained.rounded_weights import round_weights
 from rag_core.reading.likelihood import Variant, rag_nll
 from rag_core.training.own_draws import own_draws
 from tests.support.models.adapters import LORA, merged, with_adapters
@@ -184,12 +183,10 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_rounded_weights_are_not_trained() -> None:
-    model = tiny_llama()
-    check_lora(model, None, 1e-4)
-    round_weights(model)
-    check_lora(model, LoraSettings(), 1e-4)
+    check_lora(tiny_llama(), None, 1e-4)
+    check_lora(tiny_llama(), LoraSettings(), 1e-4, "bfloat16")
     with pytest.raises(ConfigError, match=r"generator_dtype is bfloat16, but train\.lora is not set"):
-        check_lora(model, None, 1e-4)
+        check_lora(tiny_llama(), None, 1e-4, "bfloat16")
 
 
 def test_adapters_that_would_never_learn_are_refused() -> None:

@@ -79,13 +79,14 @@ def remember_fingerprint(generator: nn.Module) -> None:
     setattr(generator, _FINGERPRINT, base_fingerprint(generator))
 
 
-def check_lora(generator: nn.Module, settings: LoraSettings | None, rate: float) -> None:
+def check_lora(generator: nn.Module, settings: LoraSettings | None, rate: float, dtype: str | None = None) -> None:
     """Check before training that settings and generator fit each other.
 
     Args:
         generator: the generator that training starts from.
         settings: those of `train.lora`; None trains all weights.
         rate: the generator's learning rate.
+        dtype: the setting `model.generator_dtype`.
 
     Raises:
         ConfigError: adapters at learning rate 0; a generator with adapters and other settings, or none; frozen weights
@@ -102,7 +103,7 @@ def check_lora(generator: nn.Module, settings: LoraSettings | None, rate: float)
             _check_continuing(generator, present, settings)
     elif settings:
         adapted_layers(generator, settings.targets)
-    elif any(parameter.dtype != torch.float32 for parameter in generator.parameters()):
+    elif dtype == "bfloat16":
         raise ConfigError(
             "model.generator_dtype is bfloat16, but train.lora is not set. Weights that are trained stay float32, since "
             "small updates vanish in bfloat16. Set train.lora, or remove generator_dtype."
