@@ -26,13 +26,13 @@ def with_adapters(generator: Any, settings: LoraSettings = LORA, source: str = "
     return generator
 
 
-def merged(generator: Any) -> Any:
-    """A copy of the generator in which plain layers compute what layers with adapters did."""
+def merged(generator: Any, settings: LoraSettings = LORA) -> Any:
+    """A copy of the generator in which plain layers compute what the formula says of layers with adapters."""
     plain = copy.deepcopy(generator)
     for name, layer in list(plain.named_modules()):
         if hasattr(layer, "lora_A"):
             down, up = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-            delta = layer.scaling["default"] * (up @ down)
+            delta = settings.alpha / settings.rank * (up @ down)
             base = layer.base_layer
             base.weight.data += delta.T if isinstance(base, Conv1D) else delta
             parent, _, end = name.rpartition(".")
