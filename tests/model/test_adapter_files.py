@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
 
 from rag_core.embeddings.text_encoder import fingerprint_of_weights
 from rag_core.errors import ConfigError
-from rag_core.model.adapters.adapter_files import write_adapters
+from rag_core.model.adapters.adapter_files import load_adapted, write_adapters
 from rag_core.model.adapters.lora import base_of
+from rag_core.model.adapters.merging import write_merged
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig, load_generator
 from tests.support.models.adapters import make_adapters, with_adapters
@@ -95,6 +96,32 @@ def test_adapters_that_peft_wrote_are_read(parts: Path, tmp_path: Path) -> None:
     generator, tokenizer = load_generator(tmp_path / "theirs")
     torch.testing.assert_close(logits(generator), logits(theirs))
     assert tokenizer.tokenize("cork") == ["cork"], "the base's tokenizer, as the folder has none"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_a_decoder_only_model_are_read_by_us_and_by_transformers_and_merged(
+    tmp_path: Path, tied: bool
+) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=tied)).save_pretrained(tmp_path / "base")
+
+    def load(source: str, dtype: str = "float32") -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+    with torch.inference_mode():
+        adapted = with_adapters(load(str(tmp_path / "base")), source=str(tmp_path / "base"))
+        expected = adapted(IDS_BS).logits
+        write_adapters(adapted, tmp_path / "adapters")
+        ours, tokenizer_at = load_adapted(tmp_path / "adapters", load)
+        assert torch.equal(ours(IDS_BS).logits, expected)
+        assert tokenizer_at == str(tmp_path / "base")
+        torch.testing.assert_close(load(str(tmp_path / "adapters"))(IDS_BS).logits, expected)
+        write_merged(ours, tmp_path / "merged", torch.float32)
+        merged = load(str(tmp_path / "merged"))
+        assert not hasattr(merged, "peft_config")
+        torch.testing.assert_close(merged(IDS_BS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) is not tied
 
 
 def test_a_rag_model_saves_adapters_and_answers_as_before(parts: Path, tmp_path: Path) -> None:
