@@ -27,9 +27,10 @@ from benchmarks.harness import Line, Size, matmul_rate
 MODULES = {
     "loss": "components",
     "training": "components",
+    "memory": "generators",
     "retrieval": "components",
     "decoding": "components",
-    "causal": "components",
+    "causal": "generators",
     "embedding": "components",
     "embed_stage": "stages",
     "growth": "components",

@@ -16,6 +16,7 @@ from rag_core.embeddings.embeddings import load_document_encoder
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.generators.kinds import as_generator
 from rag_core.generators.limits import refuse_long_search
+from rag_core.model.adapters.lora import check_lora
 from rag_core.model.rag_model import load_question_encoder
 from rag_core.model.reader import GeneratorReader, load_generator
 from rag_core.pretrained.model_source import recorded_source
@@ -146,10 +147,14 @@ def _generator(config: PipelineConfig, questions: dict[str, list[Question]], pro
             warn("pretrain.prompt is not model.prompt: the generator learns from prompts that it will not get later.")
     else:
         with problems.of("model.generator"):
-            loaded = load_generator(model.generator, trust_remote_code=model.trust_remote_code)
+            loaded = load_generator(
+                model.generator, trust_remote_code=model.trust_remote_code, dtype=model.generator_dtype
+            )
     if loaded is None:
         return
     (generator, tokenizer), reader = loaded, None
+    with problems.of("train.lora"):
+        check_lora(generator, config.train.lora, config.train.rates.generator, model.generator_dtype)
     with problems.of("model.prompt"):
         reader = GeneratorReader(generator, tokenizer, model.prompt)
     with problems.of("infer.decoding"):

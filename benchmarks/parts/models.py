@@ -20,10 +20,11 @@ IGNORE = -100
 INIT_STD = 0.06
 
 
-def bart(size: Size, *, vocab_size: int | None = None) -> Any:
+def bart(size: Size, *, vocab_size: int | None = None, d_model: int | None = None) -> Any:
     """BART-like: 6 + 6 layers of 512 dimensions (smoke: 2 + 2 of 32), tied embeddings, no dropout, float32."""
     full = size == "full"
-    d_model, layers = (512, 6) if full else (32, 2)
+    usual, layers = (512, 6) if full else (32, 2)
+    d_model = d_model or usual
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=vocab_size or (50_265 if full else 300),

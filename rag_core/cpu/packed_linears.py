@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rag_core.pretrained.rounded_weights import RoundedLinear
+
 _PACKED = "_packed_for_inference"
 
 
 @contextmanager
 def packed_linears(module: nn.Module) -> Iterator[None]:
-    """Inside the block, every float32 `nn.Linear` of `module` on the CPU multiplies with packed weights.
+    """Inside the block, every linear layer of `module` on the CPU multiplies with packed weights.
 
-    Under CPU autocast to bfloat16 the packed weights are bfloat16, as with autocast alone. Inside, gradients do not
-    flow, and changes of the weights have no effect. Blocks may be nested: the outermost packs. Does nothing without
+    Under CPU autocast to bfloat16 the packed weights are bfloat16, as with autocast alone; otherwise they are float32,
+    also those of layers that keep bf16 weights (`RoundedLinear`). Inside, gradients do not flow, and changes of the weights have no effect. Blocks may be nested: the outermost packs. Does nothing without
     oneDNN.
     """
     if getattr(module, _PACKED, False) or not torch.backends.mkldnn.is_available():
@@ -78,9 +80,9 @@ class _NoBias:
 
 @contextmanager
 def trainable_linears(module: nn.Module) -> Iterator[None]:
-    """Inside the block, every float32 `nn.Linear` of `module` on the CPU uses oneDNN, for its outputs and gradients.
+    """Inside the block, every linear layer of `module` on the CPU uses oneDNN, for its outputs and gradients.
 
-    Does nothing under autocast or without oneDNN.
+    bf16 weights are converted at every call. Does nothing under autocast or without oneDNN. Blocks may be nested.
     """
     if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         yield
@@ -93,8 +95,15 @@ def trainable_linears(module: nn.Module) -> Iterator[None]:
 def _forward_replaced(
     module: nn.Module, forward_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    # Subclasses are left out: they may have their own forward pass.
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and _packable(layer)]
+    # Other subclasses are left out: they may have their own forward pass. So are layers that an outer block replaced.
+    layers = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear)
+        and type(layer) in (nn.Linear, RoundedLinear)
+        and _packable(layer)
+        and "forward" not in vars(layer)
+    ]
     for layer in layers:
         layer.forward = forward_of(layer)  # type: ignore[method-assign, assignment]
     try:
@@ -106,6 +115,8 @@ def _forward_replaced(
 
 def _trainable_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(input: Tensor) -> Tensor:
+        if input.dtype != torch.float32:  # T5 gives some layers states in the type of their weights
+            return type(layer).forward(layer, input)
         # Reshape out here: a view returned by a custom autograd function cannot be changed in place, and LED does that.
         outputs_NO: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), layer.weight, layer.bias)
         return outputs_NO.view(*input.shape[:-1], -1)
@@ -119,7 +130,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(input_NI, weight_OI)
-        return _multiply(input_NI, weight_OI, bias_O)
+        return _multiply(input_NI, weight_OI.to(input_NI.dtype), bias_O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -128,7 +139,7 @@ class _Linear(torch.autograd.Function):
         grad_NO = grad_outputs[0]
         of_input, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _multiply(grad_NO, weight_OI.t(), None) if of_input else None,
+            _multiply(grad_NO, weight_OI.to(grad_NO.dtype).t(), None) if of_input else None,
             # MKL is faster for this product, which sums over the rows.
             grad_NO.t() @ input_NI if of_weight else None,
             grad_NO.sum(0) if of_bias else None,
@@ -141,7 +152,9 @@ def _multiply(input_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Ten
 
 
 def _packable(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and 0 not in layer.weight.shape
+    weight_OI = layer.weight
+    usual = torch.float32 if type(layer) is nn.Linear else torch.bfloat16
+    return weight_OI.device.type == "cpu" and weight_OI.dtype == usual and 0 not in weight_OI.shape
 
 
 def _packed_forward(layer: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

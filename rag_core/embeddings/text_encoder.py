@@ -312,12 +312,19 @@ def pool(states_BSD: torch.Tensor, mask_BS: torch.Tensor, pooling: Pooling) -> t
     return (states_BSD * mask_BS1).sum(1) / (weight_B1.sqrt() if pooling == "mean_sqrt_len_tokens" else weight_B1)
 
 
-def fingerprint_of_weights(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
-    """SHA-256 of name, shape, type and values of all parameters and buffers whose name starts with no `leave_out`."""
+def fingerprint_of_weights(
+    module: nn.Module, leave_out: tuple[str, ...] = (), *, dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 of name, shape, type and values of all parameters and buffers whose name starts with no `leave_out`.
+
+    With `dtype`, it is that of the same floating-point tensors converted to this type, one after the other.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if name.startswith(leave_out):
             continue
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from transformers import RagConfig
 from rag_core.embeddings.encoder_settings import SETTINGS_FILE as ENCODER_SETTINGS_FILE
 from rag_core.embeddings.text_encoder import TextEncoder
 from rag_core.errors import ArtifactError, ConfigError
+from rag_core.model.adapters.merging import plain_weights
 from rag_core.model.hf_rag import (
     CLASSES,
     GENERATOR_TOKENIZER,
@@ -113,9 +114,9 @@ def _hf_config(model: RagParts) -> Any:
 
 
 def _hf_weights(model: RagParts, hf_model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the model's weights under Hugging Face's names."""
+    """Return the model's weights under Hugging Face's names, adapters merged."""
     parts = {"rag.question_encoder": model.question_encoder.model, "rag.generator": model.generator}
-    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in plain_weights(part).items()}
     expected = {name: value.shape for name, value in hf_model.state_dict().items()}
     for name in expected.keys() - weights.keys():
         if name.startswith("rag.generator.encoder.pooler."):

@@ -21,8 +21,11 @@ from torch import nn
 from rag_core.embeddings.text_encoder import Pooling, TextEncoder, fingerprint_of_weights
 from rag_core.errors import ArtifactError, ConfigError
 from rag_core.index.retriever import Retriever
+from rag_core.model.adapters.adapter_files import GeneratorType
+from rag_core.model.adapters.merging import write_merged
 from rag_core.model.reader import Answer, DecodingConfig, GeneratorReader, load_generator
 from rag_core.model.settings import KIND, SETTINGS_FILE, ModelConfig, ModelSettings
+from rag_core.pretrained.model_source import quiet_transformers
 from rag_core.reading.generator_limits import within_positions
 from rag_core.reading.likelihood import Variant
 from rag_core.storage.artifact import local_copy, open_artifact, publish
@@ -66,7 +69,7 @@ class RagModel(nn.Module):
         """
         trust = config.trust_remote_code
         question_encoder = load_question_encoder(config)
-        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust)
+        generator, tokenizer = load_generator(config.generator, trust_remote_code=trust, dtype=config.generator_dtype)
         settings = ModelSettings(score_scale=config.score_scale, num_docs=config.num_docs, prompt=config.prompt)
         return cls(question_encoder, generator, tokenizer, settings)
 
@@ -111,6 +114,22 @@ class RagModel(nn.Module):
             self.write_files(draft.folder)
             draft.details = details or {}
 
+    def export(self, folder: str | Path, *, dtype: GeneratorType = "float32", source: str = "") -> None:
+        """Publish the model with its adapters merged: its parts are plain Transformers folders that need no base.
+
+        Args:
+            folder: as for `save_pretrained`.
+            dtype: type of the generator's weights.
+            source: where the model was loaded from, for the manifest.
+        """
+        made_from = {"model": self.fingerprint()}
+        with publish(Path(folder), KIND, config={"generator_dtype": dtype}, made_from=made_from) as draft:
+            self._write_all_but_generator(draft.folder)
+            with quiet_transformers():
+                write_merged(self.generator, draft.folder / "generator", getattr(torch, dtype))
+                self.generator_tokenizer.save_pretrained(draft.folder / "generator")
+            draft.details = {"exported_from": source}
+
     @classmethod
     def from_hf_rag(
         cls, folder_or_hub_name: str | Path, *, pooling: Pooling | None = None, trust_remote_code: bool = False
@@ -128,9 +147,12 @@ class RagModel(nn.Module):
 
     def write_files(self, folder: Path) -> None:
         """Write the model's files into a folder, without a manifest."""
+        self._write_all_but_generator(folder)
+        self.reader.save_pretrained(folder / "generator")
+
+    def _write_all_but_generator(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.question_encoder.save_pretrained(folder / "question_encoder")
-        self.reader.save_pretrained(folder / "generator")
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:

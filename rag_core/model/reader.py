@@ -21,11 +21,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rag_core.corpus.passages import Passage
+from rag_core.cpu.heap import return_freed_blocks
 from rag_core.decoding import Hypothesis, decode_rag_sequence, decode_rag_token
 from rag_core.embeddings.text_encoder import Precision, autocast
+from rag_core.errors import ConfigError
 from rag_core.generators.decoding_mode import decoding_mode
 from rag_core.generators.kinds import as_generator, check_generates
 from rag_core.generators.limits import refuse_long_search
+from rag_core.model.adapters.adapter_files import GeneratorType, is_adapter_folder, load_adapted, write_adapters
+from rag_core.model.adapters.lora import base_of, remember_fingerprint
 from rag_core.model.surface import SurfaceReader
 from rag_core.pretrained.model_source import (
     load_config,
@@ -34,6 +38,7 @@ from rag_core.pretrained.model_source import (
     quiet_transformers,
     resolve_model_source,
 )
+from rag_core.pretrained.rounded_weights import round_weights, stored_type
 from rag_core.reading.contexts import ContextCount, answer_labels, assemble_contexts
 from rag_core.reading.generator_limits import fitting_prompt, pad_with_an_end, refuse_tokenizer
 from rag_core.reading.likelihood import Variant, rag_nll
@@ -121,9 +126,12 @@ class GeneratorReader:
         return next(self.generator.parameters()).device
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write weights (safetensors) and tokenizer to a folder that `load_generator` reads."""
+        """Write weights (safetensors; of adapters, if there are any) and tokenizer; `load_generator` reads the folder."""
         with quiet_transformers():
-            self.generator.save_pretrained(folder)  # type: ignore[operator]
+            if base_of(self.generator):
+                write_adapters(self.generator, folder)
+            else:
+                self.generator.save_pretrained(folder)  # type: ignore[operator]
             self.tokenizer.save_pretrained(folder)
 
     @contextlib.contextmanager
@@ -222,26 +230,59 @@ class GeneratorReader:
         )
 
 
-def load_generator(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
-    """Load a generator (float32, eval mode) and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
+def load_generator(
+    name_or_folder: str | Path, *, trust_remote_code: bool = False, dtype: GeneratorType | None = None
+) -> tuple[nn.Module, Any]:
+    """Load a generator in eval mode and its tokenizer; arguments as in `TextEncoder.from_pretrained`.
+
+    Args:
+        name_or_folder: a model, or adapters that name their base (`adapters/adapter_files.py`).
+        trust_remote_code: run code that comes with the model.
+        dtype: bfloat16 holds frozen matrices in it (`round_weights`); default: as adapters were trained, else float32.
 
     Raises:
-        ConfigError: the model cannot be read, writes no text, or its tokenizer belongs to another model.
+        ConfigError: the model cannot be read, writes no text, or its tokenizer belongs to another model; or,
+            for adapters, as in `load_adapted`.
 
     Warns:
         ModelNotice: the tokenizer has no padding token, so the end token pads.
     """
     source = resolve_model_source(name_or_folder, trust_remote_code=trust_remote_code)
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    check_generates(config, str(name_or_folder))
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    load = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_pretrained
-    model = load_weights(load, source, may_lack="encoder.pooler.", dtype=torch.float32, **trust)
-    tokenizer = load_tokenizer(source, **trust)
-    if not config.is_encoder_decoder:
+
+    def load_base(base: str, base_dtype: GeneratorType) -> nn.Module:
+        folder = resolve_model_source(base, trust_remote_code=trust_remote_code)
+        return _load_whole(base, folder, base_dtype, trust_remote_code)
+
+    if is_adapter_folder(source):
+        model, tokenizer_source = load_adapted(Path(source), load_base, dtype)
+        tokenizer_source = resolve_model_source(tokenizer_source, trust_remote_code=trust_remote_code)
+    else:
+        model = _load_whole(str(name_or_folder), source, dtype or "float32", trust_remote_code)
+        tokenizer_source = source
+    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=trust_remote_code)
+    if not model.config.is_encoder_decoder:
         pad_with_an_end(tokenizer, str(name_or_folder))
     refuse_tokenizer(model, tokenizer, str(name_or_folder))
-    return without_unused_pooler(model).eval(), tokenizer
+    return model.eval(), tokenizer
+
+
+def _load_whole(name_or_folder: str, source: str, dtype: GeneratorType, trust_remote_code: bool) -> nn.Module:
+    """Load a model that has all its weights from the folder `source`."""
+    if is_adapter_folder(source):
+        raise ConfigError(
+            f"{name_or_folder} holds adapters, too; adapters of adapters cannot be loaded. Merge it with `rag export`."
+        )
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    check_generates(config, name_or_folder)
+    options: dict[str, Any] = {"dtype": stored_type(source) if dtype == "bfloat16" else torch.float32}
+    load = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_pretrained
+    model = load_weights(load, source, may_lack="encoder.pooler.", trust_remote_code=trust_remote_code, **options)
+    model = without_unused_pooler(model)
+    if dtype == "bfloat16":
+        remember_fingerprint(model)
+        round_weights(model)
+        return_freed_blocks()
+    return model
 
 
 def without_unused_pooler(generator: Any) -> Any:

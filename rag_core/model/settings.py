@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from rag_core.embeddings.text_encoder import Pooling
+from rag_core.model.adapters.adapter_files import GeneratorType
 from rag_core.pretrained.model_source import pin_source, recorded_source
 from rag_core.reading.likelihood import Variant
 from rag_core.reading.prompt import PromptConfig, RenderedPrompt
@@ -25,7 +26,15 @@ class ModelConfig(BaseModel):
     question_encoder: str = Field(
         description="folder, hub name (org/model or org/model@REVISION), or package:NAME/FOLDER"
     )
-    generator: str = Field(description="folder, .gguf file, hub name, package:NAME/FOLDER or package:NAME/FILE.gguf")
+    generator: str = Field(
+        description="folder, .gguf file, hub name, package:NAME/FOLDER or package:NAME/FILE.gguf; or a folder of LoRA "
+        "adapters"
+    )
+    generator_dtype: GeneratorType | None = Field(
+        None,
+        description="bfloat16: hold the generator's frozen matrices in it (with train.lora only); empty: float32, or as "
+        "its adapters were trained",
+    )
     pooling: Pooling | None = Field(None, description="pooling of the question encoder; empty: as its folder says")
     question_prompt: str | None = Field(
         None,
@@ -48,6 +57,7 @@ class ModelConfig(BaseModel):
         which lies in the generator's folder, but not among its weights.
         """
         unset = set() if self.question_prompt is not None else {"question_prompt"}
+        unset |= set() if self.generator_dtype == "bfloat16" else {"generator_dtype"}
         prompted = self.model_copy(update={"prompt": self.prompt.model_copy(update={"rendered": rendered})})
         return prompted.model_dump(mode="json", exclude={*PARTS, "trust_remote_code"} | unset)
 

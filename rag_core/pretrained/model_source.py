@@ -22,6 +22,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from rag_core.errors import ConfigError
+from rag_core.pretrained.hub.files import ADAPTER_CONFIG
 from rag_core.pretrained.hub.name import HubName, name_of_snapshot, parse_hub_name
 from rag_core.pretrained.hub.revision import commit_of
 from rag_core.pretrained.hub.snapshot import snapshot_folder
@@ -311,5 +312,5 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _is_model_folder(path: Path) -> bool:
-    # Old sentence-transformers folders keep config.json in a subfolder that modules.json names.
-    return (path / "config.json").is_file() or (path / "modules.json").is_file()
+    # Old sentence-transformers folders keep config.json in a subfolder that modules.json names. Adapters have none.
+    return any((path / name).is_file() for name in ("config.json", "modules.json", ADAPTER_CONFIG))

@@ -90,6 +90,8 @@ def command_for(folder: Path, manifest: Manifest) -> str:
         return f"delete the folder; the next command that names {details['gguf']} makes it"
     if "hf_rag" in details:
         return shlex.join(["rag", "import-hf", details["hf_rag"], str(folder)])
+    if "exported_from" in details:
+        return shlex.join(["rag", "export", details["exported_from"], "--out", str(folder)])
     if words is None:
         return "the command that made it"
     return shlex.join(["rag", *map(str, words), *more.get(manifest.kind, []), "--out", str(folder)])

@@ -154,7 +154,7 @@ class _Run:
         draws = own_draws([config.seed, DROPOUT, self._place.rank, step], self._device, recomputes=self._recomputes)
         with draws, finite.naming_the_step():
             parts = [share[start : start + part] for start in range(0, len(share), part)]
-            nll = _backward(wrapped, parts, self._device, config)
+            nll = _backward(wrapped, parts, self._device, config, getattr(self._objective, "until_backward", None))
         trained = (weight for group in self._groups for weight in group["params"])
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         finite.loss_and_gradient(nll, float(norm))
@@ -252,7 +252,13 @@ def gather_from_workers(value: dict[str, Any]) -> list[dict[str, Any]]:
     return values
 
 
-def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.device, config: OptimizerConfig) -> float:
+def _backward(
+    wrapped: nn.Module,
+    parts: list[Sequence[Any]],
+    device: torch.device,
+    config: OptimizerConfig,
+    until_backward: Callable[[], contextlib.AbstractContextManager[None]] | None,
+) -> float:
     """Accumulate the gradients of the mean nll over this worker's examples; return that mean in nats."""
     count = sum(len(part) for part in parts)
     total = 0.0
@@ -260,8 +266,10 @@ def _backward(wrapped: nn.Module, parts: list[Sequence[Any]], device: torch.devi
         last = number == len(parts) - 1
         # DDP sums gradients over workers at every backward pass unless told that more parts follow.
         no_sync = getattr(wrapped, "no_sync", None)
-        with contextlib.nullcontext() if last or no_sync is None else no_sync():
+        with contextlib.ExitStack() as held:
+            held.enter_context(contextlib.nullcontext() if last or no_sync is None else no_sync())
             with autocast(device, config.precision):
+                held.enter_context(until_backward() if until_backward else contextlib.nullcontext())
                 nll_B = wrapped(part)
             (nll_B.sum() / count).backward()
         total += float(nll_B.detach().sum())

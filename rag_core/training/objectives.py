@@ -9,7 +9,8 @@ Shapes: B questions, K passages per question, S context tokens, T answer tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from rag_core.corpus.passages import Passage
+from rag_core.cpu.training_kernels import training_kernels
 from rag_core.index.retriever import Retriever
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import GeneratorReader
+from rag_core.pretrained.model_source import quiet_transformers
 from rag_core.questions.questions import Question
 from rag_core.reading.likelihood import Variant
+from rag_core.training.recomputation import recompute_layers
 
 
 class EndToEndRates(BaseModel):
@@ -44,7 +48,15 @@ class EndToEnd(nn.Module):
     # The search refuses question vectors that are not finite, and the likelihood is finite for finite logits.
     loss_comes_from = "the generator's logits"
 
-    def __init__(self, model: RagModel, index: Retriever, variant: Variant, rates: EndToEndRates) -> None:
+    def __init__(
+        self,
+        model: RagModel,
+        index: Retriever,
+        variant: Variant,
+        rates: EndToEndRates,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         model.check_index(index)
         index.check_num_docs(model.settings.num_docs)
@@ -55,6 +67,9 @@ class EndToEnd(nn.Module):
         for part, rate in self._parts():
             if rate == 0:
                 part.requires_grad_(False)
+        self._recomputes = gradient_checkpointing and rates.generator > 0
+        if self._recomputes:
+            recompute_layers(model.generator)
 
     def forward(self, examples: Sequence[Question]) -> torch.Tensor:
         """Return nll_B of the examples' answers, in nats."""
@@ -67,6 +82,16 @@ class EndToEnd(nn.Module):
         passages_BK = self._index.passages_of(matches.rows_BK)
         answers = [example.answers[0] for example in examples]
         return self.model.reader.nll(questions, passages_BK, doc_scores_BK, answers, self._variant)
+
+    @contextmanager
+    def until_backward(self) -> Iterator[None]:
+        """A block to hold from the forward pass to the end of the backward pass, entered under autocast."""
+        if self._recomputes:
+            # Transformers would note that layers which are computed again keep no cache; ours keep none in training.
+            with training_kernels(self.model.generator), quiet_transformers():
+                yield
+        else:
+            yield
 
     def train(self, mode: bool = True) -> EndToEnd:
         """Put the trained parts into training mode; a part at rate 0 stays in evaluation mode, without dropout."""

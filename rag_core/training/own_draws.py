@@ -15,7 +15,8 @@ Shapes: B texts, H heads, S tokens, F features of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ _FILLING = {
     *(torch.Tensor.bernoulli, torch.Tensor.bernoulli_, torch.Tensor.multinomial),
 }
 
+# The generator of the innermost `own_draws` of this thread.
+_in_use: ContextVar[torch.Generator | None] = ContextVar("generator of own_draws", default=None)
+
 
 @contextmanager
 def own_draws(key: Sequence[int], device: torch.device, *, recomputes: bool = False) -> Iterator[None]:
@@ -42,8 +46,9 @@ def own_draws(key: Sequence[int], device: torch.device, *, recomputes: bool = Fa
     Args:
         key: numbers ≥ 0: a seed, and numbers that separate the draws of a run.
         device: the model's device.
-        recomputes: the model runs its layers again in the backward pass (`recomputes_activations`). To get the same
-            masks, PyTorch restores its default generator, and no other. So only that generator is used.
+        recomputes: the model runs its layers again in the backward pass, and does not use `repeated_draws` for it
+            (`recomputes_activations`). To get the same masks, PyTorch restores its default generator, and no other. So
+            only that generator is used.
     """
     number = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0])
     gpus = []
@@ -55,13 +60,40 @@ def own_draws(key: Sequence[int], device: torch.device, *, recomputes: bool = Fa
         for gpu in gpus:
             torch.cuda.default_generators[gpu].manual_seed(number)
         if not recomputes:
-            held.enter_context(_OwnGenerator(torch.Generator().manual_seed(number)))
+            generator = torch.Generator().manual_seed(number)
+            held.callback(_in_use.reset, _in_use.set(generator))
+            held.enter_context(_OwnGenerator(generator))
         yield
 
 
+def repeated_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """A `context_fn` for PyTorch's gradient checkpointing: a layer's second pass draws what its first pass drew."""
+    generator = _in_use.get()
+    if generator is None:
+        return nullcontext(), nullcontext()
+    return nullcontext(), _at_state(generator, generator.get_state())
+
+
+@contextmanager
+def _at_state(generator: torch.Generator, state: torch.Tensor) -> Iterator[None]:
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        # PyTorch switches the mode off inside `Tensor.backward`, as inside every function that a mode handles.
+        with _OwnGenerator(generator):
+            yield
+    finally:
+        generator.set_state(before)
+
+
 def recomputes_activations(module: nn.Module) -> bool:
-    """Whether a part of a model uses gradient checkpointing."""
-    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    """Whether a part of a model uses gradient checkpointing without `repeated_draws`, as its own settings may ask."""
+    return any(
+        getattr(part, "gradient_checkpointing", False)
+        and getattr(getattr(part, "_gradient_checkpointing_func", None), "keywords", {}).get("context_fn")
+        is not repeated_draws
+        for part in module.modules()
+    )
 
 
 class _OwnGenerator(TorchFunctionMode):

@@ -67,12 +67,13 @@ def this_device() -> torch.device:
 def this_place(cpus: int, meter: Any) -> Place:
     """Called in a worker before it loads a model: set its threads and hub access; return its place among them."""
     limit_threads(cpus)
-    keep_freed_blocks()
     if access := ray.get(meter.hub_access.remote()):
         access.use()
     context = ray.train.get_context()
 
     def wrap(module: Any) -> Any:
+        # Not before the model is loaded: what loading frees (float32 weights that were rounded) would be kept as well.
+        keep_freed_blocks()
         # Some parameters of a generator may get no gradient in a batch (a position table, a pooler).
         return ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
 

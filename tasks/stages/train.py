@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from prefect import task
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,7 @@ from rag_core.evaluation.metrics import Match
 from rag_core.evaluation.scores import Scores, means_of, sums_and_counts
 from rag_core.index.passage_index import PassageIndex
 from rag_core.index.retriever import Retriever
+from rag_core.model.adapters.lora import LoraSettings, add_adapters, check_lora
 from rag_core.model.rag_model import RagModel, batches_of
 from rag_core.model.reader import DecodingConfig
 from rag_core.model.settings import KIND, ModelConfig
@@ -33,8 +35,9 @@ from rag_core.storage.artifact import (
 )
 from rag_core.storage.inputs import input_paths
 from rag_core.storage.places import absolute
-from rag_core.training.loop import NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
+from rag_core.training.loop import FRESH_WEIGHTS, NOT_IN_KEY, OptimizerConfig, run_training, sum_over_workers
 from rag_core.training.objectives import EndToEnd, EndToEndRates
+from rag_core.training.own_draws import own_draws
 from rag_core.verification.preflight import Problems
 from rag_core.verification.question_checks import scorable, trainable
 from tasks.notices import warn
@@ -57,6 +60,10 @@ class TrainConfig(BaseModel):
 
     rates: EndToEndRates = Field(default_factory=EndToEndRates)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    lora: LoraSettings | None = Field(None, description="train adapters of the generator, and not its weights")
+    gradient_checkpointing: bool = Field(
+        False, description="compute the generator's layers again for the gradient: less memory, a third more time"
+    )
     eval_questions: int = Field(200, ge=1, description="dev questions used in each evaluation during training")
     best_by: Literal["em", "f1", "nll"] = Field("em", description="dev score that decides which weights are kept")
     match: Match = Field("words", description="how dev answers are compared: words (published rule) or characters")
@@ -66,9 +73,15 @@ class TrainConfig(BaseModel):
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is trained; `match` is among them only if it is not the published rule."""
+        """The settings that decide what is trained; `match` is among them only if it is not the published rule.
+
+        `lora` is among them only if it is set: artifacts made before it existed have keys without it. Gradient
+        checkpointing changes no result, so that a run which needs less memory can go on from its checkpoint.
+        """
         not_in_key: dict[str, Any] = {"num_workers": True, "retrieval": True, "optimizer": NOT_IN_KEY}
-        return self.model_dump(mode="json", exclude=not_in_key | ({"match": True} if self.match == "words" else {}))
+        not_in_key["gradient_checkpointing"] = True
+        usual = {"match": self.match == "words", "lora": self.lora is None}
+        return self.model_dump(mode="json", exclude=not_in_key | {name: True for name in usual if usual[name]})
 
 
 @task(name="train", **STAGE_RETRIES)
@@ -194,6 +207,9 @@ def _checked_start(index: Path, questions: Path, dev: Path, model: ModelConfig, 
         dev_questions = scored_of_dev(dev_file, config)
     with problems.of("train.rates"):
         check_rates(config.rates)
+    if start:
+        with problems.of("train.lora"):
+            check_lora(start.generator, config.lora, config.rates.generator, model.generator_dtype)
     with problems.of("train.optimizer"):
         check_optimizer("train", config.optimizer, config.num_workers)
     with problems.of("train.retrieval"):
@@ -231,11 +247,15 @@ def training_loop(settings: dict[str, Any]) -> dict[str, Any]:
     index: Retriever = settings["open_retriever"]()
     questions = trainable(read_question_file(Path(settings["questions"])))
     dev = scored_of_dev(read_question_file(Path(settings["dev"])), config)
-    model = RagModel.from_parts(settings["model"]).to(this_device())
+    model = RagModel.from_parts(settings["model"])
+    if config.lora:
+        with own_draws([config.optimizer.seed, FRESH_WEIGHTS], torch.device("cpu")):
+            add_adapters(model.generator, config.lora, settings["model"].generator)
+    model.to(this_device())
     model.settings.variant = variant
     model.settings.document_encoder_fingerprint = index.encoder_fingerprint
     own_dev = dev[place.rank :: place.world_size]  # this worker's part
-    objective = EndToEnd(model, index, variant, config.rates)
+    objective = EndToEnd(model, index, variant, config.rates, gradient_checkpointing=config.gradient_checkpointing)
 
     def better(scores: dict[str, float]) -> float:
         # Equal EM is common on a small dev set; then the likelihood decides.
@@ -261,8 +281,6 @@ def dev_scores(
     `questions` are this worker's part and may be empty. Each mean is over those questions of all workers that
     have the score; a score that no question has is left out.
     """
-    import torch
-
     precision = config.optimizer.precision
     tokens = model.settings.prompt.max_answer_tokens
     decoding = DecodingConfig(

@@ -9,6 +9,9 @@ CHECKPOINT = "rag_core/training/checkpoint.py"
 LOCAL = "rag_core/storage/local.py"
 MANIFEST = "rag_core/storage/manifest.py"
 RESUMED = "tests/training/test_resuming.py tests/training/test_checkpoint.py"
+ADAPTER_FILES = "rag_core/model/adapters/adapter_files.py"
+ADAPTERS = "tests/model/test_adapter_files.py"
+RECOMPUTED = "tests/training/test_recomputation.py"
 DAMAGED = "tests/storage/test_artifact.py tests/verification/test_verification.py"
 
 TRAINING_AND_ARTIFACTS = (
@@ -57,6 +60,70 @@ TRAINING_AND_ARTIFACTS = (
         'best.name not in {f"best-{step:08d}" for step in referenced}',
         "True",
         RESUMED,
+    ),
+    # Adapters and gradient checkpointing
+    Mutant(
+        "adapters not applied in decoding",
+        ADAPTER_FILES,
+        "inject(generator, config, _read_weights(folder),",
+        'inject(generator, config, {n: w * (".lora_B." not in n) for n, w in _read_weights(folder).items()},',
+        ADAPTERS,
+    ),
+    Mutant(
+        "adapters of another base accepted",
+        ADAPTER_FILES,
+        "if fingerprint not in (None, actual):",
+        "if False:",
+        ADAPTERS,
+    ),
+    Mutant(
+        "special LoRA taken for plain",
+        ADAPTER_FILES,
+        "    if special:\n",
+        "    if False:\n",
+        ADAPTERS,
+    ),
+    Mutant(
+        "adapters counted alpha times, not alpha / rank",
+        "rag_core/model/adapters/lora.py",
+        "lora_alpha=int(settings.alpha)",
+        "lora_alpha=settings.rank * int(settings.alpha)",
+        "tests/model/test_lora.py",
+    ),
+    Mutant(
+        "adapters left out of merged weights",
+        "rag_core/model/adapters/merging.py",
+        'if is_adapted and part == "weight":',
+        "if False:",
+        "tests/model/test_lora.py",
+    ),
+    Mutant(
+        "the base trained with the adapters",
+        "rag_core/model/adapters/lora.py",
+        "parameter.requires_grad_(is_adapter(key))",
+        "parameter.requires_grad_(True)",
+        "tests/model/test_lora.py",
+    ),
+    Mutant(
+        "layers computed again with other dropout",
+        "rag_core/training/own_draws.py",
+        "    generator.set_state(state)\n",
+        "",
+        RECOMPUTED,
+    ),
+    Mutant(
+        "layers computed again with other kernels",
+        "rag_core/training/objectives.py",
+        "            with training_kernels(self.model.generator), quiet_transformers():\n",
+        "            with quiet_transformers():\n",
+        "tests/training/test_resuming.py",
+    ),
+    Mutant(
+        "the base's states rounded with its weights",
+        "rag_core/pretrained/rounded_weights.py",
+        "lambda module, inputs, output: output.float()",
+        "lambda module, inputs, output: output",
+        "tests/cpu/test_rounded_weights.py",
     ),
     # Artifacts
     Mutant(

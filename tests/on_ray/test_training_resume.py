@@ -219,13 +219,16 @@ def test_an_error_that_a_retry_cannot_cure_is_not_retried(
 
 
 COMMAND = """
-def work(folder, out):
+def work(folder, out, trained):
     from flows.stages.train import train_token
+    from rag_core.model.adapters.lora import LoraSettings
     from rag_core.training.objectives import EndToEndRates
     from tasks.stages.train import TrainConfig
     from tests.support.small_corpus import model_config, optimizer
     folder, steps = Path(folder), optimizer(300, log_every=3, eval_every=50, checkpoint_every=1)
-    config = TrainConfig(optimizer=steps, rates=EndToEndRates(question_encoder=1e-3, generator=2e-3))
+    rates, adapters = EndToEndRates(question_encoder=1e-3, generator=2e-3), trained == "adapters"
+    lora = LoraSettings(rank=2, dropout=0.1) if adapters else None
+    config = TrainConfig(optimizer=steps, rates=rates, lora=lora, gradient_checkpointing=adapters)
     questions, model = folder / "questions.jsonl", model_config(folder / "encoder", folder / "generator")
     result = train_token(folder / "index", questions, questions, Path(out), model, config)
     print("run", result.run_id, flush=True)
@@ -233,21 +236,19 @@ def work(folder, out):
 
 
 @pytest.fixture(scope="module")
-def site(
-    prefect_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Prepared, tuple[str, Any]]]:
-    """A folder with the inputs of a command, prepared commands, and the result of an undisturbed one."""
+def site(prefect_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Prepared]]:
+    """A folder with the inputs of a command, and prepared commands."""
     folder = tmp_path_factory.mktemp("commands")
     Training(folder)
     with Prepared(WORK % COMMAND, folder, environment_in(folder, PREFECT_API_URL=prefect_url)) as commands:
-        yield folder, commands, outcome(commands, folder, folder / "undisturbed")
+        yield folder, commands
 
 
-def outcome(commands: Prepared, folder: Path, out: Path) -> tuple[str, Any]:
+def outcome(commands: Prepared, folder: Path, out: Path, trained: str) -> tuple[str, Any]:
     """Run the command to its end; return the fingerprint of the model, and the curves in MLflow."""
     from mlflow import MlflowClient
 
-    run_id = commands.finish(folder, out).rpartition("run ")[2].split()[0]
+    run_id = commands.finish(folder, out, trained).rpartition("run ")[2].split()[0]
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     curves = {
         name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
@@ -274,15 +275,23 @@ def wait_for_checkpoint(folder: Path, out: Path, process: Command, beyond: int) 
 DISTURBANCES = ("kill",) if SMOKE else ("kill", "terminate twice at once", "kill", "terminate twice", "kill")
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param("weights", marks=pytest.mark.chaos),
+        pytest.param("adapters", marks=pytest.mark.chaos(short=False)),
+    ],
+)
 def test_a_command_killed_and_terminated_at_random_moments_of_training_ends_as_the_undisturbed_one(
-    site: tuple[Path, Prepared, tuple[str, Any]], figure: Callable[[str], None]
+    site: tuple[Path, Prepared], figure: Callable[[str], None], trained: str
 ) -> None:
-    folder, commands, undisturbed = site
-    draw, reached, out = random.Random(11), 0, folder / "out"
+    folder, commands = site
+    undisturbed = outcome(commands, folder, folder / f"undisturbed-{trained}", trained)
+    draw, reached, out, resumed = random.Random(11), 0, folder / f"out-{trained}", "train-token: resuming after step"
+    before = (folder / "log").read_text().count(resumed)
     for disturbance in DISTURBANCES:
-        process = commands.start(folder, out)
+        process = commands.start(folder, out, trained)
         wait_for_checkpoint(folder, out, process, reached)
         time.sleep(draw.uniform(0, 0.5))
         if disturbance == "kill":
@@ -293,10 +302,10 @@ def test_a_command_killed_and_terminated_at_random_moments_of_training_ends_as_t
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == -signal.SIGTERM
         assert not out.exists(), "training ended before it could be disturbed"
-        reached = max(int(path.name[5:]) for path in folder.glob(".out.training-*/step-*"))
-    assert outcome(commands, folder, out) == undisturbed
-    assert (folder / "log").read_text().count("train-token: resuming after step") == len(DISTURBANCES)
-    figure(f"training: {', '.join(DISTURBANCES)}; weights and curves equal to the last bit")
+        reached = max(int(path.name[5:]) for path in folder.glob(f".{out.name}.training-*/step-*"))
+    assert outcome(commands, folder, out, trained) == undisturbed
+    assert (folder / "log").read_text().count(resumed) == before + len(DISTURBANCES)
+    figure(f"training of {trained}: {', '.join(DISTURBANCES)}; weights and curves equal to the last bit")
 
 
 def kill_group(process: Command) -> None:

@@ -33,10 +33,10 @@ def test_the_papers_configuration_is_valid() -> None:
     assert config.model.prompt.template == "{title} / {text} // {question}"
 
 
-def test_the_library_imports_without_prefect_ray_and_mlflow() -> None:
+def test_the_library_imports_without_prefect_ray_mlflow_and_peft() -> None:
     code = (
         "import sys, rag_core, rag_core.model.rag_model, rag_core.training.loop, rag_core.evaluation.evaluation, rag_core.corpus.corpus\n"
-        "print(sorted({'prefect', 'ray', 'mlflow'} & set(sys.modules)))"
+        "print(sorted({'prefect', 'ray', 'mlflow', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

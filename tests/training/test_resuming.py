@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from rag_core.model.adapters.lora import LoraSettings, add_adapters, is_adapter
 from rag_core.model.rag_model import RagModel
 from rag_core.questions.questions import Question
 from rag_core.training.checkpoint import Checkpoints
-from rag_core.training.loop import Hooks, OptimizerConfig, Place, global_batches, run_training
+from rag_core.training.loop import FRESH_WEIGHTS, Hooks, OptimizerConfig, Place, global_batches, run_training
 from rag_core.training.objectives import EndToEnd, EndToEndRates
+from rag_core.training.own_draws import own_draws
 from tests.support.other_draws import draw_in_another_thread
 from tests.support.small_corpus import make_encoder, make_generator, make_index, model_config
 from tests.training.resumable_runs import CONFIG, EXAMPLES, STEPS, Line, Outcome, run
@@ -33,12 +36,16 @@ def make_objective(tmp_path_factory: pytest.TempPathFactory) -> MakeObjective:
     encoder = make_encoder(folder / "encoder")
     generator, index = make_generator(folder / "generator", encoder), make_index(folder / "index", encoder)
 
-    def make(dropout: float = 0.2) -> EndToEnd:
+    def make(dropout: float = 0.2, lora: LoraSettings | None = None, recomputes: bool = False) -> EndToEnd:
         model = RagModel.from_parts(model_config(encoder, generator))
+        if lora:
+            with own_draws([CONFIG.seed, FRESH_WEIGHTS], torch.device("cpu")):
+                add_adapters(model.generator, lora, str(generator))
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-        return EndToEnd(model, index, "token", EndToEndRates(question_encoder=1e-3, generator=2e-3))
+        rates = EndToEndRates(question_encoder=1e-3, generator=2e-3)
+        return EndToEnd(model, index, "token", rates, gradient_checkpointing=recomputes)
 
     return make
 
@@ -62,6 +69,29 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(
     second = run(make_objective, tmp_path / "training", monkeypatch)
     assert second.done == STEPS
     second.assert_equals(undisturbed)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_adapters_go_on_to_the_same_bits_and_are_all_that_is_kept_of_the_generator(
+    make_objective: MakeObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recomputes: bool
+) -> None:
+    make = functools.partial(make_objective, lora=LoraSettings(rank=2, dropout=0.2))
+    config = CONFIG.model_copy(update={"precision": "float32"})  # in which the CPU kernels differ most
+    undisturbed = run(make, tmp_path / "undisturbed", monkeypatch, config)
+    make = functools.partial(make, recomputes=recomputes)
+    run(make, tmp_path / "training", monkeypatch, config, stop_after=4)
+    draw_in_another_thread()
+    with safe_open(tmp_path / "training" / "step-00000004" / "model.safetensors", framework="pt") as file:
+        kept = {name for name in file.keys() if name.startswith("model.generator.")}  # noqa: SIM118  (a file)
+    adapters = {name for name, _ in make().named_parameters() if is_adapter(name)}
+    buffers = {name for name, _ in make().named_buffers() if name.startswith("model.generator.")}
+    assert adapters
+    assert kept == adapters | buffers
+    run(make, tmp_path / "training", monkeypatch, config).assert_equals(undisturbed)
+    start = make().state_dict()
+    generator = {name: weight for name, weight in undisturbed.weights.items() if name.startswith("model.generator.")}
+    moved = {name for name, weight in generator.items() if not torch.equal(weight, start[name])}
+    assert moved == adapters
 
 
 def test_a_run_without_checkpoints_is_the_same_run(

@@ -149,6 +149,9 @@ def test_a_correct_run_goes_on_with_pinned_names(
         ("train.optimizer.accumulation", 3, "batch_size 4 cannot be divided into 1 workers × 3"),
         ("train.num_workers", 3, "batch_size 4 cannot be divided into 3 workers × 1"),
         ("train.rates", {"question_encoder": 0, "generator": 0}, "every learning rate is 0"),
+        ("train.lora", {"targets": ["q_proj"]}, "'q_proj' matches no layer"),
+        ("train.lora", {"rank": 2}, None),
+        ("model.generator_dtype", "bfloat16", "model.generator_dtype is bfloat16, but train.lora is not set"),
         ("infer.retrieval", {"mode": "sharded", "resources": {"shelf": 1}}, "infer.retrieval.resources asks for shelf"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Commands that convert models from and to Hugging Face's RAG classes: import-hf and export-hf."""
+"""Commands that convert models: export (adapters merged), import-hf and export-hf (Hugging Face's RAG classes)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,33 @@ from rag_core.errors import ConfigError
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (import_hf, export_hf):
+    for command in (export, import_hf, export_hf):
         app.command(rich_help_panel="Exchange")(command)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="RAG model folder, as `rag train` writes it.", metavar="MODEL")],
+    out: Annotated[Path, typer.Option("--out", help="RAG model folder to write. It appears complete or not at all.")],
+    dtype: Annotated[
+        str, typer.Option(help="float32 | bfloat16: how the generator's weights are written.")
+    ] = "float32",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a RAG model with its LoRA adapters merged into the generator's weights, so that it needs no base.
+
+    OUT/question_encoder and OUT/generator are plain Transformers folders
+    (AutoModel…from_pretrained), and OUT is a RAG model that ask, infer and
+    train read like any other.
+    """
+    from rag_core.model.adapters.adapter_files import GeneratorType
+    from rag_core.model.rag_model import RagModel
+    from rag_core.storage.places import absolute
+
+    if dtype not in get_args(GeneratorType):
+        raise ConfigError(f"Unknown dtype {dtype!r}. Give one of {', '.join(get_args(GeneratorType))}.")
+    loaded = RagModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+    loaded.export(out, dtype=dtype, source=absolute(model))  # type: ignore[arg-type]
+    console.print(f"export: the generator in {dtype}, adapters merged → {out}")
 
 
 def import_hf(

@@ -11,12 +11,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# In the order in which Transformers looks for them: one file, or an index and the name pattern of its shards.
+# PEFT's names of the files of a folder that holds adapters, and not the weights of their base.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# In the order in which Transformers looks for them: one file, or an index and the name pattern of its shards. Last,
+# adapters: a folder that has whole weights as well is loaded from those.
 WEIGHTS = (
     ("model.safetensors", None),
     ("model.safetensors.index.json", re.compile(r"model-\d+-of-\d+\.safetensors")),
     ("pytorch_model.bin", None),
     ("pytorch_model.bin.index.json", re.compile(r"pytorch_model-\d+-of-\d+\.bin")),
+    (ADAPTER, None),
 )
 # Configurations, tokenizers and chat templates.
 _SMALL = (".json", ".txt", ".model", ".spm", ".codes", ".tiktoken", ".vocab", ".jinja")

@@ -21,6 +21,8 @@ from huggingface_hub.utils import tqdm
 from rag_core.errors import ModelNotice
 from rag_core.pretrained.hub.failures import explained, no_room, no_weights, offline, unreachable
 from rag_core.pretrained.hub.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     MODULES,
     OWN_SETTINGS,
     WEIGHTS,
@@ -92,7 +94,7 @@ def _accept_files_of_other_tools(pinned: HubName, folder: Path, reason: str) -> 
     weights_folder = folder / module_folders(folder / MODULES).get("Transformer", "")
     weights = weight_files(path.name for path in weights_folder.glob("*"))[:1]
     expected = [
-        "config.json",
+        ADAPTER_CONFIG if weights == [ADAPTER] else "config.json",
         *weights,
         *(shard for index in weights for shard in indexed_shards(weights_folder / index)),
     ]

@@ -1,0 +1,1 @@
+"""LoRA adapters of a generator: adding them, their files, merging them into the base's weights."""
