@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rag_core.cpu.training_kernels import training_kernels
 from rag_core.errors import ConfigError
@@ -18,6 +17,7 @@ from rag_core.reading.likelihood import rag_nll
 from rag_core.training.own_draws import own_draws, recomputes_activations
 from rag_core.training.recomputation import recompute_layers
 from tests.support.models.adapters import LORA, with_adapters
+from tests.support.models.tiny_causal import CAUSAL_FAMILIES, tiny_causal
 from tests.support.models.tiny_models import random_contexts, tiny_model
 from tests.support.other_draws import draw_in_another_thread
 
@@ -81,26 +81,17 @@ def nll(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", ["bart", "t5", "bert2bert"])
+@pytest.mark.parametrize("family", ["bart", "t5", "bert2bert", "llama", "gpt2"])
 def test_loss_and_gradients_keep_every_bit(family: str, lora: bool, precision: str) -> None:
-    models = (prepare(tiny_model(family, dtype=torch.float32), again, lora) for again in (False, True))
+    build = tiny_causal if family in CAUSAL_FAMILIES else tiny_model
+    models = (prepare(build(family, dtype=torch.float32), again, lora) for again in (False, True))
     assert_equal(*models, nll, precision, nullcontext())
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_a_decoder_only_model_with_adapters_keeps_every_bit(rounded: bool) -> None:
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    state = LlamaForCausalLM(config).state_dict()
-    models = []
-    for again in (False, True):
-        model = LlamaForCausalLM(config)
-        model.load_state_dict(state)
-        models.append(prepare(model, again, True, rounded))
-    ids_BS = torch.tensor([[3, 4, 5, 6, 2], [7, 8, 9, 2, 2]])
-    for precision in ("float32", "bfloat16"):
-        assert_equal(*models, lambda model: model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss, precision)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_decoder_only_model_with_rounded_weights_and_adapters_keeps_every_bit(precision: str) -> None:
+    models = (prepare(tiny_causal("llama", dtype=torch.float32), again, True, True) for again in (False, True))
+    assert_equal(*models, nll, precision, nullcontext())
 
 
 def test_layers_run_twice_in_training_and_once_in_evaluation() -> None:
