@@ -33,6 +33,29 @@ def test_the_papers_configuration_is_valid() -> None:
     assert config.model.prompt.template == "{title} / {text} // {question}"
 
 
+@pytest.mark.parametrize("name", ["nq-bart-large", "nq-qwen3-lora", "smollm2"])
+def test_a_complete_configuration_is_valid(name: str) -> None:
+    from flows.cli.settings import parse, read_yaml
+    from flows.config import PipelineConfig
+
+    config = parse(PipelineConfig, read_yaml(ROOT / f"configs/{name}.yaml"), name)
+    assert config.name == name
+    assert (config.train.lora is None) == (name == "nq-bart-large")
+
+
+@pytest.mark.slow
+def test_the_language_models_chat_is_read_from_its_package() -> None:
+    from flows.cli.settings import parse, read_yaml
+    from flows.config import PipelineConfig
+    from rag_core.model.reader import GeneratorReader, load_generator
+
+    config = parse(PipelineConfig, read_yaml(ROOT / "configs/smollm2.yaml"), "smollm2")
+    reader = GeneratorReader(*load_generator(config.model.generator), config.model.prompt)
+    assert reader.prompt.rendered is not None
+    assert reader.prompt.rendered.context.endswith("Short answer:<|im_end|>\n<|im_start|>assistant\n")
+    assert reader.tokenizer.decode([reader.end]) == "<|im_end|>"
+
+
 def test_the_library_imports_without_prefect_ray_mlflow_and_peft() -> None:
     code = (
         "import sys, rag_core, rag_core.model.rag_model, rag_core.training.loop, rag_core.evaluation.evaluation, rag_core.corpus.corpus\n"
