@@ -120,9 +120,9 @@ def test_an_encoder_that_is_no_bert_is_refused(encoder: Path, tmp_path: Path) ->
         build_generator(_config(tmp_path / "roberta"))
 
 
-def test_a_decoder_only_model_is_refused_as_generator(encoder: Path) -> None:
+def test_an_encoder_is_refused_as_generator(encoder: Path) -> None:
     assert BertConfig.from_pretrained(encoder).is_encoder_decoder is False
-    with pytest.raises(ConfigError, match=r"\(bert\) is not an encoder-decoder"):
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\)"):
         load_generator(encoder)
 
 

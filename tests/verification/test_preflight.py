@@ -138,7 +138,7 @@ def test_a_correct_run_goes_on_with_pinned_names(
         ("model.question_encoder", "{folder}/wide", "of 32 dimensions, the question encoder of 64"),
         ("model.pooling", "dpr", "pooling 'dpr' does not go"),
         ("model.generator", "{folder}/missing", "There is no model folder"),
-        ("model.generator", "{folder}/encoder", "is not an encoder-decoder"),
+        ("model.generator", "{folder}/encoder", "is an encoder (bert)"),
         ("model.prompt.template", "chat", "has no chat template, as those of base models"),
         ("model.prompt.max_context_tokens", 65, "Set prompt.max_context_tokens to at most 64"),
         ("model.prompt.max_answer_tokens", 65, "Set prompt.max_answer_tokens to at most 64"),
@@ -226,7 +226,7 @@ def test_all_problems_are_reported_at_once_with_exit_code_2_and_without_a_run(
         (
             f"embed.encoder, model.question_encoder: There is no model folder {folder}/missing",
             f"questions.dev: {folder}/nothing.jsonl is empty",
-            f"model.generator: {folder}/encoder (bert) is not an encoder-decoder",
+            f"model.generator: {folder}/encoder is an encoder (bert)",
             "train.optimizer: batch_size 4 cannot be divided",
         ),
         1,
