@@ -6,8 +6,6 @@ The model is a tiny Llama with random weights; the services are real.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +25,7 @@ from rag_core.index.passage_index import PassageIndex
 from rag_core.model.rag_model import RagModel
 from rag_core.model.reader import DecodingConfig, load_generator
 from tests.support.models.chat_tokenizers import chat_tokenizer
-from tests.support.servers.processes import environment_in, processes_below
+from tests.support.servers.processes import environment_in, kill_tree
 from tests.support.small_corpus import QUESTIONS, make_encoder, make_index, write_questions_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -132,6 +130,7 @@ def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ser
 
 def kill_after_steps(arguments: list[str], folder: Path, steps: int) -> None:
     """Start `rag` with a store of its own, and kill it and its children as soon as a checkpoint has `steps` steps."""
+    (folder / "killed").mkdir()
     environment = environment_in(folder / "killed", MLFLOW_TRACKING_URI=f"sqlite:///{folder}/killed.db")
     command = subprocess.Popen(
         [sys.executable, "-m", "flows.cli.main", *arguments], cwd=folder, env=environment, start_new_session=True
@@ -141,12 +140,7 @@ def kill_after_steps(arguments: list[str], folder: Path, steps: int) -> None:
         assert command.poll() is None, "training ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.01)
-    children = processes_below(command.pid)
-    os.killpg(command.pid, signal.SIGKILL)
-    command.wait()
-    for child in children:
-        if child.is_running():
-            child.kill()
+    kill_tree(command)
 
 
 def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(site: Site, rag: Rag) -> None:
@@ -193,7 +187,7 @@ def test_the_model_holds_adapters_reads_chats_and_answers_through_every_command(
 
     code, printed = rag("doctor", "--model", site.folder / "rag-token")
     assert code == 0
-    assert "<|im_start|>system\nAnswer briefly.<|im_end|>" in printed.replace(" \n", "\n")
+    assert all(text in printed for text in ("<|im_start|>system", "Answer briefly.<|im_end|>", "<|im_start|>assistant"))
     assert rag("verify", site.folder / "rag-token")[0] == 0
 
 
@@ -215,4 +209,6 @@ def test_the_registered_model_answers_and_an_exported_one_needs_no_base(site: Si
     assert code == 0
     exported = RagModel.from_pretrained(site.folder / "exported")
     assert (site.folder / "exported" / "generator" / "model.safetensors").is_file()
-    assert [answer.text for answer in exported.answer(questions, index)] == expected
+    decoding = DecodingConfig(num_beams=3, max_new_tokens=8, precision="float32")  # bf16 would round merged weights
+    of_exported, of_adapted = (one.answer(questions, index, decoding=decoding) for one in (exported, model))
+    assert [answer.text for answer in of_exported] == [answer.text for answer in of_adapted]

@@ -18,6 +18,7 @@ from rag_core.questions.questions import Question
 from rag_core.reading.likelihood import Variant
 from rag_core.reading.prompt import PromptConfig
 
+pytestmark = pytest.mark.slow
 NUMBER, STEPS, BATCH = 500, 500, 25
 Examples = list[tuple[Question, list[Passage]]]
 
