@@ -74,7 +74,7 @@ $(VENV)/peers: benchmarks/peers/requirements.txt | $(STAMP)
 	$@/bin/python -m pip install --quiet --disable-pip-version-check --no-deps indomain==0.0.5 fed-rag==0.0.27 flashrag-dev==0.1.2
 	@touch $@
 
-mutants: setup ## put deliberate faults into copies of the code and check that the tests catch them (about 8 minutes)
+mutants: setup ## put deliberate faults into copies of the code and check that the tests catch them (more than half an hour on two cores)
 	$(BIN)/python -m tests.mutants
 
 chaos: setup ## run the tests that kill, truncate, fuzz and disconnect: figures of docs/reliability.md (20 minutes on two cores)
