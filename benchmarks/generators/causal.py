@@ -62,7 +62,7 @@ def prepare_plain_training(size: Size, variant: Variant) -> Training:
 
 def prepare_our_decoding(size: Size, precision: Precision) -> Decoding:
     keep_freed_blocks()  # as a worker of `rag infer` does
-    model = llama(size)
+    model = llama(size, peaked=True)
     model.generation_config.suppress_tokens = [END]
     contexts = causal_contexts(size, model.config.vocab_size)
 
@@ -75,7 +75,7 @@ def prepare_our_decoding(size: Size, precision: Precision) -> Decoding:
 
 
 def prepare_plain_decoding(size: Size) -> Decoding:
-    model = llama(size)
+    model = llama(size, peaked=True)
     contexts = causal_contexts(size, model.config.vocab_size)
     return lambda: plain_mixture_beams(model, contexts, BEAMS, TOKENS)
 

@@ -16,10 +16,15 @@ from benchmarks.harness import Size
 from benchmarks.parts.models import IGNORE, INIT_STD, PAD, START
 
 END = START
+# Logits get a standard deviation of about 7.
+HEAD_STD: dict[Size, float] = {"full": 0.3, "smoke": 1.2}
 
 
-def llama(size: Size) -> Any:
-    """8 layers of 512 dimensions, 8 query and 2 key heads, 49,152 tokens (smoke: 2 of 32, 300), tied, float32."""
+def llama(size: Size, *, peaked: bool = False) -> Any:
+    """8 layers of 512 dimensions, 8 query and 2 key heads, 49,152 tokens (smoke: 2 of 32, 300), tied, float32.
+
+    `peaked` gives it a head of its own, wide enough for next-token probabilities like a trained model's.
+    """
     full = size == "full"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -36,7 +41,11 @@ def llama(size: Size) -> Any:
         eos_token_id=END,
         bos_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    if peaked:
+        head_VD = torch.normal(0.0, HEAD_STD[size], (config.vocab_size, config.hidden_size))
+        model.lm_head.weight = torch.nn.Parameter(head_VD)
+    return model
 
 
 def causal_contexts(size: Size, V: int) -> tuple[Tensor, Tensor, Tensor]:

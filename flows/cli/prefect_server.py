@@ -21,9 +21,10 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from rag_core.errors import RagError
+from rag_core.errors import ConfigError, RagError
 from rag_core.network.addresses import without_credentials
 from tasks.environment.mlflow_store import check_server_is_there
 from tasks.environment.prefect_api import check_prefect, configured_url
@@ -106,13 +107,14 @@ def start_shielded_server() -> Callable[[], None]:
     """Start a Prefect server for this process, unless one is configured; return a function that waits for it.
 
     Raises:
-        ConfigError: a server is configured and cannot be used.
+        ConfigError: a server is configured and cannot be used, or PREFECT_HOME cannot be made.
     """
     if configured_url():
         check_prefect()
         return _do_nothing
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    _make_home()
     server = TemporaryServer()
     until_exit = contextlib.ExitStack()
     until_exit.callback(server.stop)
@@ -120,6 +122,20 @@ def start_shielded_server() -> Callable[[], None]:
     # Stop at interpreter exit, not with the command: Prefect still sends its last events and log lines then.
     atexit.register(until_exit.close)
     return server.wait_until_healthy
+
+
+def _make_home() -> None:
+    """Make Prefect's folder with its parents. Prefect makes the last folder only; else its server would not start."""
+    from prefect.settings import PREFECT_HOME
+
+    home = Path(PREFECT_HOME.value())
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"PREFECT_HOME is {home}, and this folder cannot be made ({error.strerror}), but Prefect's server keeps its "
+            "database there. Set PREFECT_HOME to a folder that can be written, or unset it to use ~/.prefect."
+        ) from error
 
 
 class TemporaryServer:

@@ -130,7 +130,6 @@ def rag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ser
 
 def kill_after_steps(arguments: list[str], folder: Path, steps: int) -> None:
     """Start `rag` with a store of its own, and kill it and its children as soon as a checkpoint has `steps` steps."""
-    (folder / "killed").mkdir()
     environment = environment_in(folder / "killed", MLFLOW_TRACKING_URI=f"sqlite:///{folder}/killed.db")
     command = subprocess.Popen(
         [sys.executable, "-m", "flows.cli.main", *arguments], cwd=folder, env=environment, start_new_session=True

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rag_core.errors import ConfigError
 from rag_core.network.addresses import without_credentials
 from rag_core.storage.store_settings import check_store_settings
 from tasks.environment.mlflow_store import check_server_is_there, check_store
@@ -151,3 +152,18 @@ def test_an_object_store_that_does_not_answer_or_is_not_s3_is_named(monkeypatch:
         }.items():
             monkeypatch.setenv("AWS_ENDPOINT_URL", url)
             message_of(check_store_settings, url, reason, "AWS_ENDPOINT_URL")
+
+
+def test_prefects_folder_is_made_with_its_parents_and_one_below_a_file_is_refused(tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_HOME, temporary_settings
+
+    from flows.cli.prefect_server import _make_home
+
+    with temporary_settings({PREFECT_HOME: tmp_path / "missing" / "prefect"}):
+        _make_home()
+    assert (tmp_path / "missing" / "prefect").is_dir()
+    (tmp_path / "file").touch()
+    with temporary_settings({PREFECT_HOME: tmp_path / "file" / "prefect"}), pytest.raises(ConfigError) as refused:
+        _make_home()
+    assert "PREFECT_HOME is" in str(refused.value)
+    assert str(tmp_path / "file" / "prefect") in str(refused.value)
