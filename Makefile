@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 # Options for pip when it installs the lock file, for example another index for torch.
 PIP_EXTRA ?=
 # Rooms of `make test-fast`.
-FAST ?= $(addprefix tests/,corpus questions pretrained embeddings index reading decoding model training evaluation storage verification cpu)
+FAST ?= $(addprefix tests/,corpus questions pretrained embeddings index reading decoding model training evaluation storage)
 # Number of runs in `make test-again`.
 TIMES ?= 4
 VENV := .venv
