@@ -43,7 +43,7 @@ $(STAMP): requirements.lock requirements-weights.txt pyproject.toml
 demo: setup ## train and compare both variants on an embedded example (5 to 14 minutes on two cores)
 	$(BIN)/rag demo
 
-test: setup ## run all tests (12 minutes on two cores); OPTIONS="-p randomly" shuffles them
+test: setup ## run all tests (15 minutes on two cores); OPTIONS="-p randomly" shuffles them
 	$(SHARING) $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(OPTIONS)
 
 test-fast: setup ## tests of the library alone, without Ray and Prefect (3 minutes on two cores); FAST=tests/decoding for one room

@@ -30,8 +30,8 @@ def packed_linears(module: nn.Module) -> Iterator[None]:
     """Inside the block, every linear layer of `module` on the CPU multiplies with packed weights.
 
     Under CPU autocast to bfloat16 the packed weights are bfloat16, as with autocast alone; otherwise they are float32,
-    also those of layers that keep bf16 weights (`RoundedLinear`). Inside, gradients do not flow, and changes of the weights have no effect. Blocks may be nested: the outermost packs. Does nothing without
-    oneDNN.
+    also those of layers that keep bf16 weights (`RoundedLinear`). Inside, gradients do not flow, and changes of the
+    weights have no effect. Blocks may be nested: the outermost packs. Does nothing without oneDNN.
     """
     if getattr(module, _PACKED, False) or not torch.backends.mkldnn.is_available():
         yield

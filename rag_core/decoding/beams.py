@@ -68,7 +68,7 @@ def check_decoding(
         ConfigError: a setting is out of range, the generator writes no text, or it has no positions for max_new_tokens.
         ValueError: shapes do not fit, scores are NaN or +inf, or a question has no passage (all scores −inf).
     """
-    as_generator(generator)
+    reads = as_generator(generator)
     for name, value in (
         ("num_beams", settings.num_beams),
         ("max_new_tokens", settings.max_new_tokens),
@@ -85,6 +85,6 @@ def check_decoding(
         raise ConfigError(f'early_stopping is {settings.early_stopping!r}; it must be true, false or "never".')
     check_contexts(input_ids_BKS, attention_mask_BKS, doc_scores_BK)
     longest = int(attention_mask_BKS.sum(dim=2).amax())
-    refuse_long_search(as_generator(generator), settings.max_new_tokens, context_tokens=longest)
+    refuse_long_search(reads, settings.max_new_tokens, context_tokens=longest)
     if not doc_scores_BK.amax(dim=1).isfinite().all():
         raise ValueError("doc_scores must hold a finite score for every question, and neither NaN nor +inf")

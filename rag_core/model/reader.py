@@ -97,7 +97,7 @@ class Answer:
 
 
 class GeneratorReader:
-    """A seq2seq generator with its tokenizer and prompt. `count` counts the contexts that were read. `end` is the token
+    """A generator with its tokenizer and prompt. `count` counts the contexts that were read. `end` is the token
     that answers are trained to end with, one of `ends`, which end them in decoding.
 
     The prompt is rendered for the generator (`rendering.py`), and default lengths are lowered to its positions. The

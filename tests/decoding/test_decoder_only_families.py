@@ -47,6 +47,7 @@ SEARCHES: tuple[tuple[Any, ...], ...] = (
     (1, (0.0, False)),
     (2, (1.0, True)),
     (3, (0.0, False), (2.0, "never")),
+    (4, (0.5, False)),
     (5, (1.0, False), (1.0, True)),
 )
 ANSWERS: list[Answer] = [(3, 5, 4, END), (END,), (4, END), (5, 3)]

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rag_core.decoding import decode_rag_sequence, decode_rag_token
-from rag_core.errors import ConfigError
+from rag_core.errors import ConfigError, ModelNotice
 from rag_core.generators.generation_tokens import GenerationTokens
 from rag_core.generators.kinds import as_generator
 from rag_core.model.rag_model import RagModel
@@ -30,6 +30,8 @@ from rag_core.reading.generator_limits import within_positions
 from rag_core.reading.likelihood import rag_nll
 from rag_core.reading.prompt import PromptConfig
 from rag_core.training.pretraining import PretrainConfig, build_generator
+from tests.support.models.chat_tokenizers import byte_level
+from tests.support.models.tiny_causal import tiny_causal
 from tests.support.models.tiny_models import _BART_SIZES, ALL_BUILDS, tiny_led, tiny_model
 from tests.support.small_corpus import PROMPT, make_encoder, make_generator, make_index, model_config
 
@@ -211,3 +213,18 @@ def test_a_special_token_without_embedding_is_refused(parts: tuple[Path, Path], 
     (folder / "generation_config.json").write_text(json.dumps(content | {name: 5000}))
     with pytest.raises(ConfigError, match="starts, ends or pads with token 5000"):
         load_generator(folder)
+
+
+def test_a_language_models_end_token_pads_if_its_tokenizer_has_no_padding_token_and_one_line_says_so(
+    tmp_path: Path,
+) -> None:
+    tokenizer = byte_level(eos_token="<|endoftext|>")
+    tokenizer.pad_token = None
+    model = tiny_causal("llama", vocab_size=len(tokenizer), dtype=torch.float32)
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.warns(ModelNotice, match=r"has no padding token, so its end token '<\|endoftext\|>' pads") as notices:
+        _, loaded = load_generator(tmp_path)
+    assert len(notices) == 1
+    assert loaded.pad_token_id == tokenizer.eos_token_id

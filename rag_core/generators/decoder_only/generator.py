@@ -8,14 +8,12 @@ M labels, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rag_core.cpu.bfloat16 import matmul_attention
-from rag_core.cpu.packed_linears import trainable_linears
+from rag_core.cpu.training_kernels import training_kernels
 from rag_core.generators.decoder_only.layout import with_answers, without_gaps
 from rag_core.generators.decoder_only.passage_decoder import DecoderOnlyPassageDecoder
 from rag_core.generators.generation_tokens import GenerationTokens
@@ -64,8 +62,7 @@ class DecoderOnlyGenerator:
         refuse_long_contexts(self, max(widths, default=0), "contexts and answers of")
         groups, log_probs, dtype = groups_by_width(widths), [], torch.float32
         embeddings = model.get_input_embeddings()
-        in_bf16 = input_ids_NS.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        with trainable_linears(model), matmul_attention(model) if in_bf16 else nullcontext():
+        with training_kernels(model):
             embedded_NXD = embeddings(rows.input_ids_NX)
             for group in groups:
                 rows_n = torch.tensor(group, device=labels_NT.device)

@@ -140,6 +140,7 @@ def _explained(source: GgufFile) -> Iterator[None]:
     except RagError:
         raise
     except Exception as error:  # Transformers, tokenizers, gguf and numpy raise errors of any type
+        # So Transformers says that it has no reader for this kind of model: then the file is not the one to blame.
         known = "not supported" in str(error) or isinstance(error, NotImplementedError)
         raise ConfigError(
             f"Transformers cannot read the {source.architecture} model {source.name} from GGUF: {reason_of(error)} "
