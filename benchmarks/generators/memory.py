@@ -1,13 +1,14 @@
 """Peak memory and time of a training step: all weights, LoRA, layers computed again, and the base in bfloat16.
 
 Every way has a process of its own. It does a few steps of RAG-Token with AdamW under bf16 autocast, as in training; what
-counts is the whole process's peak memory in a step (resident, with Python, PyTorch and the weights). Losses of the first step must be equal, to
-bfloat16's rounding of the base.
+counts is the whole process's peak memory in a step (resident, with Python, PyTorch and the weights). Losses of the first
+step must be equal, to bfloat16's rounding of the base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from transformers import BartForConditionalGeneration
@@ -60,12 +61,11 @@ def prepare(size: Size, way: str) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
     def step() -> float:
-        kernels = training_kernels(generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            kernels.__enter__()
-            nll = rag_nll(generator, *inputs, labels_BT, variant="token").mean()
-        nll.backward()
-        kernels.__exit__(None, None, None)
+        with ExitStack() as until_backward:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                until_backward.enter_context(training_kernels(generator))
+                nll = rag_nll(generator, *inputs, labels_BT, variant="token").mean()
+            nll.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return nll.item()
